@@ -1,0 +1,60 @@
+"""Draws the embedded sample from the whole of CIFAR-10 and writes it into the package.
+
+    python benchmarks/make_sample.py cifar10.npz
+
+The .npz holds x_train, y_train, x_test, y_test in the official order (uint8 NHWC). Training images come from the
+official training split only and test images from the official test split only; the same number of each class is drawn
+under a fixed seed, and the positions are stored beside the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import robust_prune.data.sample as sample
+from robust_prune.data.npz import load_npz
+from robust_prune.run_dir import atomic_write
+
+SEED = 20241015
+PER_CLASS = {"train": 200, "test": 50}
+
+
+def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
+    """Sorted positions of `per_class` images of every class."""
+    chosen = [generator.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="CIFAR-10 as .npz")
+    default = Path(sample.__file__).parent / "sample" / sample.FILE
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    bundle = load_npz(arguments.source.expanduser())
+    generator = np.random.default_rng(SEED)
+    arrays: dict[str, np.ndarray] = {}
+    for part, images in (("train", bundle.train), ("test", bundle.test)):
+        pixels = images.images.permute(0, 2, 3, 1).numpy()
+        labels = images.labels.numpy()
+        index = draw(labels, PER_CLASS[part], generator)
+        coded = sample.encode(pixels[index])
+        if not np.array_equal(sample.decode(coded, len(index)), pixels[index]):
+            raise SystemExit("the coding is not lossless; nothing was written")
+        arrays[f"coded_{part}"] = np.frombuffer(coded, np.uint8)
+        arrays[f"y_{part}"] = labels[index].astype(np.uint8)
+        arrays[f"index_{part}"] = index.astype(np.int32)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            np.savez(stream, **arrays)
+
+    atomic_write(arguments.out, write)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

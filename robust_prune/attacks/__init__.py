@@ -1,0 +1,19 @@
+"""Attacks: pure functions of a model, images, labels and a threat model."""
+
+from .context import frozen_eval
+from .pgd import default_step_size, input_gradient, pgd
+from .projections import project, random_start
+from .single_step import n_fgsm
+from .threat import Norm, ThreatModel
+
+__all__ = [
+    "Norm",
+    "ThreatModel",
+    "default_step_size",
+    "frozen_eval",
+    "input_gradient",
+    "n_fgsm",
+    "pgd",
+    "project",
+    "random_start",
+]

@@ -1,0 +1,34 @@
+"""Attacking a model without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """Puts `model` in eval mode with frozen parameters, and undoes both module by module, parameter by parameter.
+
+    Frozen parameters make input gradients cheaper, since autograd then skips every weight gradient.
+
+    Args:
+        model: any module; under DDP pass the unwrapped one.
+
+    Yields:
+        The same model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,51 @@
+"""Geometry of the threat model: starts, ascent steps and projections, per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .threat import ThreatModel
+
+TINY = 1e-12
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def l2_norm(delta: Tensor) -> Tensor:
+    """Euclidean norm of each sample ([N, ...] -> [N, 1, ...])."""
+    return _per_sample(delta.flatten(1).norm(dim=1), delta)
+
+
+def project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """The nearest point to `x_adv` in the epsilon-ball around `x`, then clipped to [0, 1]."""
+    if threat.norm == "linf":
+        low, high = (x - threat.epsilon).clamp_(min=0), (x + threat.epsilon).clamp_(max=1)
+        return torch.minimum(torch.maximum(x_adv, low), high)
+    delta = x_adv - x
+    scale = (threat.epsilon / l2_norm(delta).clamp_min(TINY)).clamp_max(1)
+    return (x + delta * scale).clamp_(0, 1)
+
+
+def random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
+    """A uniformly random point of the epsilon-ball around `x`, clipped to [0, 1].
+
+    Random numbers are drawn on the generator's device, so that a CPU generator gives the same start on every device.
+    """
+    device = generator.device if generator is not None else x.device
+    if threat.norm == "linf":
+        noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device) * 2 - 1
+        return (x + threat.epsilon * noise).clamp_(0, 1)
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype).to(x.device)
+    radius = radius ** (1 / x[0].numel())
+    return (x + threat.epsilon * _per_sample(radius, x) * noise / l2_norm(noise).clamp_min(TINY)).clamp_(0, 1)
+
+
+def ascent_step(x_adv: Tensor, gradient: Tensor, step_size: float, threat: ThreatModel) -> Tensor:
+    """One steepest-ascent step of length `step_size` in the threat's norm, not yet projected."""
+    if threat.norm == "linf":
+        return x_adv + step_size * gradient.sign()
+    return x_adv + step_size * gradient / l2_norm(gradient).clamp_min(TINY)

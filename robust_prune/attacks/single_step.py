@@ -1,0 +1,43 @@
+"""Single-step adversarial examples for training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .pgd import cross_entropy_objective, input_gradient
+from .projections import ascent_step, random_start
+from .threat import ThreatModel
+
+
+def n_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    noise: float = 2.0,
+    alpha: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """N-FGSM (de Jorge et al., 2022, arXiv 2202.01181): strong noise, one step, and no projection back to the ball.
+
+    Training examples only: they may lie up to ``(noise + alpha) * epsilon`` away, which is what prevents catastrophic
+    overfitting. One forward and one backward.
+
+    Args:
+        model: maps [0, 1] images to logits.
+        x: images in [0, 1], [N, C, H, W].
+        y: labels [N].
+        threat: norm and radius.
+        noise: radius of the uniform noise, in epsilons.
+        alpha: length of the step, in epsilons.
+        generator: source of the noise.
+
+    Returns:
+        Images [N, C, H, W] in [0, 1].
+    """
+    wide = ThreatModel(threat.norm, noise * threat.epsilon)
+    start = random_start(x, wide, generator)
+    gradient, _ = input_gradient(model, start, cross_entropy_objective(y))
+    return ascent_step(start, gradient, alpha * threat.epsilon, threat).clamp_(0, 1).detach()

@@ -1,0 +1,38 @@
+"""The threat model: which perturbations an attacker may add."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..errors import UsageError
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Perturbations of norm at most ``epsilon`` that keep the image in [0, 1].
+
+    Attributes:
+        norm: ``"linf"`` or ``"l2"``.
+        epsilon: radius in units of the [0, 1] pixel range; 8/255 is CIFAR-10's convention for ``linf``.
+    """
+
+    norm: Norm = "linf"
+    epsilon: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise UsageError(f"threat norm must be 'linf' or 'l2', got {self.norm!r}")
+        if not 0 <= self.epsilon < float("inf"):
+            raise UsageError(f"epsilon must be a finite number >= 0, got {self.epsilon}. Try 8/255.")
+
+    def __str__(self) -> str:
+        if self.norm == "linf":
+            return f"Linf {self.epsilon * 255:.3g}/255"
+        return f"L2 {self.epsilon:.3g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The threat model as plain values."""
+        return asdict(self)

@@ -1,0 +1,42 @@
+"""What a latency was measured on: it means nothing without the machine and the machine's state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import machine
+
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def describe(provider: str) -> dict[str, Any]:
+    """Processor, cores, load and versions; for ``cuda`` the GPU too, when nvidia-ml-py is installed.
+
+    Values that the system does not tell are left out. No host names and no paths.
+    """
+    facts: dict[str, Any] = {
+        "cpu": machine.cpu_name(),
+        "cores": machine.usable_cores(),
+        "memory_gib": machine.memory_gib(),
+        "platform": machine.platform_name(),
+        "versions": machine.versions(("onnxruntime", "onnxruntime-gpu", "numpy")),
+    }
+    load = load_average()
+    if load is not None:
+        facts["load_1_minute"] = load
+    with contextlib.suppress(OSError):
+        facts["governor"] = GOVERNOR.read_text(encoding="utf-8").strip()
+    if provider == "cuda":
+        facts["gpus"] = machine.gpus()
+    return facts
+
+
+def load_average() -> float | None:
+    """Runnable processes averaged over the last minute, or None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None

@@ -1,0 +1,215 @@
+"""Times several models against each other: a process a model, visited in random order, block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+import robust_prune
+
+from ..errors import EnvironmentProblem, UsageError
+
+ANSWER_SECONDS = 300.0
+WARMUP_WINDOW_SECONDS = 0.1
+WARMUP_WINDOWS = (3, 20)
+WARMUP_TOLERANCE = 0.05
+VISIT_SECONDS = 0.04
+MAX_RUNS = 64
+# Another process has just filled the caches with its own weights.
+WAKE_RUNS = 1
+BLOCKS = (12, 400)
+PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model to time: `label` names it in messages, the rest is what its worker opens."""
+
+    label: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The fixed conditions of one measurement."""
+
+    batch: int
+    threads: int
+    provider: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one arm.
+
+    Attributes:
+        provider: the execution provider that the session reported.
+        seconds: float64 [blocks, runs]; row i of every arm was taken in block i.
+    """
+
+    provider: str
+    seconds: np.ndarray
+
+
+class Worker:
+    """A process that holds one session; use it as a context manager, which always ends the process."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._answers: queue.Queue[str | None] = queue.Queue()
+
+    def __enter__(self) -> Worker:
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        home = str(Path(robust_prune.__file__).parents[1])
+        paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            # -P: a file called numpy.py in the user's folder must not be imported.
+            [sys.executable, "-P", "-m", "robust_prune.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=2 if kind is None else 0.1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def _read(self, stream: IO[str]) -> None:
+        # A thread, because pipes cannot be waited on with a timeout on Windows.
+        with stream:
+            for line in stream:
+                self._answers.put(line)
+        self._answers.put(None)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends one command and waits for its answer.
+
+        Raises:
+            UsageError: the file does not run, or the process died.
+            EnvironmentProblem: the machine cannot run it as asked, or gave no answer within five minutes.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=ANSWER_SECONDS)
+        except OSError:
+            line = None
+        except queue.Empty:
+            raise EnvironmentProblem(
+                f"{self.label} gave no answer in {ANSWER_SECONDS:.0f} s. Try a smaller batch or a quieter machine."
+            ) from None
+        if line is None:
+            raise UsageError(self._obituary())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise (EnvironmentProblem if answer["environment"] else UsageError)(answer["error"])
+        return answer
+
+    def _obituary(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        hint = " (out of memory? Try a smaller batch)" if code == -9 else ""
+        return f"the process that timed {self.label} {how}{hint}. {lines[-1] if lines else ''}".rstrip()
+
+
+def measure(
+    arms: Sequence[Arm],
+    shape: Shape,
+    seconds: float,
+    seed: int,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Samples]:
+    """Times the arms in interleaved random blocks after each has warmed up until it is stable.
+
+    Args:
+        arms: the models, each in its own process.
+        shape: batch, threads, provider and kind, the same for all.
+        seconds: timed work to aim for; blocks end after twice that on the clock, but 12 are always taken.
+        seed: of the visiting order and of the input images.
+        on_block: told (blocks done, blocks in all) after each block.
+
+    Returns:
+        One set of samples an arm, in the order of `arms`, all of the same shape.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `Worker.ask`. No process is left behind.
+    """
+    with _workers([arm.label for arm in arms]) as workers:
+        conditions = {"batch": shape.batch, "threads": shape.threads, "provider": shape.provider, "kind": shape.kind}
+        providers = [
+            worker.ask(op="open", path=str(arm.path.absolute()), seed=seed, **conditions)["provider"]
+            for worker, arm in zip(workers, arms, strict=True)
+        ]
+        typical = [_warm_up(worker) for worker in workers]
+        runs = int(np.clip(VISIT_SECONDS / max(typical), 1, MAX_RUNS))
+        blocks = int(np.clip(seconds / (sum(typical) * (runs + WAKE_RUNS)), *BLOCKS))
+        times = np.empty((len(arms), blocks, runs))
+        rng = np.random.default_rng(seed)
+        deadline = monotonic() + PATIENCE * seconds
+        for block in range(blocks):
+            if block >= BLOCKS[0] and monotonic() > deadline:
+                # The machine is busy with something else: fewer blocks, and intervals that say so.
+                times = times[:, :block]
+                on_block(blocks, blocks)
+                break
+            for index in rng.permutation(len(arms)):
+                answer = workers[index].ask(op="time", runs=runs, wake=WAKE_RUNS)
+                times[index, block] = np.asarray(answer["ns"]) / 1e9
+            on_block(block + 1, blocks)
+    return [Samples(provider, taken) for provider, taken in zip(providers, times, strict=True)]
+
+
+@contextlib.contextmanager
+def _workers(labels: Sequence[str]) -> Iterator[list[Worker]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Worker(label)) for label in labels]
+
+
+def _warm_up(worker: Worker) -> float:
+    """Runs until the medians of three windows in a row agree; returns the typical seconds of one run."""
+    first = min(worker.ask(op="time", runs=2, wake=0)["ns"]) / 1e9
+    runs = int(np.clip(WARMUP_WINDOW_SECONDS / max(first, 1e-9), 3, 1000))
+    windows: list[float] = []
+    at_least, at_most = WARMUP_WINDOWS
+    while len(windows) < at_most:
+        windows.append(median(worker.ask(op="time", runs=runs, wake=0)["ns"]) / 1e9)
+        last = windows[-at_least:]
+        if len(last) == at_least and max(last) <= (1 + WARMUP_TOLERANCE) * min(last):
+            break
+    return windows[-1]

@@ -1,0 +1,203 @@
+"""Opens an ONNX Runtime session that provably runs on the provider that was asked for.
+
+Only numpy and onnxruntime are imported here: a benchmark's worker process must hold nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EnvironmentProblem, UsageError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a classifier file takes.
+
+    Attributes:
+        name: of its only input.
+        dtype: numpy name of the input's type.
+        shape: of the input; -1 in front when the batch is free.
+        symbol: the file's name for a free batch; empty when it has none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    symbol: str = ""
+
+    def batched(self, batch: int, label: str) -> tuple[int, ...]:
+        """The input's shape at a batch size.
+
+        Raises:
+            UsageError: the file's batch is fixed to another size.
+        """
+        if self.shape[0] not in (-1, batch):
+            raise UsageError(
+                f"batch {batch} was asked for, but {label} takes batches of {self.shape[0]} only. "
+                f"Use --batch {self.shape[0]} or export it with a dynamic batch."
+            )
+        return (batch, *self.shape[1:])
+
+
+def open_session(path: Path, provider: str, threads: int, batch: int) -> tuple[Any, Signature]:
+    """Opens a file on one provider; nodes that would silently run on the CPU instead are refused.
+
+    Args:
+        path: the ONNX file.
+        provider: ``cpu`` or ``cuda``.
+        threads: intra-op threads, >= 1; they never spin, so that an idle session takes nothing from others.
+        batch: fixes a free batch, so that arithmetic on shapes is folded away and not left on the CPU.
+
+    Returns:
+        The `onnxruntime.InferenceSession` and what it takes.
+
+    Raises:
+        UsageError: no such file, no ONNX file, or not a classifier of images of one fixed size.
+        EnvironmentProblem: the provider does not run here; says why.
+    """
+    ort = import_onnxruntime()
+    if provider not in PROVIDERS:
+        raise UsageError(f"unknown provider {provider!r}. Choose one of: {', '.join(PROVIDERS)}.")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is no file")
+    if provider == "cuda":
+        _require_cuda(ort)
+    found = signature(ort, path)
+    found.batched(batch, path.name)
+    wanted = PROVIDERS[provider]
+    options = _options(ort, provider, threads)
+    if found.symbol:
+        options.add_free_dimension_override_by_name(found.symbol, batch)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[wanted])
+    except Exception as error:
+        if provider == "cpu":
+            raise UsageError(f"ONNX Runtime cannot run {path.name}: {first_line(error)}") from error
+        raise EnvironmentProblem(
+            f"{path.name} does not run wholly on {wanted}: {first_line(error)} Use --provider cpu to measure the CPU."
+        ) from error
+    if session.get_providers()[0] != wanted:
+        raise EnvironmentProblem(
+            f"{wanted} was asked for, but ONNX Runtime fell back to {', '.join(session.get_providers())}. "
+            "`robust-prune doctor` says what is missing."
+        )
+    return session, found
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        EnvironmentProblem: it is missing, or broken by another build that shares its folder.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentProblem(f"onnxruntime does not import: {error}. Run `robust-prune doctor`.") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise EnvironmentProblem(
+            "onnxruntime is installed without InferenceSession: two of its builds share one folder and one was "
+            "removed. `robust-prune doctor` prints the repair."
+        )
+    return onnxruntime
+
+
+def signature(ort: Any, path: Path) -> Signature:
+    """What a file takes, read on the CPU with a free batch.
+
+    Raises:
+        UsageError: no ONNX file, or not a classifier of images of one fixed size.
+    """
+    options = _options(ort, "cpu", 1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        inputs = ort.InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]]).get_inputs()
+    except Exception as error:
+        raise UsageError(f"{path} is not an ONNX file that ONNX Runtime can open: {first_line(error)}") from error
+    if len(inputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) < 2:
+        listed = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise UsageError(f"{path} must take one floating-point batch of images, but its inputs are: {listed or 'none'}")
+    free, *rest = inputs[0].shape
+    if not all(isinstance(size, int) for size in rest):
+        raise UsageError(
+            f"{path} takes {inputs[0].shape}: only the batch may be free. Export it with a fixed image size."
+        )
+    shape = (free if isinstance(free, int) else -1, *rest)
+    return Signature(inputs[0].name, DTYPES[inputs[0].type], shape, free if isinstance(free, str) else "")
+
+
+def provider_problem(provider: str) -> str:
+    """Why a provider does not run here; empty when it seems to.
+
+    `onnxruntime.get_available_providers` lists what the package was built with, not what works: this loads
+    the driver and the provider's own library.
+    """
+    ort = import_onnxruntime()
+    return _cuda_problem(ort) if provider == "cuda" else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def example(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
+    """Uniform random pixels in [0, 1)."""
+    return np.random.default_rng(seed).random(shape).astype(dtype)
+
+
+def _options(ort: Any, provider: str, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    for key in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
+        options.add_session_config_entry(key, "0")
+    if provider != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _require_cuda(ort: Any) -> None:
+    problem = _cuda_problem(ort)
+    if problem:
+        raise EnvironmentProblem(f"provider cuda was asked for, but {problem} Use --provider cpu, or repair it.")
+
+
+def _cuda_problem(ort: Any) -> str:
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        return "this onnxruntime was built without CUDA. Install onnxruntime-gpu in its place (never beside it)."
+    if sys.platform == "darwin":
+        return "macOS has no CUDA."
+    windows = sys.platform == "win32"
+    driver = _load_problem("nvcuda.dll" if windows else "libcuda.so.1")
+    if driver:
+        return f"there is no NVIDIA driver on this machine ({driver})."
+    with contextlib.redirect_stdout(io.StringIO()):
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+    name = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
+    missing = _load_problem(str(Path(ort.__file__).parent / "capi" / name))
+    if "cannot open shared object file" in missing or "could not find" in missing.lower():
+        return f"a CUDA library is missing ({missing}). Try: pip install 'onnxruntime-gpu[cuda,cudnn]'."
+    return ""
+
+
+def _load_problem(library: str) -> str:
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return ""

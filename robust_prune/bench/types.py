@@ -1,0 +1,86 @@
+"""Latency measurements as values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Baseline time divided by this arm's time (above 1 is faster), with its 95 % bootstrap interval.
+
+    `verdict` is ``faster``, ``slower`` or ``no difference`` (the interval touches the noise floor).
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One file at one batch size under one provider.
+
+    Attributes:
+        label: how the table names the file, e.g. ``dense`` or ``pruned``.
+        path: the ONNX file.
+        provider: the execution provider that was proven to run it.
+        kind: ``host`` (arrays in and out) or ``device`` (I/O binding).
+        batch, threads: fixed for the row.
+        samples: number of timed runs.
+        p50_ms: median time of one run in milliseconds, with its 95 % interval `p50_low`, `p50_high`.
+        p90_ms, p95_ms, p99_ms: present only with at least 64, 130 and 662 samples.
+        images_per_second: batch / p50.
+        speedup: against the first file of the table; None for that file.
+        noisy: True when the A/A ratio's interval excludes 1, so that the row should be measured again.
+    """
+
+    label: str
+    path: str
+    provider: str
+    kind: str
+    batch: int
+    threads: int
+    samples: int
+    p50_ms: float
+    p50_low: float
+    p50_high: float
+    p90_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    images_per_second: float
+    speedup: Ratio | None
+    noisy: bool
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Rows measured together in interleaved blocks.
+
+    Attributes:
+        rows: one a file, batch size and thread count.
+        noise_floor: A/A ratio (the first file against itself) by "batch x threads" key, as [value, low, high].
+        environment: hardware, versions and load at the time.
+        protocol: one line that says how it was measured.
+    """
+
+    rows: tuple[LatencyRow, ...]
+    noise_floor: dict[str, tuple[float, float, float]]
+    environment: dict[str, Any]
+    protocol: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LatencyTable:
+        """The table that `to_json` wrote."""
+        rows = []
+        for row in value["rows"]:
+            speedup = Ratio(**row["speedup"]) if row["speedup"] else None
+            rows.append(LatencyRow(**{**row, "speedup": speedup}))
+        floor = {k: (v[0], v[1], v[2]) for k, v in value["noise_floor"].items()}
+        return cls(tuple(rows), floor, value["environment"], value["protocol"])

@@ -1,0 +1,60 @@
+"""The command line: commands are named here and imported only when they run, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+from . import __version__
+from .errors import RobustPruneError
+
+app = App(
+    name="robust-prune",
+    version=__version__,
+    help="Makes adversarially trained vision models physically smaller, and measures what is left: robust accuracy "
+    "and latency, in one table.\n\nStart with: robust-prune compress demo --ratio 0.5",
+)
+_COMMANDS = {
+    "compress": "Make a robust model smaller: measure, cut, fine-tune, evaluate, export, time, report.",
+    "train": "Train a robust model from scratch.",
+    "sensitivity": "Measure Module Robustness Sensitivity, layer by layer.",
+    "evaluate": "Measure clean and robust accuracy of a model.",
+    "export": "Write a model as an ONNX file, checked against a float64 reference.",
+    "bench": "Time ONNX files side by side.",
+    "doctor": "Check this machine and name repairs.",
+}
+for _name, _help in _COMMANDS.items():
+    app.command(f"robust_prune.commands.{_name}:{_name}", name=_name, help=_help)
+app.command("robust_prune.commands.recipes:app", name="recipes", help="List, show or copy the shipped recipes.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command line and ends the process with its exit code.
+
+    Exit codes: 0 success, 2 usage, 3 environment, 4 a quality gate failed, 130 interrupted. A traceback is shown only
+    with ``--debug``.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    problems = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(tokens, exit_on_error=False, print_error=False)
+    except (CycloptsError, RobustPruneError) as error:
+        if debug:
+            raise
+        problems.print(f"error: {_one_line(error)}", markup=False)
+        sys.exit(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        problems.print("interrupted; run the same command again to go on from here", markup=False)
+        sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

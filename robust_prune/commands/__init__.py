@@ -1,0 +1,1 @@
+"""The commands, one file a verb; nothing here imports torch before it must."""

@@ -1,0 +1,64 @@
+"""robust-prune bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..console import console
+from ..errors import UsageError
+
+
+def bench(
+    *files: Path,
+    batch: Annotated[str, Parameter(help="Batch sizes, separated by commas.")] = "1",
+    threads: Annotated[str, Parameter(help="Threads of a session, separated by commas.")] = "1",
+    provider: Annotated[str, Parameter(help="cpu, cuda or tensorrt; a silent fallback is refused.")] = "cpu",
+    seconds: Annotated[float, Parameter(help="Measuring time in all.")] = 20.0,
+    out: Annotated[Path | None, Parameter(help="Also write the table as JSON.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the visiting order.")] = 0,
+) -> None:
+    """Time ONNX files side by side, interleaved, against the first of them.
+
+    Parameters
+    ----------
+    files
+        ONNX classifiers.
+    """
+    if not files:
+        raise UsageError("no file given. Try: robust-prune bench dense.onnx model.onnx")
+
+    from ..bench.latency import render_latency, run
+    from ..run_dir import write_json
+
+    table = run(
+        [(label, path) for label, path in zip(_labels(files), files, strict=True)],
+        batches=_numbers("--batch", batch),
+        threads=_numbers("--threads", threads),
+        provider=provider,
+        seconds_budget=seconds,
+        seed=seed,
+    )
+    console.print(render_latency(table))
+    if out is not None:
+        write_json(out, table.to_json())
+
+
+def _labels(files: tuple[Path, ...]) -> list[str]:
+    names = [path.name for path in files]
+    if len(set(names)) == len(names):
+        return names
+    texts = [str(path) for path in files]
+    return [text if texts.count(text) == 1 else f"{text} #{index}" for index, text in enumerate(texts, start=1)]
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} wants whole numbers separated by commas, got {text!r}") from error
+    if min(values) < 1:
+        raise UsageError(f"{flag} wants numbers from 1, got {text!r}")
+    return values

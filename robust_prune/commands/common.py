@@ -1,0 +1,121 @@
+"""What several commands share: resolving the recipe, opening models and data, naming runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+
+from ..errors import UsageError
+from ..recipe import Recipe, load
+
+if TYPE_CHECKING:
+    from ..data.base import DataBundle
+    from ..models.artifact import Loaded
+
+DEMO = "demo"
+
+RecipeFlag = Annotated[str | None, Parameter(help="Recipe file, or the name of a shipped one (recipes ls).")]
+DataFlag = Annotated[
+    str | None, Parameter(help="cifar10, cifar100, svhn, fashion_mnist, sample, a folder, or an .npz file.")
+]
+ArchFlag = Annotated[
+    str | None,
+    Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function, for files that hold only weights."),
+]
+OutFlag = Annotated[Path | None, Parameter(help="Where results go.")]
+SeedFlag = Annotated[int | None, Parameter(help="Seed of everything random.")]
+DeviceFlag = Annotated[str | None, Parameter(help="auto, cpu or cuda.")]
+SetFlag = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="Any recipe value, e.g. --set finetune.lr=0.05. Repeatable."),
+]
+ImagesFlag = Annotated[int | None, Parameter(help="Evaluate on the first N test images only.")]
+TrustFlag = Annotated[
+    bool, Parameter(negative="", help="Open a pickled module: this runs code from the file. Only for files you made.")
+]
+
+
+def resolve(
+    recipe: str | None, flags: Mapping[str, Any], assignments: Sequence[str] | None, *, demo: bool = False
+) -> Recipe:
+    """The recipe with flags put over it; `demo` picks the demo's recipe when none is named.
+
+    Raises:
+        UsageError: see `recipe.load`.
+    """
+    return load(recipe or (DEMO if demo else None), {**flags, **dict(_assignment(text) for text in assignments or ())})
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, mark, value = text.partition("=")
+    if not mark or not key:
+        raise UsageError(f"--set wants KEY=VALUE such as finetune.lr=0.05, got {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: the value is not valid YAML") from error
+
+
+def check_model_path(model: str) -> None:
+    """Raises `UsageError` early, before slow imports and data, when a model file is not there."""
+    if model != DEMO and "/" not in model and not Path(model).exists():
+        raise UsageError(f"model file {model} does not exist. Give a file, or 'demo' for the embedded model.")
+
+
+def open_data(recipe: Recipe) -> DataBundle:
+    """The recipe's data set.
+
+    Raises:
+        UsageError: none is named, or it cannot be read.
+        EnvironmentProblem: it is not on this machine and cannot be downloaded.
+    """
+    from ..data.sources import load_data
+
+    section = recipe.data
+    if section.name is None:
+        raise UsageError(
+            "no data given. Add --data cifar10 (or cifar100, svhn, fashion_mnist, a folder, an .npz file), "
+            "or --data sample for the embedded sample of CIFAR-10."
+        )
+    size = (3, section.image_size, section.image_size) if section.image_size else None
+    root = Path(section.root) if section.root else None
+    return load_data(section.name, validation=section.validation, root=root, seed=recipe.seed, input_size=size)
+
+
+def open_model_for(
+    model: str, data: DataBundle | None, recipe: Recipe, arch: str | None, trust_pickle: bool = False
+) -> Loaded:
+    """The model behind a name or path, held against the data it is to be used with."""
+    from ..models.foreign import open_model
+
+    facts: dict[str, Any] = {}
+    if data is not None:
+        facts = {
+            "num_classes": data.num_classes,
+            "input_size": data.input_size,
+            "mean": data.mean,
+            "std": data.std,
+            "class_names": data.class_names,
+        }
+    return open_model(
+        model, arch=arch or recipe.model.arch, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts
+    )
+
+
+def run_name(model: str) -> str:
+    """A short name for folders and titles: the file's stem, or its folder's name for a ``model.*`` in a run folder."""
+    path = Path(model)
+    stem = path.parent.name if path.stem == "model" and path.parent.name else path.stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem) or "model"
+
+
+def command_line() -> str:
+    """The command that repeats this run, as the user typed it."""
+    return shlex.join(["robust-prune", *sys.argv[1:]])

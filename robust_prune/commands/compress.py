@@ -1,0 +1,83 @@
+"""robust-prune compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..console import console
+from .common import (
+    DEMO,
+    ArchFlag,
+    DataFlag,
+    DeviceFlag,
+    ImagesFlag,
+    RecipeFlag,
+    SeedFlag,
+    SetFlag,
+    TrustFlag,
+    check_model_path,
+    command_line,
+    open_data,
+    open_model_for,
+    resolve,
+    run_name,
+)
+
+
+def compress(
+    model: str,
+    *,
+    ratio: Annotated[str | None, Parameter(help="Share to remove, between 0 and 1.")] = None,
+    of: Annotated[str | None, Parameter(help="What the ratio counts: macs, params or channels.")] = None,
+    data: DataFlag = None,
+    recipe: RecipeFlag = None,
+    out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
+    arch: ArchFlag = None,
+    epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
+    images: ImagesFlag = None,
+    allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
+    criterion: Annotated[str | None, Parameter(help="Channel score inside a group.")] = None,
+    dry_run: Annotated[bool, Parameter(negative="", help="Print the plan; write nothing.")] = False,
+    seed: SeedFlag = None,
+    device: DeviceFlag = None,
+    trust_pickle: TrustFlag = False,
+    assignments: SetFlag = None,
+) -> None:
+    """Make a robust model smaller: measure, cut, fine-tune, evaluate, export, time, report.
+
+    Parameters
+    ----------
+    model
+        A model file, or "demo" for the embedded one.
+    """
+    flags = {
+        "pruning.ratio": ratio,
+        "pruning.of": of,
+        "pruning.allocation": allocation,
+        "pruning.criterion": criterion,
+        "data.name": data,
+        "finetune.epochs": epochs,
+        "evaluation.images": images,
+        "seed": seed,
+        "device": device,
+    }
+    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    check_model_path(model)
+    bundle = open_data(resolved)
+    loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+
+    from .. import pipeline
+    from ..machine import tune_allocator
+
+    tune_allocator()
+    job = pipeline.Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
+    if not dry_run:
+        pipeline.compress(job)
+        return
+    _, plan = pipeline.make_plan(job)
+    console.print(pipeline.render_plan(plan))
+    pipeline.warn(plan.note)
+    console.print("Dry run: nothing was written.")

@@ -1,0 +1,17 @@
+"""robust-prune doctor."""
+
+from __future__ import annotations
+
+from ..console import console
+from ..errors import EnvironmentProblem
+
+
+def doctor() -> None:
+    """Check this machine and name repairs. Exit code 3 when something must be repaired."""
+    from ..environment import doctor_checks, render_doctor
+
+    checks = doctor_checks()
+    console.print(render_doctor(checks))
+    failed = [check.name for check in checks if check.status == "fail"]
+    if failed:
+        raise EnvironmentProblem(f"{', '.join(failed)}: see the repair above")

@@ -1,0 +1,58 @@
+"""robust-prune export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..console import console
+from .common import (
+    DEMO,
+    ArchFlag,
+    DataFlag,
+    RecipeFlag,
+    SetFlag,
+    TrustFlag,
+    check_model_path,
+    open_data,
+    open_model_for,
+    resolve,
+)
+
+
+def export(
+    model: str,
+    *,
+    out: Annotated[Path, Parameter(help="The .onnx file to write.")] = Path("model.onnx"),
+    data: DataFlag = None,
+    recipe: RecipeFlag = None,
+    opset: Annotated[int | None, Parameter(help="ONNX operator set, 18 or newer.")] = None,
+    arch: ArchFlag = None,
+    trust_pickle: TrustFlag = False,
+    assignments: SetFlag = None,
+) -> None:
+    """Write a model as one ONNX file, checked against a float64 reference on real images.
+
+    Parameters
+    ----------
+    model
+        A model file, or "demo" for the embedded one.
+    """
+    flags = {"export.opset": opset, "data.name": data}
+    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    check_model_path(model)
+    bundle = open_data(resolved)
+    loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+
+    from .. import stages
+
+    found = stages.export(loaded.model, loaded.spec, bundle, out, resolved.export.opset, resolved.seed)
+    parity = found.parity
+    console.print(
+        f"{out}: {found.bytes / 1e6:.2f} MB, opset {found.opset}; largest logit error {parity.onnx_error:.2g} "
+        f"(torch fp32: {parity.torch_error:.2g}) against float64 on {parity.images} images, "
+        f"classes agree on {100 * parity.argmax_agreement:.0f} %",
+        markup=False,
+    )

@@ -1,0 +1,59 @@
+"""robust-prune train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..errors import UsageError
+from .common import (
+    DataFlag,
+    DeviceFlag,
+    ImagesFlag,
+    RecipeFlag,
+    SeedFlag,
+    SetFlag,
+    command_line,
+    open_data,
+    resolve,
+)
+
+
+def train(
+    *,
+    recipe: RecipeFlag = None,
+    arch: Annotated[
+        str | None, Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function.")
+    ] = None,
+    data: DataFlag = None,
+    out: Annotated[Path | None, Parameter(help="Run folder; runs/ARCH-DATA by default.")] = None,
+    epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,
+    loss: Annotated[str | None, Parameter(help="n_fgsm, pgd_at, trades or clean.")] = None,
+    images: ImagesFlag = None,
+    seed: SeedFlag = None,
+    device: DeviceFlag = None,
+    assignments: SetFlag = None,
+) -> None:
+    """Train a robust model from scratch; a killed run goes on with the same command."""
+    flags = {
+        "model.arch": arch,
+        "data.name": data,
+        "training.epochs": epochs,
+        "training.loss": loss,
+        "evaluation.images": images,
+        "seed": seed,
+        "device": device,
+    }
+    resolved = resolve(recipe, flags, assignments)
+    if resolved.model.arch is None:
+        raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
+    bundle = open_data(resolved)
+
+    from .. import training_run
+    from ..machine import tune_allocator
+
+    tune_allocator()
+    name = f"{resolved.model.arch.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
+    training_run.run(name, bundle, resolved, out or Path("runs") / name, command_line())

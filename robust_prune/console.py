@@ -1,0 +1,77 @@
+"""Terminal output: one shared console, and progress that degrades to plain lines when nobody watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Advance = Callable[..., None]
+PLAIN_INTERVAL_SECONDS = 15.0
+
+
+@contextmanager
+def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Shows the progress of a stage.
+
+    Args:
+        description: what is being done, e.g. ``"PGD-20, 2 restarts"``.
+        total: number of units.
+        done: units finished by an earlier, interrupted run.
+
+    Yields:
+        ``advance(count=1, note="")``: call it after each unit; `note` replaces the text beside the bar.
+    """
+    if console.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task(description, total=total, completed=done, note="")
+
+            def advance(count: int = 1, note: str | None = None) -> None:
+                bar.update(task, advance=count)
+                if note is not None:
+                    bar.update(task, note=note)
+
+            yield advance
+        return
+    with _plain(description, total, done) as advance_plain:
+        yield advance_plain
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def _plain(description: str, total: int, done: int) -> Iterator[Advance]:
+    begin = last = time.monotonic()
+    start = done
+    note_now = ""
+
+    def advance(count: int = 1, note: str | None = None) -> None:
+        nonlocal done, last, note_now
+        done += count
+        note_now = note if note is not None else note_now
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL_SECONDS and done < total:
+            last = now
+            left = (now - begin) / max(done - start, 1) * (total - done)
+            console.print(f"{description}: {done}/{total}, about {left:.0f} s left {note_now}".rstrip(), markup=False)
+
+    yield advance
+    elapsed = time.monotonic() - begin
+    if elapsed >= 2:
+        console.print(f"{description}: done in {elapsed:.0f} s {note_now}".rstrip(), markup=False)

@@ -1,0 +1,1 @@
+"""Clean and robust accuracy, with the warnings that belong to them."""

@@ -1,0 +1,79 @@
+"""A few images with the perturbations that fool a model, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attacks import ThreatModel, frozen_eval
+from ..data.base import ImageSet
+from .scoring import score
+from .worst_case import worst_points
+
+
+def make_examples(
+    models: Mapping[str, nn.Module],
+    images: ImageSet,
+    threat: ThreatModel,
+    class_names: Sequence[str],
+    *,
+    attacked: str,
+    count: int = 6,
+    steps: int = 20,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> list[dict[str, Any]]:
+    """The first images of distinct classes, attacked through one of the models and shown to all of them.
+
+    The choice of images looks at labels only, never at predictions, so that the strip does not flatter a model.
+
+    Args:
+        models: by label, e.g. ``{"dense": ..., "pruned": ...}``; all on `device`.
+        images: uint8 images and labels.
+        threat: norm and radius.
+        class_names: one a class.
+        attacked: label of the model that the perturbations are made on.
+        count: number of images; classes repeat when there are fewer.
+        steps, seed: of the attack (one random start).
+        device: where the models are.
+
+    Returns:
+        One dict an image: ``image`` (uint8 [C, H, W]), ``adversarial`` (float32 [C, H, W] in [0, 1]), ``label`` (str),
+        ``predictions`` ({model label: {"clean": str, "adversarial": str}}).
+    """
+    chosen = _varied(images, count)
+    raw, y = images.get(chosen)
+    x, y = raw.to(device).float() / 255, y.to(device)
+    with frozen_eval(models[attacked]) as model:
+        _, worst, _ = worst_points(model, x, y, threat, steps=steps, restarts=1, seed=seed)
+    seen = {}
+    for label, candidate in models.items():
+        with frozen_eval(candidate) as model:
+            seen[label] = {"clean": score(model, x, y)[0].tolist(), "adversarial": score(model, worst, y)[0].tolist()}
+
+    def name(index: int) -> str:
+        return class_names[index] if 0 <= index < len(class_names) else str(index)
+
+    return [
+        {
+            "image": raw[i].cpu().numpy(),
+            "adversarial": worst[i].cpu().numpy(),
+            "label": name(int(y[i])),
+            "predictions": {m: {k: name(v[i]) for k, v in p.items()} for m, p in seen.items()},
+        }
+        for i in range(len(chosen))
+    ]
+
+
+def _varied(images: ImageSet, count: int, look_at: int = 200) -> torch.Tensor:
+    """Positions of the first image of each class, then of the next ones, up to `count`."""
+    _, labels = images.get(torch.arange(min(look_at, len(images))))
+    seen: dict[int, int] = {}
+    ranked = []
+    for position, label in enumerate(labels.tolist()):
+        ranked.append((seen.get(label, 0), position))
+        seen[label] = seen.get(label, 0) + 1
+    return torch.tensor([position for _, position in sorted(ranked)[:count]])

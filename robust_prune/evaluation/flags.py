@@ -1,0 +1,127 @@
+"""Warnings that a robust figure may not be trusted: each a rule with a number, worded as a sentence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .hashing import buffers_hash
+
+CHECK_IMAGES = 64
+ALONE_IMAGES = 8
+BATCH_TOLERANCE = 0.01
+ZERO_SHARE = 0.01
+BLANK_SHARE = 0.5
+PROBABILITY_SLACK = 1e-3
+TWIN_CLEAN_SHARE = 0.005
+TWIN_ROBUST_POINTS = 1.0
+BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers depend on what it saw before."
+
+
+def mode_flags(model: nn.Module) -> list[str]:
+    """Modules that were in training mode when the evaluation began."""
+    modules = list(model.modules())
+    training = sum(m.training for m in modules)
+    if not training:
+        return []
+    return [f"The model was not in eval mode when it came in ({training} of {len(modules)} modules); it was put in it."]
+
+
+def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """Flags that a few images reveal; the model is in eval mode with frozen parameters.
+
+    Args:
+        model: maps [0, 1] images to logits.
+        x, y: images [N, C, H, W] and labels [N]; the first 64 are used.
+    """
+    x, y = x[:CHECK_IMAGES], y[:CHECK_IMAGES]
+    before = buffers_hash(model)
+    with torch.no_grad():
+        logits = model(x).float()
+    flags = non_finite_flag(logits) + probability_flag(logits)
+    if any(module.training for module in model.modules()):
+        flags.append("The model puts itself back into training mode while it runs.")
+    flags += composition_flags(model, x, logits)
+    if buffers_hash(model) != before:
+        flags.append(BUFFERS_MOVED)
+    return flags + gradient_flags(model, x, y)
+
+
+def non_finite_flag(logits: Tensor) -> list[str]:
+    """Any logit that is infinite or not a number."""
+    share = 1 - torch.isfinite(logits).all(dim=1).float().mean().item()
+    return [f"{100 * share:.1f} % of images gave logits that are not finite; they count as wrong."] if share else []
+
+
+def probability_flag(logits: Tensor) -> list[str]:
+    """Outputs that look like softmax probabilities: the cross-entropy's gradient would be squashed twice."""
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    if inside and bool(((logits.sum(dim=1) - 1).abs() <= PROBABILITY_SLACK).all()):
+        return ["The outputs look like probabilities (in [0, 1], rows sum to 1 within 0.001); the attack needs logits."]
+    return []
+
+
+@torch.no_grad()
+def composition_flags(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
+    """Outputs that change from pass to pass, or with the rest of the batch, by more than 1 % of their spread."""
+    spread = logits.std().item()
+    if not torch.isfinite(logits).all() or spread == 0:
+        return []
+    again = model(x).float()
+    jitter = (again - logits).abs().max().item() / spread
+    if jitter > BATCH_TOLERANCE:
+        return [f"Two passes over the same images differ by {100 * jitter:.1f} % of the logits' spread (limit 1 %)."]
+    count = min(ALONE_IMAGES, len(x))
+    alone = torch.cat([model(x[i : i + 1]).float() for i in range(count)])
+    drift = (alone - logits[:count]).abs().max().item() / spread
+    if drift > BATCH_TOLERANCE:
+        return [
+            "An image's logits depend on the batch it is in: "
+            f"they move by {100 * drift:.1f} % of their spread (limit 1 %)."
+        ]
+    return []
+
+
+def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """Input gradients that give an attack nothing to follow on more than 1 % of the images.
+
+    Raises:
+        UsageError: there is no gradient at all, so that no attack of a gradient tier can run.
+    """
+    images = x.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(images).float(), y, reduction="sum")
+        gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise UsageError(
+            "the model's outputs have no gradient with respect to the images, so a gradient attack cannot judge it. "
+            "Take no_grad, detach and rounding out of its forward."
+        )
+    usable = gradient.isfinite() & (gradient != 0)
+    blank = (usable.flatten(1).float().mean(dim=1) < BLANK_SHARE).float().mean().item()
+    if blank > ZERO_SHARE:
+        return [
+            f"On {100 * blank:.1f} % of images (limit 1 %) most of the input gradient is zero or not finite: "
+            "the model may hide its gradients, and stronger attacks may find it weaker."
+        ]
+    return []
+
+
+def twin_flags(mismatch: int, total: int, robust: int, twin_robust: int) -> list[str]:
+    """The exported file and the torch model disagree on more than 0.5 % of clean images or 1 point of robustness.
+
+    Args:
+        mismatch: clean images that the two classify differently.
+        total: images.
+        robust, twin_robust: images on which each survives the same adversarial points.
+    """
+    flags = []
+    if mismatch > TWIN_CLEAN_SHARE * total:
+        share = 100 * mismatch / total
+        flags.append(f"The exported file and the torch model disagree on {share:.1f} % of clean images (limit 0.5 %).")
+    gap = 100 * abs(robust - twin_robust) / total
+    if gap > TWIN_ROBUST_POINTS:
+        flags.append(f"The exported file's robust accuracy is {gap:.1f} points off the torch model's (limit 1).")
+    return flags

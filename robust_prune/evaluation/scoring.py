@@ -1,0 +1,109 @@
+"""Predictions that count: in fp32, finite, and on points that lie inside the threat model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks.projections import l2_norm
+from ..attacks.threat import ThreatModel
+from ..errors import QualityGateError
+
+Precision = Literal["fp32", "bf16"]
+LINF_SLACK = 1e-6
+L2_SLACK = 1e-5
+WRONG_BONUS = 1e4
+
+
+class CountedModel(nn.Module):
+    """Counts image passes of a model, and runs it in bf16 where asked.
+
+    Attributes:
+        forwards: images that went through the model.
+        backwards: images of those whose input gradient was recorded, hence walked back.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.forwards = 0
+        self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, K], in float32, of images [N, C, H, W]."""
+        self.forwards += len(x)
+        self.backwards += len(x) if x.requires_grad and torch.is_grad_enabled() else 0
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(x).float()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Real fp32 convolutions and matrix products: GPUs would otherwise round them to TF32's 10 bits."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def classify(logits: Tensor) -> Tensor:
+    """Predicted classes ([N, K] -> [N]); -1, never right, where a logit is not finite."""
+    finite = torch.isfinite(logits).all(dim=1)
+    return torch.where(finite, logits.argmax(dim=1), torch.full_like(logits[:, 0], -1, dtype=torch.long))
+
+
+@torch.no_grad()
+def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted classes [N] and cross-entropy [N] (infinite where logits are not finite), in fp32."""
+    with full_precision(), torch.autocast(x.device.type, enabled=False):
+        logits = model(x).float()
+    loss = F.cross_entropy(logits, y, reduction="none")
+    return classify(logits), torch.where(torch.isfinite(loss), loss, torch.full_like(loss, torch.inf))
+
+
+class WorstPoint:
+    """Objective of the attack: cross-entropy, with every misclassified point ranked above every right one.
+
+    The bonus has no gradient, so the ascent is plain PGD; it only makes `keep_best` return a misclassified iterate
+    whenever the attack passed through one.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Objective [N] of logits [N, K]."""
+        wrong = (classify(logits.detach()) != self.y).float()
+        loss = F.cross_entropy(logits, self.y, reduction="none")
+        # A point whose loss is NaN would lose every comparison, although the model fails on it.
+        return loss.nan_to_num(nan=0.0) + WRONG_BONUS * wrong
+
+
+def check_points(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> None:
+    """Proves that every attacked image lies inside the epsilon-ball and inside [0, 1].
+
+    Raises:
+        QualityGateError: one does not, or is not finite: the attack is broken and its figures would be false.
+    """
+    delta = x_adv - x
+    if threat.norm == "linf":
+        distance, limit = delta.flatten(1).abs().amax(dim=1), threat.epsilon + LINF_SLACK
+    else:
+        distance, limit = l2_norm(delta).flatten(), threat.epsilon * (1 + L2_SLACK) + L2_SLACK
+    # Written as "all inside" rather than "any outside", so that NaN fails.
+    if not bool((distance <= limit).all()):
+        raise QualityGateError(
+            f"an attacked image lies {float(distance.max()):.6g} from its original, outside {threat}. "
+            "The attack is broken; please report it."
+        )
+    if not bool(((x_adv >= 0) & (x_adv <= 1)).all()):
+        raise QualityGateError("an attacked image leaves [0, 1]. The attack is broken; please report it.")

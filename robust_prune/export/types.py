@@ -1,0 +1,58 @@
+"""What an export leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Outcome of the parity gate between the ONNX file and the torch model.
+
+    Attributes:
+        batch_sizes: batch sizes that were compared.
+        images: number of distinct images.
+        onnx_error, torch_error: largest absolute logit difference to the float64 reference.
+        argmax_agreement: share of images, in [0, 1], on which ONNX and the reference predict the same class.
+        passed: whether the gate holds.
+    """
+
+    batch_sizes: tuple[int, ...]
+    images: int
+    onnx_error: float
+    torch_error: float
+    argmax_agreement: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class OnnxArtifact:
+    """An exported, checked ONNX file.
+
+    Attributes:
+        path: where it lies.
+        bytes: file size.
+        opset: operator set version.
+        sha256: of the file.
+        flushed_subnormals: weights that were subnormal and are now zero.
+        parity: outcome of the gate.
+    """
+
+    path: str
+    bytes: int
+    opset: int
+    sha256: str
+    flushed_subnormals: int
+    parity: Parity
+
+    def to_json(self) -> dict[str, Any]:
+        """The artifact as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> OnnxArtifact:
+        """The artifact that `to_json` wrote."""
+        data = dict(value)
+        data["parity"] = Parity(**{**data["parity"], "batch_sizes": tuple(data["parity"]["batch_sizes"])})
+        return cls(**data)

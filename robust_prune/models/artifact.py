@@ -1,0 +1,217 @@
+"""The project's model files: one file, no pickle, rebuilt bit for bit.
+
+A ``.safetensors`` file holds the tensors and, in its metadata, a JSON manifest: format, version, the architecture's
+spec, the changes that surgery made to it, the threat model and the provenance. A ``.pt`` file holds the same two things
+for tools that only know ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..attacks.threat import ThreatModel
+from ..errors import UsageError
+from ..run_dir import atomic_write
+from . import registry, user_file, weight_files
+from .manifest import apply_changes, describe_changes
+from .normalization import NormalizedClassifier
+from .spec import ModelSpec
+
+FORMAT = "robust-prune"
+VERSION = 1
+KEY = "robust_prune"
+"""Where the manifest lies: a metadata key of the safetensors file, or a key of the ``.pt`` file's dict."""
+
+SUFFIXES = (".safetensors", ".pt")
+StoreDtype = Literal["float16"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An opened model.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        spec: what names its dense architecture.
+        threat: the threat model it was trained against, if the file says so.
+        provenance: JSON values about where it came from.
+    """
+
+    model: NormalizedClassifier
+    spec: ModelSpec
+    threat: ThreatModel | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    spec: ModelSpec,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    threat: ThreatModel | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    store_dtype: StoreDtype | None = None,
+) -> None:
+    """Writes `model` whole or not at all, after proving that the file's contents rebuild it.
+
+    Args:
+        path: ends in ``.safetensors`` or ``.pt``.
+        model: a `NormalizedClassifier` of `spec`'s architecture, dense or pruned.
+        spec: what names the dense architecture.
+        changes: `describe_changes` between the dense `NormalizedClassifier` and `model`; None works them out.
+        threat: what the model was trained against.
+        provenance: JSON values: recipe hash, parent hash, metrics.
+        store_dtype: ``"float16"`` halves the file by rounding matrices and kernels (vectors, such as batch-norm
+            statistics, stay). The loaded model is then the rounded one: measure that.
+
+    Raises:
+        UsageError: another suffix, a model that does not belong to `spec`, values that JSON or float16 cannot hold.
+        EnvironmentProblem: the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, got {path}")
+    if not isinstance(model, NormalizedClassifier):
+        raise UsageError(f"only a NormalizedClassifier can be saved, got {type(model).__name__}")
+    spec = registry.without_pretrained(spec)
+    fresh = registry.build(spec, pretrained=False, check=False)
+    changes = dict(changes) if changes is not None else describe_changes(fresh, model)
+    tensors = _stored(model.state_dict(), store_dtype)
+    _fill(fresh, changes, tensors, "the model to save")
+    manifest = _manifest(spec, changes, threat, provenance, store_dtype)
+    if path.suffix == ".pt":
+        atomic_write(path, lambda part: torch.save({KEY: manifest, "state_dict": tensors}, part))
+    else:
+        atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={KEY: manifest}))
+
+
+def load(path: Path, *, arch: str | None = None, trust_source: bool = False) -> Loaded:
+    """Rebuilds the model of an artifact.
+
+    Args:
+        path: what `save` wrote.
+        arch: where the architecture's ``file.py:function`` is now; needed for such models, because loading runs that
+            file, and its hash must be the one recorded. Other architectures need no `arch`.
+        trust_source: run the ``file.py:function`` that the artifact names, without `arch`: for files that this very run
+            has written.
+
+    Raises:
+        UsageError: not an artifact, made by a newer version, damaged, or its architecture cannot be rebuilt here.
+    """
+    contents = weight_files.read(path)
+    if not is_artifact(contents):
+        raise UsageError(f"{path} is not a robust-prune artifact but plain weights. Open it with --arch.")
+    return open_contents(path, contents, arch=arch, trust_source=trust_source)
+
+
+def is_artifact(contents: weight_files.Contents) -> bool:
+    """Whether a file that was read is one of ours."""
+    return KEY in contents.metadata or (isinstance(contents.value, dict) and isinstance(contents.value.get(KEY), str))
+
+
+def open_contents(
+    path: Path, contents: weight_files.Contents, *, arch: str | None = None, trust_source: bool = False
+) -> Loaded:
+    """`load` for a file that has been read already."""
+    in_metadata = KEY in contents.metadata
+    text = contents.metadata[KEY] if in_metadata else contents.value[KEY]
+    tensors = contents.value if in_metadata else contents.value.get("state_dict")
+    try:
+        manifest = json.loads(text)
+        spec = ModelSpec.from_json(manifest["spec"])
+        changes = manifest["changes"]
+        threat = ThreatModel(**manifest["threat"]) if manifest["threat"] else None
+        version, provenance, stored = manifest["version"], manifest["provenance"], manifest["store_dtype"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
+    if manifest.get("format") != FORMAT or not isinstance(version, int) or not isinstance(tensors, dict):
+        raise UsageError(f"the manifest of {path} is damaged: it is not of format {FORMAT!r}")
+    if version > VERSION:
+        raise UsageError(f"{path} has format version {version}, this robust-prune reads up to {VERSION}. Upgrade it.")
+    spec = _consented(path, spec, arch, trust_source)
+    model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
+    if stored == "float16":
+        tensors = {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
+    _fill(model, changes, tensors, str(path))
+    return Loaded(model.eval(), spec, threat, provenance)
+
+
+def _consented(path: Path, spec: ModelSpec, arch: str | None, trust_source: bool) -> ModelSpec:
+    # A manifest may name any Python file of the reader's disk and arguments for any function in it, so a file is run
+    # only when the user names it, or the caller vouches for the artifact.
+    if user_file.is_reference(spec.arch):
+        if arch is None and not trust_source:
+            raise UsageError(
+                f"{path} was built by {spec.arch}, and loading it runs that file. "
+                f"If you trust it, add --arch {spec.arch}"
+            )
+        return replace(spec, arch=arch) if arch is not None else spec
+    if arch is not None and arch != spec.arch:
+        raise UsageError(f"{path} holds a {spec.arch}, not {arch}. Leave --arch out: the file knows its architecture.")
+    forbidden = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights"} & spec.kwargs.keys()
+    if forbidden:
+        raise UsageError(f"{path} asks its architecture to read other files ({', '.join(sorted(forbidden))}). Refused.")
+    return spec
+
+
+def _manifest(
+    spec: ModelSpec,
+    changes: Mapping[str, Any],
+    threat: ThreatModel | None,
+    provenance: Mapping[str, Any] | None,
+    store_dtype: str | None,
+) -> str:
+    value = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": spec.to_json(),
+        "changes": changes,
+        "threat": threat.to_json() if threat else None,
+        "provenance": dict(provenance or {}),
+        "store_dtype": store_dtype,
+    }
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"changes, kwargs and provenance must be plain JSON values: {error}") from error
+
+
+def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, Tensor]:
+    if store_dtype not in (None, "float16"):
+        raise UsageError(f"store_dtype must be float16 or nothing, got {store_dtype!r}")
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        # A clone of its own: safetensors refuses tensors that share memory, as tied weights do.
+        value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if store_dtype == "float16" and value.ndim >= 2 and value.dtype == torch.float32:
+            half = value.half()
+            if not torch.equal(half.isfinite(), value.isfinite()):
+                raise UsageError(f"{name} holds values beyond float16's range (65504). Store it in float32.")
+            value = half
+        stored[name] = value
+    return stored
+
+
+def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Gives a freshly built `model` the shapes, dtypes and values of the stored tensors."""
+    apply_changes(model, dict(changes))
+    targets = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        target = targets.get(name)
+        if target is not None and target.dtype != tensor.dtype and target.is_floating_point():
+            target.data = target.data.to(tensor.dtype)
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        first = " ".join(str(error).split("\n\t")[1].split()) if "\n\t" in str(error) else str(error)
+        raise UsageError(
+            f"{what} does not fit its architecture: {first}. Was the model changed, or a package?"
+        ) from error

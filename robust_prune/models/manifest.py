@@ -1,0 +1,161 @@
+"""What surgery changed, as plain JSON: enough to turn a fresh dense model into the pruned one without pickle.
+
+A pruned model differs from its dense architecture in tensor shapes and in plain attributes of its modules
+(`out_channels`, `num_heads`, `nChannels`, ...). Both are recorded; the weights travel beside them as an ordinary
+state_dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+
+_SCALARS = (bool, int, float, str, type(None))
+# Mode and hook bookkeeping describe how a model is being used, not what it is.
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+
+
+def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
+    """What must change in `base` (the dense architecture) for its tensors and attributes to be those of `pruned`.
+
+    Args:
+        base: the model as its constructor makes it (weights are irrelevant).
+        pruned: the same architecture after surgery.
+
+    Returns:
+        ``{"attributes": {module name: {attribute: value}}, "shapes": {state_dict key: [sizes]}}``, JSON values only,
+        with an entry only for what differs. A module's name is ``""`` for the model itself.
+
+    Raises:
+        UsageError: the two are not the same architecture, or a non-persistent buffer changed shape (a state_dict cannot
+            carry it).
+    """
+    modules = dict(base.named_modules(remove_duplicate=False))
+    before, after = _tensors(base), _tensors(pruned)
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())[0]
+        raise UsageError(
+            f"cannot describe the pruned model: tensor {odd!r} exists in only one of the two models. Pass the "
+            "dense model that the pruned one came from."
+        )
+    attributes: dict[str, dict[str, Any]] = {}
+    for name, module in pruned.named_modules(remove_duplicate=False):
+        old: Mapping[str, Any] = vars(modules[name]) if name in modules else {}
+        changed = {k: _to_json(v) for k, v in vars(module).items() if _differs(k, v, old)}
+        if changed:
+            attributes[name] = changed
+    shapes = {k: list(t.shape) for k, t in after.items() if t.shape != before[k].shape}
+    lost = sorted(shapes.keys() - pruned.state_dict().keys())
+    if lost:
+        raise UsageError(
+            f"cannot describe the pruned model: buffer {lost[0]!r} changed shape but is not saved in the "
+            "state_dict. Register it with persistent=True."
+        )
+    return {"attributes": attributes, "shapes": shapes}
+
+
+def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
+    """Give `fresh_model` the attributes and tensor shapes of `changes`, in place; tensors that change are left empty.
+
+    Load the pruned state_dict (``strict=True``) afterwards. Ties between parameters and their `requires_grad` are kept.
+
+    Args:
+        fresh_model: the dense architecture, freshly built.
+        changes: what `describe_changes` returned, possibly read back from JSON. It may come from an untrusted file:
+            only plain attributes that already exist are set, and no tensor can grow.
+
+    Raises:
+        UsageError: a module, attribute or tensor that the model does not have, or a value or shape that cannot be
+            right. The model is untouched then.
+    """
+    modules = dict(fresh_model.named_modules(remove_duplicate=False))
+    tensors = _tensors(fresh_model)
+    attributes, shapes = changes.get("attributes"), changes.get("shapes")
+    if not isinstance(attributes, dict) or not isinstance(shapes, dict):
+        raise UsageError(
+            "the manifest of changes must hold the objects 'attributes' and 'shapes'. The file is damaged or not ours."
+        )
+    for name, values in attributes.items():
+        _check_attributes(name, values, modules)
+    for key, shape in shapes.items():
+        _check_shape(key, shape, tensors)
+
+    for name, values in attributes.items():
+        for attribute, value in values.items():
+            current = vars(modules[name])[attribute]
+            setattr(modules[name], attribute, type(current)(value) if isinstance(current, (tuple, list)) else value)
+    made: dict[int, torch.Tensor] = {}
+    for key, shape in shapes.items():
+        owner_name, _, tensor_name = key.rpartition(".")
+        owner, old = modules[owner_name], tensors[key]
+        if id(old) not in made:
+            empty = torch.empty(shape, dtype=old.dtype, device=old.device)
+            made[id(old)] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+        new = made[id(old)]
+        if isinstance(new, nn.Parameter):
+            owner._parameters[tensor_name] = new
+        else:
+            owner._buffers[tensor_name] = new
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under every name it has."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value survives JSON (tuples as lists)."""
+    return isinstance(value, _SCALARS) or (isinstance(value, (tuple, list)) and all(_plain(v) for v in value))
+
+
+def _to_json(value: Any) -> Any:
+    return [_to_json(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _differs(name: str, value: Any, old: Mapping[str, Any]) -> bool:
+    return name not in _BOOKKEEPING and name in old and _plain(value) and _plain(old[name]) and value != old[name]
+
+
+def _check_attributes(name: str, values: Any, modules: dict[str, nn.Module]) -> None:
+    if name not in modules:
+        raise UsageError(
+            f"the manifest changes module {name!r}, which the architecture does not have. Check the "
+            "architecture and the versions of the packages that build it."
+        )
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"the manifest's attributes of module {name!r} must be an object, got {type(values).__name__}."
+        )
+    known = vars(modules[name])
+    for attribute, value in values.items():
+        if attribute in _BOOKKEEPING or attribute not in known or not _plain(known[attribute]):
+            raise UsageError(
+                f"the manifest sets {name}.{attribute}, which is not a plain attribute of "
+                f"{type(modules[name]).__name__}. Check the architecture and package versions."
+            )
+        sequence = isinstance(known[attribute], (tuple, list))
+        if not _plain(value) or sequence != isinstance(value, (tuple, list)):
+            raise UsageError(
+                f"the manifest sets {name}.{attribute} to {value!r}, but it was {known[attribute]!r}. The "
+                "file is damaged or not ours."
+            )
+
+
+def _check_shape(key: str, shape: Any, tensors: dict[str, torch.Tensor]) -> None:
+    if key not in tensors:
+        raise UsageError(
+            f"the manifest shapes tensor {key!r}, which the architecture does not have. Check the "
+            "architecture and the versions of the packages that build it."
+        )
+    old = list(tensors[key].shape)
+    whole = isinstance(shape, (list, tuple)) and all(type(n) is int for n in shape)
+    if not whole or len(shape) != len(old) or any(not 1 <= n <= m for n, m in zip(shape, old, strict=True)):
+        raise UsageError(
+            f"the manifest gives {key!r} the shape {shape!r}, which is not a cut of {old}. The file is "
+            "damaged or not ours."
+        )

@@ -1,0 +1,259 @@
+"""Architectures by name: ``timm/…``, ``torchvision/…``, ``cifar/…`` or ``path/to/file.py:function``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import EnvironmentProblem, RobustPruneError, UsageError
+from . import cifar, user_file
+from .normalization import NormalizedClassifier
+from .spec import ModelSpec
+from .suggest import did_you_mean
+
+SOURCES = ("timm", "torchvision", "cifar")
+_FORMS = "timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function"
+_AUX_HEADS = ("googlenet", "inception_v3")
+# Exceptions of download libraries that do not derive from OSError.
+_NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")
+
+
+def make_spec(
+    arch: str,
+    *,
+    num_classes: int,
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    kwargs: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
+) -> ModelSpec:
+    """A checked `ModelSpec`; for ``file.py:function`` the hash of the file is recorded.
+
+    Args:
+        arch: the architecture reference; its name is looked up, nothing is built.
+        num_classes: number of logits, at least 2.
+        input_size: (channels, height, width).
+        mean, std: one number a channel, in [0, 1] units; `std` above 0.
+        kwargs: further constructor arguments, JSON values only.
+        class_names: empty, or one a class.
+
+    Raises:
+        UsageError: a malformed or unknown architecture, or a value outside its range.
+    """
+    size = tuple(int(n) for n in input_size)
+    if len(size) != 3 or min(size) < 1:
+        raise UsageError(f"input size must be (channels, height, width), got {tuple(input_size)}")
+    if num_classes < 2:
+        raise UsageError(f"a classifier needs at least 2 classes, got {num_classes}")
+    for label, values in (("mean", mean), ("std", std)):
+        if len(values) != size[0]:
+            raise UsageError(f"{label} must hold one number for each of {size[0]} channels, got {len(values)}")
+    if min(std) <= 0:
+        raise UsageError(f"std must be above 0, got {tuple(std)}")
+    if class_names and len(class_names) != num_classes:
+        raise UsageError(f"{len(class_names)} class names for {num_classes} classes")
+    try:
+        plain = json.loads(json.dumps(dict(kwargs or {})))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model kwargs must be plain JSON values: {error}") from error
+    return ModelSpec(
+        arch=arch,
+        num_classes=int(num_classes),
+        input_size=(size[0], size[1], size[2]),
+        mean=tuple(float(v) for v in mean),
+        std=tuple(float(v) for v in std),
+        kwargs=plain,
+        class_names=tuple(class_names),
+        source_sha256=check_arch(arch),
+    )
+
+
+def check_arch(arch: str) -> str:
+    """Looks `arch` up without building it.
+
+    Returns:
+        The SHA-256 of the file for ``file.py:function``, else an empty string.
+
+    Raises:
+        UsageError: the form is not one of ours, the name is unknown, or the file does not exist.
+    """
+    if user_file.is_reference(arch):
+        return user_file.sha256(arch)
+    source, _, name = arch.partition("/")
+    if source not in SOURCES or not name:
+        known = [f"cifar/{known}" for known in cifar.names()]
+        raise UsageError(f"unknown architecture {arch!r}.{did_you_mean(f'cifar/{arch}', known)} Give {_FORMS}.")
+    if source == "cifar":
+        cifar.check_name(name)
+        return ""
+    known = _timm_names() if source == "timm" else _torchvision_names()
+    if name not in known and not (source == "timm" and _is_timm_tag(name)):
+        raise UsageError(f"unknown architecture {arch}.{did_you_mean(name, known, source + '/')}")
+    return ""
+
+
+def list_models(prefix: str = "") -> list[str]:
+    """Names of known architectures that start with `prefix`, e.g. ``"timm/resnet"`` or ``"cifar/"``.
+
+    timm and torchvision are imported only if the prefix admits their names.
+    """
+    found: list[str] = []
+    for source, names in (("cifar", cifar.names), ("timm", _timm_names), ("torchvision", _torchvision_names)):
+        if source.startswith(prefix.partition("/")[0]):
+            found += [f"{source}/{name}" for name in names()]
+    return sorted(name for name in found if name.startswith(prefix))
+
+
+def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True) -> NormalizedClassifier:
+    """The architecture of `spec` with fresh weights, behind its normalization; in train mode.
+
+    Args:
+        spec: what to build; ``kwargs: {pretrained: true}`` downloads published weights.
+        pretrained: overrides ``kwargs["pretrained"]``; False never touches the network.
+        check: whether to run one black image through, so that a model that does not fit its images or classes is
+            refused here.
+
+    Raises:
+        UsageError: unknown name, refused argument, or a model that does not give [N, num_classes] logits.
+        EnvironmentProblem: published weights were asked for and cannot be downloaded.
+    """
+    kwargs = dict(spec.kwargs)
+    wanted = bool(kwargs.pop("pretrained", False))
+    wanted = wanted if pretrained is None else pretrained
+    source, _, name = spec.arch.partition("/")
+    if user_file.is_reference(spec.arch):
+        backbone = _without_weights(spec, wanted, user_file.call(spec, kwargs))
+    elif source == "cifar":
+        channels = spec.input_size[0]
+        kwargs.setdefault("in_chans", channels)
+        backbone = _without_weights(spec, wanted, cifar.create(name, spec.num_classes, **kwargs))
+    elif source in ("timm", "torchvision"):
+        check_arch(spec.arch)
+        make = _timm_model if source == "timm" else _torchvision_model
+        backbone = _guarded(spec, wanted, lambda: make(name, spec, kwargs, wanted))
+    else:
+        check_arch(spec.arch)
+        raise UsageError(f"unknown architecture {spec.arch!r}. Give {_FORMS}.")
+    model = NormalizedClassifier(backbone, spec.mean, spec.std)
+    if check or user_file.is_reference(spec.arch):
+        check_output(model, spec)
+    return model.train()
+
+
+def check_output(model: nn.Module, spec: ModelSpec) -> None:
+    """Runs one black image through `model` in eval mode and restores the mode of every module.
+
+    Raises:
+        UsageError: the model fails on images of `spec.input_size`, or its output is not [1, num_classes].
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    reference = next((tensor for tensor in model.parameters()), torch.zeros(()))
+    image = torch.zeros(1, *spec.input_size, device=reference.device, dtype=reference.dtype)
+    size = "x".join(map(str, spec.input_size))
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(image)
+    except RobustPruneError:
+        raise
+    except Exception as error:  # any constructor's model may fail in its own way on a size it was not made for
+        where = user_file.blame(error, spec.arch)
+        raise UsageError(f"{spec.arch} cannot run on {size} images: {where}{_one_line(error)}") from error
+    finally:
+        # Some transformers cache a bias table in eval mode, which only a switch to train mode drops.
+        model.train()
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(output, torch.Tensor) or output.shape != (1, spec.num_classes):
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UsageError(
+            f"{spec.arch} must map [1, {size}] images to logits (1, {spec.num_classes}), but gave {shape}. "
+            "Check the number of classes and that forward returns the logits alone."
+        )
+
+
+def without_pretrained(spec: ModelSpec) -> ModelSpec:
+    """The same spec without the request to download weights, as an artifact stores it."""
+    return replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key != "pretrained"})
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    return list(timm.list_models())
+
+
+def _is_timm_tag(name: str) -> bool:
+    import timm
+
+    return "." in name and name in timm.list_pretrained(name.partition(".")[0] + ".*")
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def _timm_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm
+
+    channels, height, width = spec.input_size
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is not None and config.fixed_input_size and tuple(config.input_size[1:]) != (height, width):
+        kwargs.setdefault("img_size", (height, width))
+    kwargs.setdefault("in_chans", channels)
+    return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **kwargs)
+
+
+def _torchvision_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if spec.input_size[0] != 3:
+        raise UsageError(f"torchvision/{name} takes 3-channel images, the data have {spec.input_size[0]}. Use timm/…")
+    if name not in _AUX_HEADS:
+        return models.get_model(name, weights="DEFAULT" if pretrained else None, num_classes=spec.num_classes, **kwargs)
+    if pretrained:
+        # Published weights of these two include the auxiliary heads; they are dropped after loading.
+        model = models.get_model(name, weights="DEFAULT", num_classes=spec.num_classes, **kwargs)
+        model.aux_logits = False
+        for head in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(model, head):
+                setattr(model, head, None)
+        return model
+    quiet = {"aux_logits": False, "init_weights": True} | kwargs
+    return models.get_model(name, weights=None, num_classes=spec.num_classes, **quiet)
+
+
+def _without_weights(spec: ModelSpec, pretrained: bool, model: nn.Module) -> nn.Module:
+    if pretrained:
+        raise UsageError(f"{spec.arch} has no published weights. Drop pretrained: true and give a checkpoint.")
+    return model
+
+
+def _guarded(spec: ModelSpec, pretrained: bool, make: Any) -> nn.Module:
+    try:
+        return make()
+    except RobustPruneError:
+        raise
+    except Exception as error:  # constructors and download libraries raise whatever they like
+        network = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
+        if pretrained and network:
+            raise EnvironmentProblem(
+                f"cannot download the published weights of {spec.arch}: {_one_line(error)}. "
+                "Connect to the internet, or drop pretrained: true and give a checkpoint file."
+            ) from error
+        raise UsageError(
+            f"cannot build {spec.arch} with {spec.kwargs or 'no arguments'}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: BaseException, limit: int = 200) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

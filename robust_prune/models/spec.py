@@ -1,0 +1,40 @@
+"""What names a model: enough to build it again anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture reference with everything that `build` needs.
+
+    Attributes:
+        arch: ``timm/<name>``, ``torchvision/<name>``, ``cifar/<name>`` or ``path/to/file.py:function``.
+        num_classes: number of logits.
+        input_size: (channels, height, width) of one image.
+        mean, std: per-channel normalization of [0, 1] images, applied inside the model.
+        kwargs: extra keyword arguments of the architecture's constructor (JSON values only).
+        class_names: names of the logits, or empty.
+        source_sha256: for ``file.py:function``, the hash of the file's text; else empty.
+    """
+
+    arch: str
+    num_classes: int
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    source_sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
+        """The spec that `to_json` wrote; sequences come back as tuples."""
+        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return cls(**fixed)

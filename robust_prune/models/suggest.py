@@ -1,0 +1,21 @@
+"""Near matches of a mistyped name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``" Did you mean a, b or c?"`` (with a leading space), or an empty string when nothing is near.
+
+    Args:
+        name: what was asked for.
+        known: what exists.
+        prefix: put before each suggestion.
+    """
+    near = [prefix + match for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
+    if not near:
+        return ""
+    listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"
+    return f" Did you mean {listed}?"

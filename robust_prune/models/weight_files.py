@@ -1,0 +1,125 @@
+"""Weight files of any kind, read without running code from them; every damaged or foreign file is one clear error."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UsageError
+from .suggest import did_you_mean
+
+_SAFETENSORS_HEADER_LIMIT = 100_000_000
+_PICKLED = (
+    "holds pickled Python objects, and opening it would run code from the file. Save a plain state_dict "
+    "(torch.save(model.state_dict(), …)), or pass --trust-pickle if you trust where it comes from."
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a weight file holds.
+
+    Attributes:
+        value: ``{name: tensor}`` of a safetensors file, or whatever was saved with ``torch.save``.
+        metadata: the string metadata of a safetensors file.
+    """
+
+    value: Any
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read(path: Path, *, trust_pickle: bool = False) -> Contents:
+    """Reads a ``.safetensors`` or ``torch.save`` file onto the CPU; the kind is told from its bytes, not its name.
+
+    Args:
+        path: the file.
+        trust_pickle: whether pickled objects, which may run any code, are allowed.
+
+    Raises:
+        UsageError: the path is missing, a folder, empty, not a weight file, incomplete, or holds pickled objects
+            without `trust_pickle`.
+    """
+    head = _head(path)
+    if _is_safetensors(head):
+        return _read_safetensors(path)
+    if head.startswith(b"PK") or head.startswith(b"\x80"):
+        return Contents(_read_torch(path, trust_pickle))
+    kind = "a text file" if _is_text(head) else "of an unknown kind"
+    raise UsageError(f"{path} is {kind}, not a weight file. Give a .safetensors or a file written by torch.save.")
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Give the model file inside it, e.g. {path / 'model.safetensors'}.")
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        folder = "" if path.parent.is_dir() else f" (its folder {path.parent} does not exist either)"
+        raise UsageError(f"model file {path} does not exist{folder}.{did_you_mean(path.name, siblings)}")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if not head:
+        raise UsageError(f"{path} is empty (0 bytes). Copy or save the model again.")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _SAFETENSORS_HEADER_LIMIT
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8", errors="strict")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(letter.isprintable() or letter.isspace() for letter in text)
+
+
+def _read_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as stream:
+            return Contents({key: stream.get_tensor(key) for key in stream.keys()}, stream.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is a damaged or incomplete safetensors file: {_one_line(error)}") from error
+
+
+def _read_torch(path: Path, trust_pickle: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not trust_pickle:
+            culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if culprit or "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+                named = f" ({culprit[1]})" if culprit else ""
+                raise UsageError(f"{path} {_PICKLED.replace('objects', 'objects' + named, 1)}") from error
+            raise UsageError(f"{path} is not a file written by torch.save: {_one_line(error)}") from error
+    except Exception as error:  # a torn archive surfaces as RuntimeError, EOFError, KeyError or OSError
+        if "TorchScript" in str(error):
+            raise UsageError(f"{path} is a TorchScript archive. Give a state_dict and --arch instead.") from error
+        raise UsageError(f"{path} is damaged, incomplete or not from torch.save: {_one_line(error)}") from error
+    return _read_pickle(path, lambda: torch.load(path, map_location="cpu", weights_only=False))
+
+
+def _read_pickle(path: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # unpickling runs foreign code
+        raise UsageError(
+            f"cannot unpickle {path}: {_one_line(error)}. Run from the folder that holds the model's Python files."
+        ) from error
+
+
+def _one_line(error: BaseException, limit: int = 160) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

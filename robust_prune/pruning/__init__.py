@@ -1,0 +1,1 @@
+"""Pruning: coupled groups, channel scores, budgeted allocation and proven surgery."""

@@ -1,0 +1,302 @@
+"""From wished widths to whole, aligned widths that cost what the budget says.
+
+Every group may keep a count from its own ladder of *levels* (multiples of the alignment, its floor, its dense size).
+The landing starts at the nearest levels, steps down to the budget, then takes single steps and exchanges between pairs
+of groups as long as they lower the allocation's own loss. Groups leave the aligned ladder
+only if no aligned widths come close.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from .cost import QuadraticForm
+from .types import ChannelGroup
+
+TOLERANCE = 0.01
+"""Largest distance to the budget, as a share of the dense cost."""
+_MIN_LEVELS = 4
+_MAX_MOVES = 2000
+_STARTS = (0.97, 1.0, 1.03)  # on the wished widths: narrow models have few landings, and steps may miss one
+_REACH = (1, 2, 4)  # levels a step may take: exchanges between cheap and dear groups rarely balance one for one
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def floor_of(group: ChannelGroup, min_keep: float) -> int:
+    """Fewest channels that `group` may keep: `min_keep` of it, never zero, whole blocks.
+
+    Args:
+        group: the group.
+        min_keep: share in [0, 1).
+    """
+    least = max(1, math.ceil(min_keep * group.channels - 1e-9))
+    return min(group.channels, math.ceil(least / group.blocks) * group.blocks)
+
+
+def levels_of(group: ChannelGroup, align: int, min_keep: float) -> Ints:
+    """Counts that `group` may keep, ascending; the last is its dense size.
+
+    They are the multiples of `align` (halved until a narrow group has four of them) and of the group's blocks.
+
+    Args:
+        group: the group.
+        align: wished multiple, at least 1.
+        min_keep: share in [0, 1).
+    """
+    step = align
+    while step > 1 and group.channels < _MIN_LEVELS * step:
+        step = step // 2
+    step = math.lcm(step, group.blocks)
+    if group.channels < _MIN_LEVELS * step:
+        step = group.blocks
+    floor = floor_of(group, min_keep)
+    first = math.ceil(floor / step) * step
+    return np.array([*range(first, group.channels, step), group.channels], dtype=np.int64)
+
+
+def check_limits(align: int, min_keep: float) -> None:
+    """Raises UsageError unless `align` >= 1 and `min_keep` is in [0, 1)."""
+    if align < 1:
+        raise UsageError(f"align must be at least 1, got {align}. Try 8, or 1 for no alignment.")
+    if not 0 <= min_keep < 1:
+        raise UsageError(f"min_keep must be in [0, 1), got {min_keep}. Try 0.1.")
+
+
+def land(
+    groups: Sequence[ChannelGroup],
+    wished: Floats,
+    losses: Sequence[Floats],
+    form: QuadraticForm,
+    budget: float,
+    *,
+    align: int = 8,
+    min_keep: float = 0.1,
+) -> Ints:
+    """Whole widths that cost at most `budget`, or a little more where nothing below is within `TOLERANCE`.
+
+    If even the floors cost more, the floors are returned; if keeping everything costs less, everything is kept.
+
+    Args:
+        groups: in the order of the arrays.
+        wished: kept channels the allocation asks for, [groups], not necessarily whole.
+        losses: per group, the allocation's loss at each kept count 0..channels, [channels + 1].
+        form: the cost.
+        budget: cost that may remain, in the form's units.
+        align: wished multiple of the widths.
+        min_keep: floor as a share of each group.
+
+    Returns:
+        Kept channels [groups].
+    """
+    check_limits(align, min_keep)
+    tries = [_land_from(wished * scale, groups, losses, form, budget, align, min_keep) for scale in _STARTS]
+    return min(tries, key=_Search.merit).keep.astype(np.int64)
+
+
+def _land_from(
+    wished: Floats,
+    groups: Sequence[ChannelGroup],
+    losses: Sequence[Floats],
+    form: QuadraticForm,
+    budget: float,
+    align: int,
+    min_keep: float,
+) -> _Search:
+    ladders = [levels_of(group, align, min_keep) for group in groups]
+    search = _Search(groups, losses, form, budget, ladders, min_keep)
+    search.place(wished)
+    search.solve()
+    while not search.landed() and (choice := search.most_helpful()) is not None:
+        search.relax(choice)
+        search.solve()
+    return search
+
+
+@dataclass
+class _Search:
+    groups: Sequence[ChannelGroup]
+    losses: Sequence[Floats]
+    form: QuadraticForm
+    budget: float
+    ladders: list[Ints]
+    min_keep: float
+    relaxed: set[int] = field(default_factory=set)
+    keep: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dense = np.array([g.channels for g in self.groups], dtype=np.float64)
+        self.band = TOLERANCE * self.form.value(self.dense)
+        self.floors = np.array([floor_of(g, self.min_keep) for g in self.groups], dtype=np.float64)
+        self.keep = self.dense.copy()
+
+    @property
+    def cost(self) -> float:
+        return self.form.value(self.keep)
+
+    def _loss(self) -> float:
+        return sum(float(losses[int(k)]) for losses, k in zip(self.losses, self.keep, strict=True))
+
+    def place(self, wished: Floats) -> None:
+        self.keep = np.array(
+            [ladder[np.abs(ladder - wish).argmin()] for ladder, wish in zip(self.ladders, wished, strict=True)],
+            dtype=np.float64,
+        )
+
+    def landed(self) -> bool:
+        whole = bool((self.keep == self.dense).all())
+        return abs(self.cost - self.budget) <= self.band or (whole and self.cost <= self.budget)
+
+    def merit(self) -> tuple[float, int, bool, float]:
+        """Order of preference, least first: lands, keeps the alignment, stays within the budget, costs little loss."""
+        miss = 0.0 if self.landed() else abs(self.cost - self.budget)
+        return miss, len(self.relaxed), self.cost > self.budget, self._loss()
+
+    def solve(self) -> None:
+        self._descend()
+        self._improve(-np.inf)
+        self._approach()
+        self._improve(self.budget - self.band / 2)
+
+    def relax(self, group: int) -> None:
+        """Lets one group keep any count from its floor on."""
+        self.relaxed.add(group)
+        blocks = self.groups[group].blocks
+        self.ladders[group] = np.arange(self.floors[group], self.dense[group] + 1, blocks, dtype=np.int64)
+
+    def most_helpful(self) -> int | None:
+        """The aligned group whose single channels bring the cost nearest to the budget."""
+        best, best_gap = None, abs(self.cost - self.budget) - 1e-9
+        for g in range(len(self.groups)):
+            if g in self.relaxed:
+                continue
+            counts = np.arange(self.floors[g], self.dense[g] + 1, self.groups[g].blocks)
+            gap = float(np.abs(self._costs_along(g, counts) - self.budget).min())
+            # Channels of a cheap group land closer than those of a dear one; within the band all are good enough.
+            if max(gap, self.band / 2) < best_gap:
+                best, best_gap = g, max(gap, self.band / 2)
+        return best
+
+    def _costs_along(self, group: int, counts: Floats) -> Floats:
+        step = counts - self.keep[group]
+        return self.cost + self.form.gradient(self.keep)[group] * step + self.form.quadratic[group, group] * step**2
+
+    def _steps(self, direction: int, levels: int) -> Floats:
+        """Change of each group's count to the level that is `levels` up (1) or down (-1); NaN where there is none."""
+        steps = np.full(len(self.groups), np.nan)
+        for g, ladder in enumerate(self.ladders):
+            now = self.keep[g]
+            if direction > 0:
+                target = int(np.searchsorted(ladder, now, "right")) + levels - 1
+            else:
+                target = int(np.searchsorted(ladder, now, "left")) - levels
+            if 0 <= target < len(ladder):
+                steps[g] = ladder[target] - now
+        return steps
+
+    def _loss_change(self, steps: Floats) -> Floats:
+        change = np.full(len(self.groups), np.nan)
+        for g in np.flatnonzero(~np.isnan(steps)).tolist():
+            now = int(self.keep[g])
+            change[g] = self.losses[g][now + int(steps[g])] - self.losses[g][now]
+        return change
+
+    def _cost_change(self, steps: Floats) -> Floats:
+        return self.form.gradient(self.keep) * steps + np.diag(self.form.quadratic) * steps**2
+
+    def _descend(self) -> None:
+        """Steps down, least loss per cost first, until the cost is within the budget or all is at its floor."""
+        while self.cost > self.budget:
+            down = self._steps(-1, 1)
+            saved = -self._cost_change(down)
+            usable = saved > 0
+            if not usable.any():
+                return
+            price = np.where(usable, self._loss_change(down) / np.where(usable, saved, 1.0), np.inf)
+            best = int(np.nanargmin(price))
+            self.keep[best] += down[best]
+
+    def _improve(self, low: float) -> None:
+        """Moves that lower the loss and keep the cost, where it already is so, above `low` and within the budget."""
+        high = max(self.budget, self.cost)
+        low = min(self.cost, low)
+        for _ in range(_MAX_MOVES):
+            moves = self._moves()
+            after = self.cost + moves.cost
+            loss = np.where((after >= low) & (after <= high), moves.loss, np.inf)
+            best = int(np.argmin(loss))
+            if not loss[best] < -1e-9 * max(1e-12, self._loss()):
+                return
+            self._apply(moves, best)
+
+    def _approach(self) -> None:
+        """From below the tolerance to within it by the moves that cost least loss, or else as near as it gets."""
+        for _ in range(_MAX_MOVES):
+            if self.budget - self.cost <= self.band:
+                return
+            moves = self._moves()
+            gap = self.budget - self.cost - moves.cost  # what is still missing afterwards
+            for allowed in ((gap >= 0) & (gap <= self.band), np.abs(gap) <= self.band):
+                if allowed.any():
+                    self._apply(moves, int(np.argmin(np.where(allowed, moves.loss, np.inf))))
+                    return
+            nearer = (moves.cost > 0) & (gap > 0)
+            if not nearer.any():
+                closest = int(np.argmin(np.abs(gap)))
+                if abs(gap[closest]) < self.budget - self.cost:
+                    self._apply(moves, closest)
+                return
+            price = np.where(nearer, moves.loss / np.where(nearer, moves.cost, 1.0), np.inf)
+            self._apply(moves, int(np.argmin(price)))
+
+    def _moves(self) -> _Moves:
+        """All steps by each reach, and all pairs of a step up and a step down in another group."""
+        n = len(self.groups)
+        up = [self._steps(1, levels) for levels in _REACH]
+        down = [self._steps(-1, levels) for levels in _REACH]
+        ups, downs = np.concatenate(up), np.concatenate(down)
+        loss_up = np.concatenate([self._loss_change(steps) for steps in up])
+        loss_down = np.concatenate([self._loss_change(steps) for steps in down])
+        cost_up = np.concatenate([self._cost_change(steps) for steps in up])
+        cost_down = np.concatenate([self._cost_change(steps) for steps in down])
+        shared = np.tile(self.form.quadratic, (len(_REACH), len(_REACH)))
+        pair_cost = cost_up[:, None] + cost_down[None, :] + 2 * shared * ups[:, None] * downs[None, :]
+        owner = np.tile(np.arange(n), len(_REACH))
+        pair_cost[owner[:, None] == owner[None, :]] = np.nan
+        pair_loss = loss_up[:, None] + loss_down[None, :]
+        loss = np.concatenate([loss_up, loss_down, pair_loss.ravel()])
+        cost = np.concatenate([cost_up, cost_down, pair_cost.ravel()])
+        impossible = np.isnan(cost)
+        loss[impossible], cost[impossible] = np.inf, np.inf
+        return _Moves(ups, downs, loss, cost)
+
+    def _apply(self, moves: _Moves, index: int) -> None:
+        n, size = len(self.groups), len(moves.up)
+        up, down = -1, -1
+        if index < size:
+            up = index
+        elif index < 2 * size:
+            down = index - size
+        else:
+            up, down = divmod(index - 2 * size, size)
+        if up >= 0:
+            self.keep[up % n] += moves.up[up]
+        if down >= 0:
+            self.keep[down % n] += moves.down[down]
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Candidate moves: steps `up`, steps `down` (by reach, then group), then all pairs (rows up, columns down)."""
+
+    up: Floats
+    down: Floats
+    loss: Floats
+    cost: Floats

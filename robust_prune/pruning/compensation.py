@@ -1,0 +1,90 @@
+"""Repair without training: what the layers behind a cut can make good by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..data.base import ImageSet
+from ..errors import UsageError
+
+
+@torch.no_grad()
+def reestimate_batchnorm(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    count: int = 2048,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    adversarial: Tensor | None = None,
+    seed: int = 0,
+) -> int:
+    """Replaces the running statistics of every batch-norm by the plain average over batches of training images.
+
+    Removing channels shifts the mean and variance of what is left, and the old statistics no longer fit. All layers
+    are re-estimated in the same passes, each under the batch statistics of those before it.
+
+    Args:
+        model: on `device`; modes, momenta and requires_grad leave as they came.
+        images: training images; never the test split.
+        count: most clean images to use, drawn at random under `seed` so that sorted classes do not matter.
+        batch_size: images a pass. A last batch of less than half of it is left out, since batches weigh the same.
+        device: where to compute.
+        adversarial: float images [N, C, H, W] in [0, 1] that are averaged in as further batches.
+        seed: of the draw.
+
+    Returns:
+        Number of batch-norm layers that were re-estimated; 0 leaves the model as it was.
+
+    Raises:
+        UsageError: no images, or fewer than two in a batch.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        return 0
+    if min(len(images), count, batch_size) < 2:
+        raise UsageError(
+            f"batch-norm statistics need at least 2 images a batch, got {len(images)} images, count {count}, "
+            f"batch_size {batch_size}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    with _estimating(model, layers):
+        for part in _batches(order, batch_size):
+            x, _ = images.get(part)
+            model((x.to(device).float() / 255).to(dtype))
+        if adversarial is not None:
+            for x in _batches(adversarial, batch_size):
+                model(x.to(device, dtype))
+    return len(layers)
+
+
+def _batches(items: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        if start == 0 or len(batch) >= max(2, size / 2):
+            yield batch
+
+
+@contextmanager
+def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Only the batch-norms train, from scratch and with equal weight for all batches."""
+    modes = [(m, m.training) for m in model.modules()]
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,181 @@
+"""Coupled groups of channels: found in a model's graph, each proven by a trial cut before anyone plans with it."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .attention import Attention, find_attention
+from .cutting import is_depthwise, place_size
+from .graph import BoundedGraph, BrokenMapping, Coupling, couple
+from .transaction import Bench, Candidate, Cut, Ledger
+from .twin import unwrap
+from .types import ChannelGroup, GroupSlice, Refused
+
+_SEED = 308
+
+
+@dataclass(frozen=True)
+class GroupSearch:
+    """What can be pruned, and what cannot.
+
+    Attributes:
+        groups: proven groups, in the order in which their root layers run.
+        refused: layers whose channels must stay, each with its reason. The classifier is in neither.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    refused: tuple[Refused, ...]
+
+
+def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
+    """Find every group of channels of `model` that can be cut, and prove each on a private copy.
+
+    Groups are proven when half of their channels, cut for real, leave a model equal to the dense one with the same
+    channels zeroed (random weights, double precision); where that fails, sets of them are halved until it is known
+    which group fails. The layers that make the logits are never cut.
+
+    Args:
+        model: a classifier of images [N, C, H, W] that returns logits [N, K]; untouched. Wrappers (DataParallel,
+            torch.compile) are looked through, and names are those of the model inside.
+        example: one image [1, C, H, W] of the size that the model is used at; only its shape and device matter.
+
+    Raises:
+        UsageError: the model does not run on `example`, or re-parametrises its weights.
+    """
+    check_example(example)
+    bench = Bench(unwrap(model), example)
+    candidates, refused = find_candidates(bench)
+    unfelt = bench.unfelt(candidates)
+    refused += [
+        Refused(name, "the logits do not depend on it, so that a cut cannot be checked") for name in sorted(unfelt)
+    ]
+    ledger = Ledger(bench)
+    ledger.commit([Cut(c, _half(c.group)) for c in candidates if c.group.name not in unfelt])
+    return GroupSearch(tuple(cut.candidate.group for cut in ledger.done), (*refused, *ledger.failed))
+
+
+def check_example(example: Tensor) -> None:
+    """Raise UsageError unless `example` is one image [1, C, H, W]."""
+    if example.dim() != 4 or example.shape[0] != 1:
+        raise UsageError(f"pruning needs one example image of shape [1, C, H, W], got {list(example.shape)}.")
+
+
+def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
+    """Groups of the bench's dense twin as its graph tells them, not yet proven, and the layers without one."""
+    model = bench.dense
+    graph = BoundedGraph().build(model, bench.images[:1])
+    blocks = find_attention(model, bench.images)
+    in_attention = {name: block for block in blocks for name in block.producers}
+    candidates: list[Candidate] = []
+    refused: list[Refused] = []
+    claimed: dict[str, set[int]] = {}
+    layers = [m for m in graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    order = {m: i for i, m in enumerate(model.modules())}
+    # Depthwise layers follow what feeds them; they are roots only when nothing else led to them.
+    for module in sorted(layers, key=lambda m: (is_depthwise(m), order[m])):
+        name = graph._module2name[module]
+        if name in in_attention:
+            block = in_attention[name]
+            if name == block.producers[0]:
+                _add_attention(block, candidates, refused)
+            continue
+        taken = claimed.setdefault(name, set())
+        free = [c for c in range(graph.get_out_channels(module)) if c not in taken]
+        if not free:
+            continue
+        try:
+            coupling = couple(graph, module, free)
+            _claim(coupling, claimed)
+            if not coupling.reaches_output:
+                candidates.append(Candidate(_as_group(name, coupling, model, in_attention)))
+        except BrokenMapping as error:
+            claimed[name].update(free)
+            refused.append(Refused(name, str(error)))
+    position = {graph._module2name[m]: i for m, i in order.items() if m in graph._module2name}
+    return sorted(candidates, key=lambda c: position[c.group.name]), refused
+
+
+def _claim(coupling: Coupling, claimed: dict[str, set[int]]) -> None:
+    for part in coupling.slices:
+        if part.side == "out":
+            claimed.setdefault(part.target, set()).update(part.index)
+
+
+def _add_attention(block: Attention, candidates: list[Candidate], refused: list[Refused]) -> None:
+    if block.obstacle:
+        refused.append(Refused(block.producers[0], block.obstacle))
+    elif block.head_dim < 2:
+        refused.append(Refused(block.producers[0], "its heads have one dimension each"))
+    else:
+        candidates.append(Candidate(block.group(), block))
+
+
+def _as_group(name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention]) -> ChannelGroup:
+    """The coupling as a group.
+
+    Raises:
+        BrokenMapping: its channels cannot be removed one by one or block by block.
+    """
+    producers = {s.target for s in coupling.slices if s.side == "out"}
+    if mixed := sorted(producers & in_attention.keys()):
+        raise BrokenMapping(f"its channels are those of the attention heads of {mixed[0]}")
+    if tied := _tied_parameter(model, {s.target for s in coupling.slices if s.side != "param"}):
+        raise BrokenMapping(f"it shares the parameter {tied} with another layer")
+    blocks = 1
+    for part in coupling.slices:
+        count = _parts(model, part)
+        if count > 1:
+            _check_parts(part, count, coupling.channels, place_size(model, part))
+            blocks = math.lcm(blocks, count)
+    if coupling.channels % blocks or coupling.channels // blocks < 2:
+        raise BrokenMapping(f"it has {coupling.channels} channels in {blocks} blocks, so that none can go")
+    return ChannelGroup(name, coupling.channels, coupling.slices, blocks)
+
+
+def _tied_parameter(model: nn.Module, targets: set[str]) -> str:
+    """The name of a parameter of `targets` that a different module holds too, or an empty string."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    for target in sorted(targets):
+        for own_name, parameter in model.get_submodule(target).named_parameters(recurse=False):
+            if len(owners[id(parameter)]) > 1:
+                return f"{target}.{own_name}"
+    return ""
+
+
+def _parts(model: nn.Module, part: GroupSlice) -> int:
+    """Into how many parts of equal size the layer divides the positions of `part`."""
+    if part.side == "param":
+        return 1
+    module = model.get_submodule(part.target)
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
+    if isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
+        return module.groups
+    return 1
+
+
+def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None:
+    """Each part of the layer must hold exactly the channels of the same part of the group, equally often."""
+    if len(part.index) != size or channels % count or size % channels:
+        raise BrokenMapping(f"the {count} parts of {part.target} do not hold whole parts of its channels")
+    for position, root in zip(part.index, part.root, strict=True):
+        if position * count // size != root * count // channels:
+            raise BrokenMapping(f"its channels are interleaved over the {count} parts of {part.target}")
+
+
+def _half(group: ChannelGroup) -> tuple[int, ...]:
+    """A seeded random half of each block's channels, different ones in each block."""
+    generator = random.Random(_SEED)
+    size = group.channels // group.blocks
+    return tuple(
+        sorted(b * size + c for b in range(group.blocks) for c in generator.sample(range(size), max(1, size // 2)))
+    )

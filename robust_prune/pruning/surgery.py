@@ -1,0 +1,144 @@
+"""Carrying out a plan: every group a transaction, the result proven equal to the masked dense model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QualityGateError
+from .cutting import Cutter, Place, gone_positions
+from .groups import check_example, find_candidates
+from .masking import masked
+from .transaction import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
+from .twin import copy_model, first_line, images_like, precise_copy, relative_error, unwrap
+from .types import ChannelGroup, PlannedGroup, PruningPlan, Refused
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """A pruned model and what became of each group of its plan.
+
+    Attributes:
+        model: a new, smaller model; mode, `requires_grad`, memory format and hooks are those of the original.
+        applied: groups that were cut.
+        rolled_back: groups of the plan that stayed whole, each with its reason.
+        parity: largest relative error, over all checks, between the cut model and the masked dense one.
+        edits: attributes that the cuts had made stale, as ``module.attribute``.
+    """
+
+    model: nn.Module
+    applied: tuple[PlannedGroup, ...]
+    rolled_back: tuple[Refused, ...]
+    parity: float
+    edits: tuple[str, ...] = ()
+
+
+def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
+    """Cut the channels that `plan` names out of a copy of `model`.
+
+    Groups are first cut in a private twin with random weights and compared with the masked dense twin: all at once
+    and, where that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back and the
+    others go on. The same cuts are then made in a copy of the model, which is compared with the masked model itself
+    and run backward.
+
+    Args:
+        model: the dense model; untouched.
+        plan: group names as `find_groups` gives them for this model, with the channels to remove.
+        example: one image [1, C, H, W]; only its shape and device matter.
+
+    Raises:
+        UsageError: the model does not run on `example`, or re-parametrises its weights.
+        QualityGateError: the pruned model is not equal to the masked dense model although each cut was proven.
+    """
+    check_example(example)
+    base = unwrap(model)
+    bench = Bench(base, example)
+    known = {c.group.name: c for c in find_candidates(bench)[0]}
+    cuts: list[Cut] = []
+    refused: list[Refused] = []
+    for planned in plan.groups:
+        if not planned.removed:
+            continue
+        reason = _invalid(planned, known.get(planned.name))
+        if reason:
+            refused.append(Refused(planned.name, reason))
+        else:
+            cuts.append(Cut(known[planned.name], planned.removed))
+    ledger = Ledger(bench)
+    ledger.commit(cuts)
+    small = copy_model(base)
+    _replay(small, ledger)
+    parity = max(ledger.error, _whole_parity(base, small, ledger, example))
+    done = {c.candidate.group.name for c in ledger.done}
+    return Surgery(
+        small,
+        tuple(p for p in plan.groups if p.name in done),
+        (*refused, *ledger.failed),
+        parity,
+        tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in ledger.edits),
+    )
+
+
+def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
+    """Why the planned cut cannot be made, or an empty string."""
+    if candidate is None:
+        return "the model has no prunable group of this name"
+    group: ChannelGroup = candidate.group
+    removed = set(planned.removed)
+    if planned.channels != group.channels:
+        return f"the plan expects {planned.channels} channels, the model has {group.channels}"
+    if len(removed) != len(planned.removed) or not removed <= set(range(group.channels)):
+        return f"the removed channels must be distinct and in 0..{group.channels - 1}"
+    if len(removed) == group.channels:
+        return "all of its channels would go"
+    counts = {sum(c * group.blocks // group.channels == b for c in removed) for b in range(group.blocks)}
+    if len(counts) != 1:
+        return f"each of its {group.blocks} blocks must lose the same number of channels"
+    return ""
+
+
+def _replay(small: nn.Module, ledger: Ledger) -> None:
+    """Make the proven cuts, attention adaptations and attribute repairs on `small`."""
+    cutter = Cutter(small)
+    for cut in ledger.done:
+        cutter.cut(cut.candidate.group, cut.removed)
+        if cut.candidate.attention is not None:
+            cut.candidate.attention.adapt(small, cut.keep, ledger.adaptations[cut.candidate.group.name])
+    apply_edits(small, tuple(ledger.edits))
+
+
+def _whole_parity(base: nn.Module, small: nn.Module, ledger: Ledger, example: Tensor) -> float:
+    """Relative error of the pruned model against the masked one, with the model's own weights, after a backward pass.
+
+    Raises:
+        QualityGateError: they differ, or the pruned model cannot be run backward.
+    """
+    gone: dict[Place, set[int]] = {}
+    for cut in ledger.done:
+        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
+            gone.setdefault(place, set()).update(positions)
+    dense, dtype = precise_copy(base, example)
+    exact = copy_model(small).to(dtype).eval()
+    images = images_like(example, dtype).requires_grad_()
+    with torch.no_grad(), masked(dense, gone):
+        wanted = dense(images)
+    try:
+        found = exact(images)
+        (gradient,) = torch.autograd.grad(found.square().sum(), images)
+    except Exception as error:
+        raise QualityGateError(
+            f"the pruned model cannot be run forward and backward: {type(error).__name__}: {first_line(error)}. "
+            "Please report the architecture."
+        ) from error
+    difference = relative_error(found.detach(), wanted)
+    if not difference <= TOLERANCE[dtype] or not bool(torch.isfinite(gradient).all()):
+        if not bool(torch.isfinite(wanted).all()):
+            warnings.warn("the dense model's own logits are not finite, so that nothing can be compared", stacklevel=3)
+        raise QualityGateError(
+            f"the pruned model differs from the masked dense model by {difference:.1e} (relative; allowed "
+            f"{TOLERANCE[dtype]:.0e}). It was not kept. Please report the architecture."
+        )
+    return difference

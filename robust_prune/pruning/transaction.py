@@ -1,0 +1,258 @@
+"""One cut as a transaction on a twin: made, run, compared with the masked dense twin, and kept or undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Adaptation, Attention
+from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, old_to_new_sizes, place_size
+from .masking import masked
+from .twin import first_line, images_like, make_twin, relative_error
+from .types import ChannelGroup, Refused
+
+# Relative error of two exact computations of the same thing; a wrong channel costs percents.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+_MOST_REPAIRS = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A group with what surgery must know beyond its slices."""
+
+    group: ChannelGroup
+    attention: Attention | None = None
+
+    def other_layout(self) -> Candidate | None:
+        """The same attention block with the rows of its fused layer in the other order, if there is one."""
+        other = self.attention.other_layout() if self.attention else None
+        return Candidate(other.group(), other) if other else None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A candidate and the channels that go."""
+
+    candidate: Candidate
+    removed: tuple[int, ...]
+
+    @property
+    def keep(self) -> int:
+        """Channels that stay."""
+        return self.candidate.group.channels - len(self.removed)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An attribute of a module that a cut made stale, with its new value."""
+
+    module: str
+    attribute: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a transaction ended.
+
+    Attributes:
+        reason: empty when it was kept, else why it was undone.
+        error: relative error against the masked dense twin.
+        edits: stale attributes that were repaired.
+        adaptations: by group name, how each attention block was told.
+    """
+
+    reason: str
+    error: float = 0.0
+    edits: tuple[Edit, ...] = ()
+    adaptations: dict[str, Adaptation] = field(default_factory=dict)
+
+
+class Bench:
+    """A dense twin, its cut copy, and the images on which they are compared.
+
+    Args:
+        model: any model; it is not touched.
+        example: one image [1, C, H, W].
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.dense, self.dtype = make_twin(model, example)
+        self.small = copy.deepcopy(self.dense)
+        self.cutter = Cutter(self.small)
+        self.images = images_like(example, self.dtype)
+        self._gone: dict[Place, set[int]] = {}
+
+    def attempt(self, cuts: list[Cut]) -> Outcome:
+        """Make `cuts` on the small twin together; undo them unless it then equals the masked dense twin."""
+        saved = self.cutter.snapshot()
+        gone = {place: set(found) for place, found in self._gone.items()}
+        try:
+            for cut in cuts:
+                for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
+                    gone.setdefault(place, set()).update(positions)
+            with masked(self.dense, gone):
+                wanted = self._run(self.dense)
+            outcome = self._cut_and_repair(cuts, wanted)
+        except Exception as error:
+            outcome = Outcome(f"{type(error).__name__}: {first_line(error)}")
+        if outcome.reason:
+            self.cutter.restore(saved)
+        else:
+            self._gone = gone
+        return outcome
+
+    def unfelt(self, candidates: list[Candidate]) -> set[str]:
+        """Names of the groups whose producers do not move the logits at all: a proof of their cut would be empty."""
+        names = dict.fromkeys(n for c in candidates for n in c.group.producers)
+        if not names:
+            return set()
+        layers = {n: self.dense.get_parameter(f"{n}.weight") for n in names}
+        logits = self.dense(self.images)
+        direction = torch.linspace(1, 2, logits.numel()).to(logits).view_as(logits)
+        gradients = torch.autograd.grad((logits * direction).sum(), list(layers.values()), allow_unused=True)
+        moved = {n for n, g in zip(layers, gradients, strict=True) if g is not None and bool(g.any())}
+        return {c.group.name for c in candidates if not moved & set(c.group.producers)}
+
+    def _run(self, model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(self.images)
+
+    def _cut_and_repair(self, cuts: list[Cut], wanted: Tensor) -> Outcome:
+        before = _sizes(self.small, cuts)
+        for cut in cuts:
+            self.cutter.cut(cut.candidate.group, cut.removed)
+        sizes = old_to_new_sizes(before, _sizes(self.small, cuts), cuts[0].candidate.group.blocks)
+        saved = self.cutter.snapshot()
+        first: Outcome | None = None
+        for how in _adaptations(self.small, cuts):
+            for cut in cuts:
+                if cut.candidate.attention is not None:
+                    cut.candidate.attention.adapt(self.small, cut.keep, how[cut.candidate.group.name])
+            repairs: Iterator[tuple[Edit, ...]] = iter([()])
+            if len(cuts) == 1 and cuts[0].candidate.attention is None:
+                repairs = islice(_repairs(self.small, cuts[0].candidate.group, sizes), _MOST_REPAIRS)
+            for edits in repairs:
+                old = [getattr(self.small.get_submodule(e.module), e.attribute) for e in edits]
+                apply_edits(self.small, edits)
+                reason, error = self._compare(wanted)
+                if not reason:
+                    return Outcome("", error, edits, how)
+                first = first or Outcome(reason, error)
+                for edit, value in zip(edits, old, strict=True):
+                    setattr(self.small.get_submodule(edit.module), edit.attribute, value)
+            self.cutter.restore(saved)
+        return first or Outcome("there is no way to cut it")
+
+    def _compare(self, wanted: Tensor) -> tuple[str, float]:
+        try:
+            found = self._run(self.small)
+        except Exception as error:
+            return f"the cut model fails: {type(error).__name__}: {first_line(error)}", float("inf")
+        difference = relative_error(found, wanted)
+        if difference <= TOLERANCE[self.dtype]:
+            return "", difference
+        if found.shape != wanted.shape:
+            return f"the cut model returns {tuple(found.shape)} instead of {tuple(wanted.shape)}", difference
+        return f"the cut model differs from the masked dense model by {difference:.1e} (relative)", difference
+
+
+class Ledger:
+    """What the transactions on a bench came to.
+
+    Attributes:
+        done: cuts that are proven and in place.
+        failed: groups that were rolled back, with the reason.
+        edits: stale attributes that were repaired.
+        adaptations: by group name, how each attention block was told.
+        error: largest relative error of a proof.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.done: list[Cut] = []
+        self.failed: list[Refused] = []
+        self.edits: list[Edit] = []
+        self.adaptations: dict[str, Adaptation] = {}
+        self.error = 0.0
+
+    def commit(self, cuts: list[Cut]) -> None:
+        """Make the cuts together; where they fail together, in halves: few failures cost few attempts."""
+        if not cuts:
+            return
+        outcome = self._bench.attempt(cuts)
+        if outcome.reason and len(cuts) > 1:
+            self.commit(cuts[: len(cuts) // 2])
+            self.commit(cuts[len(cuts) // 2 :])
+            return
+        if outcome.reason and (other := cuts[0].candidate.other_layout()):
+            cuts = [Cut(other, cuts[0].removed)]
+            second = self._bench.attempt(cuts)
+            outcome = outcome if second.reason else second
+        if outcome.reason:
+            self.failed.append(Refused(cuts[0].candidate.group.name, outcome.reason))
+            return
+        self.done += cuts
+        self.edits += outcome.edits
+        self.adaptations |= outcome.adaptations
+        self.error = max(self.error, outcome.error)
+
+
+def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
+    """Set repaired attributes."""
+    for edit in edits:
+        setattr(model.get_submodule(edit.module), edit.attribute, edit.value)
+
+
+def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
+    parts = [part for cut in cuts for part in cut.candidate.group.slices]
+    return {(p.target, p.side, p.dim): place_size(model, p) for p in parts}
+
+
+def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adaptation]]:
+    """Ways of telling attention blocks; with several cuts only the likeliest of each."""
+    blocks = [c for c in cuts if c.candidate.attention is not None]
+    ways = [list(c.candidate.attention.alternatives(model, c.keep)) for c in blocks if c.candidate.attention]
+    for nth in range(len(ways[0]) if len(cuts) == 1 and ways else 1):
+        yield {c.candidate.group.name: way[nth] for c, way in zip(blocks, ways, strict=True)}
+
+
+def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> Iterator[tuple[Edit, ...]]:
+    """Sets of attributes that may be stale, fewest first: none, one, one name on all modules of a class, all.
+
+    Looked at are the ancestors of the cut layers and those ancestors' other children.
+    """
+    yield ()
+    ancestors = {""}
+    for part in group.slices:
+        name = part.target
+        while name := name.rpartition(".")[0]:
+            ancestors.add(name)
+    stale: list[Edit] = []
+    by_kind: dict[tuple[type, str], list[Edit]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CHANNEL_LAYERS) or not (name in ancestors or name.rpartition(".")[0] in ancestors):
+            continue
+        for attribute, value in vars(module).items():
+            new = _renewed(value, sizes)
+            if new != value:
+                stale.append(Edit(name, attribute, new))
+                by_kind.setdefault((type(module), attribute), []).append(stale[-1])
+    yield from ((edit,) for edit in stale)
+    yield from (tuple(edits) for edits in by_kind.values() if 1 < len(edits) < len(stale))
+    if len(stale) > 1:
+        yield tuple(stale)
+
+
+def _renewed(value: Any, sizes: dict[int, int]) -> Any:
+    if type(value) is int:
+        return sizes.get(value, value)
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)(_renewed(v, sizes) if type(v) is int else v for v in value)
+    return value

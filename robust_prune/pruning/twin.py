@@ -1,0 +1,156 @@
+"""Private copies of a model on which cuts are tried: double precision, random weights, the original untouched."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import UsageError
+
+_CONV = nn.modules.conv._ConvNd
+_NORM = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+_SEED = 2410
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`; it may not be copied while it caches autograd results, which a mode switch drops.
+
+    Raises:
+        UsageError: the model re-parametrises weights (weight norm, spectral norm), which cannot be cut.
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+            raise UsageError(
+                f"pruning needs plain weights, but {name or 'the model'} re-parametrises its weight (weight or "
+                "spectral norm). Remove it: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), "
+                "or torch.nn.utils.remove_weight_norm(module) for the older form."
+            )
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:
+        modes = {m: m.training for m in model.modules()}
+        model.train()
+        model.eval()
+        try:
+            return copy.deepcopy(model)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def images_like(example: Tensor, dtype: torch.dtype, count: int = 2) -> Tensor:
+    """Seeded random images [count, C, H, W] in [0, 1], shaped as `example` [1, C, H, W]."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.rand(count, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device, dtype)
+
+
+def precise_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
+    """A copy in eval mode and double precision, or single where the model's own code insists on it.
+
+    Raises:
+        UsageError: the model does not run on `example`, or does not return one tensor of logits [N, K].
+    """
+    for dtype in (torch.float64, torch.float32):
+        precise = copy_model(model).to(dtype).eval()
+        try:
+            with torch.no_grad():
+                logits = precise(images_like(example, dtype))
+        except Exception as error:
+            if dtype == torch.float32:
+                raise UsageError(
+                    f"pruning needs a model that runs on images of shape {tuple(example.shape)}; it failed: "
+                    f"{type(error).__name__}: {first_line(error)}. Check the input size and the number of channels."
+                ) from error
+            continue
+        break
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(
+            f"pruning needs a classifier that returns logits [N, K], but it returned {found}. Wrap the model."
+        )
+    return precise, dtype
+
+
+def make_twin(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
+    """A precise copy with random weights, for proofs about structure.
+
+    Trained or freshly initialised values can hide a wrong channel (norm weights of one or zero, attention that is
+    almost uniform); random ones cannot. Batch-norm statistics are those of the twin itself, or depth would overflow.
+    """
+    twin, dtype = precise_copy(model, example)
+    generator = torch.Generator().manual_seed(_SEED)
+    in_layers: set[int] = set()
+    with torch.no_grad():
+        for module in twin.modules():
+            if isinstance(module, (_CONV, nn.Linear, *_NORM, nn.PReLU)):
+                for name, parameter in module.named_parameters(recurse=False):
+                    in_layers.add(id(parameter))
+                    _randomise(module, name, parameter, generator)
+        for parameter in twin.parameters():
+            if id(parameter) not in in_layers and parameter.is_floating_point() and parameter.numel() > 1:
+                wide = sum(n > 1 for n in parameter.shape) > 1
+                parameter.copy_(_normal(parameter, generator, 0.3) if wide else _uniform(parameter, generator))
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    _settle_batch_norms(twin, images_like(example, dtype, 8))
+    return twin, dtype
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference over the largest |wanted|; inf where shapes differ or a value is not finite."""
+    if found.shape != wanted.shape or not bool(torch.isfinite(found).all() and torch.isfinite(wanted).all()):
+        return math.inf
+    difference, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if difference == 0:
+        return 0.0  # also where every logit is zero, as in a fresh model with a zero-initialised head
+    return difference / scale if scale > 0 else math.inf
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's message, on one line."""
+    return " ".join(str(error).split())[:160]
+
+
+def _randomise(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if name == "bias":
+        parameter.copy_(_normal(parameter, generator, 0.1))
+    elif parameter.dim() == 1:
+        parameter.copy_(_uniform(parameter, generator))
+    else:
+        fan_in = parameter[0].numel() if not getattr(module, "transposed", False) else parameter[:, 0].numel()
+        parameter.copy_(_normal(parameter, generator, 1.5 / fan_in**0.5))
+
+
+def _normal(like: Tensor, generator: torch.Generator, std: float) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like) * std
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5).to(like)
+
+
+def _settle_batch_norms(twin: nn.Module, images: Tensor) -> None:
+    norms = [m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        twin(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

@@ -1,0 +1,299 @@
+"""Recipes: the one description of a run, read from YAML and checked; unknown keys are refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import UsageError
+
+RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+
+
+def _number(value: Any) -> Any:
+    """Lets a recipe say 8/255, as papers do."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+FractionNumber = Annotated[float, BeforeValidator(_number)]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataSection(Section):
+    """Which images."""
+
+    name: str | None = None
+    """cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder, or an .npz file."""
+    root: str | None = None
+    """Where downloaded data sets lie; the user's cache folder by default."""
+    validation: int | None = Field(None, ge=1)
+    """Training images held out for selection, never trained on; a tenth, at most 1000, by default."""
+    image_size: int | None = Field(None, ge=1)
+    """Side in pixels that images of a folder are brought to; the folder's own default otherwise."""
+
+
+class ThreatSection(Section):
+    """What the attacker may do."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the perturbation."""
+    epsilon: FractionNumber = Field(8 / 255, ge=0)
+    """Radius in units of [0, 1] pixels; fractions such as 8/255 are welcome."""
+
+
+class ModelSection(Section):
+    """Which model, for `train` and for checkpoints that hold only weights."""
+
+    arch: str | None = None
+    """timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the constructor."""
+
+
+class SensitivitySection(Section):
+    """How Module Robustness Sensitivity is measured."""
+
+    estimator: Literal["gradient", "boundary", "ascent"] = "boundary"
+    """Estimator of MRS; see the design page."""
+    images: int = Field(1024, ge=1)
+    """Training images in the adversarial set."""
+    steps: int = Field(10, ge=1)
+    """PGD steps that make the adversarial set."""
+    rho: float = Field(0.1, gt=0)
+    """Relative radius of the weight perturbation."""
+    aggregation: Literal["sum", "mean", "max"] = "sum"
+    """How the modules of a coupled group make the group's value."""
+
+
+class PruningSection(Section):
+    """How much is cut, and how channels are chosen."""
+
+    ratio: FractionNumber = Field(0.5, gt=0, lt=1)
+    """Share of `of` to remove."""
+    of: Literal["macs", "params", "channels"] = "macs"
+    """What the ratio counts."""
+    allocation: Literal["mrs", "rank", "global", "uniform"] = "mrs"
+    """How the budget is spread over groups."""
+    criterion: str = "adversarial_taylor"
+    """Channel score inside a group."""
+    align: int = Field(8, ge=1)
+    """Widths are rounded to multiples of this where the budget allows."""
+    min_keep: float = Field(0.1, gt=0, le=1)
+    """Smallest share of a group's channels that stays."""
+    reestimate_images: int = Field(2048, ge=0)
+    """Training images for batch-norm re-estimation after the cut; 0 turns it off."""
+
+
+class TrainSettings(Section):
+    """One adversarial training or fine-tuning run."""
+
+    loss: Literal["n_fgsm", "pgd_at", "trades", "clean"] = "n_fgsm"
+    """Training loss."""
+    epochs: int = Field(30, ge=0)
+    """Passes over the training images."""
+    batch_size: int = Field(128, ge=1)
+    """Images a step, over all processes."""
+    lr: float = Field(0.1, gt=0)
+    """Peak learning rate (SGD with Nesterov momentum)."""
+    warmup: float = Field(0.15, ge=0, lt=1)
+    """Share of all steps with a linearly growing rate; then a cosine to zero."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Of SGD; norms and biases are not decayed."""
+    steps: int = Field(10, ge=1)
+    """Gradient steps of the inner attack (pgd_at, trades)."""
+    beta: float = Field(6.0, ge=0)
+    """Weight of the TRADES divergence."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Of the outer cross-entropy only."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Final decay of the weight average, ramped up from 0; 0 keeps no average."""
+    clip_grad: float = Field(0.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    crop_padding: int = Field(4, ge=0)
+    """Pixels of the random crop."""
+    flip: bool = True
+    """Random horizontal mirror."""
+    validation_images: int = Field(500, ge=0)
+    """Held-out images scored after each epoch."""
+    validation_steps: int = Field(10, ge=1)
+    """PGD steps of that score."""
+
+
+class EvaluationSection(Section):
+    """How robust accuracy is measured."""
+
+    tier: str = "pgd"
+    """Strength of the attack; its name is printed next to every number."""
+    steps: int = Field(20, ge=1)
+    """PGD steps."""
+    restarts: int = Field(2, ge=1)
+    """Random restarts; an image is robust only if it survives all of them."""
+    images: int | None = Field(None, ge=1)
+    """Test images; all of them by default."""
+    batch_size: int = Field(250, ge=1)
+    """Images a pass."""
+
+
+class ExportSection(Section):
+    """The ONNX file."""
+
+    opset: int = 18
+    """ONNX operator set version, 18 or newer."""
+
+
+class BenchSection(Section):
+    """Latency of the exported files."""
+
+    batches: tuple[int, ...] = (1, 32)
+    """Batch sizes."""
+    threads: tuple[int, ...] = (1,)
+    """Threads of one session."""
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """ONNX Runtime execution provider; a silent fallback to another is refused."""
+    seconds: float = Field(20.0, gt=0)
+    """Measuring time for each row's set of files."""
+
+
+def _finetune_defaults() -> TrainSettings:
+    return TrainSettings(epochs=4, lr=0.02, warmup=0.2, ema_decay=0.99)
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where torch computes."""
+    data: DataSection = DataSection()
+    threat: ThreatSection = ThreatSection()
+    model: ModelSection = ModelSection()
+    training: TrainSettings = TrainSettings()
+    """Adversarial training from scratch (`train`)."""
+    sensitivity: SensitivitySection = SensitivitySection()
+    pruning: PruningSection = PruningSection()
+    finetune: TrainSettings = Field(default_factory=_finetune_defaults)
+    """Adversarial fine-tuning after the cut (`compress`)."""
+    evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
+    bench: BenchSection = BenchSection()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every value written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped() -> dict[str, Path]:
+    """Names and files of the recipes that come with the package."""
+    for folder in RECIPE_FOLDERS:
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find(name: str) -> Path:
+    """The file of a recipe given by path or by shipped name.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = shipped()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "`robust-prune recipes ls` lists the shipped ones."
+    raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe. {hint}")
+
+
+def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe and puts dotted `overrides` (``{"pruning.ratio": 0.3}``) over it; None values are left out.
+
+    Raises:
+        UsageError: not YAML, an unknown key, or a value out of range; the message names file and line.
+    """
+    path = find(source) if source is not None else None
+    text = path.read_text(encoding="utf-8") if path else ""
+    try:
+        value = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")
+    for key, new in (overrides or {}).items():
+        if new is not None:
+            _put(value, key, new)
+    return _validate(value, path, text, set(overrides or {}))
+
+
+def _put(value: dict[str, Any], dotted: str, new: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        value = value.setdefault(parent, {})
+        if not isinstance(value, dict):
+            raise UsageError(f"cannot set {dotted}: {parent} is not a section of the recipe")
+    value[last] = new
+
+
+def _validate(value: dict[str, Any], path: Path | None, text: str, overridden: set[str]) -> Recipe:
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        location = tuple(str(part) for part in problem["loc"])
+        dotted = ".".join(location)
+        where = _where(path, text, location) if dotted not in overridden else ""
+        raise UsageError(_explain(problem, location) + where) from error
+
+
+def _explain(problem: Any, location: tuple[str, ...]) -> str:
+    name, found, bounds = location[-1], problem["input"], problem.get("ctx", {})
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, _fields(location[:-1]), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_fields(location[:-1]))}."
+        return f"unknown recipe key {'.'.join(location)}. {hint}"
+    if location == ("pruning", "ratio"):
+        return f"ratio must be in (0, 1), got {found}. Try 0.5."
+    if problem["type"] == "literal_error":
+        return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found!r}"
+    return f"{'.'.join(location)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {found!r}"
+
+
+def _fields(location: tuple[str, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _where(path: Path | None, text: str, location: tuple[str, ...]) -> str:
+    if path is None:
+        return ""
+    node: Any = yaml.compose(text)
+    line = 1
+    for part in location:
+        found = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == part]
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return f" ({path}:{line})"

@@ -1,0 +1,214 @@
+"""The charts of the report: latency against robustness, training curves, sensitivity and widths by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from ..pruning.types import PruningPlan
+from ..sensitivity.profile import SensitivityProfile
+from . import svg, text
+from .table import find_latency, latency_keys
+from .types import RunReport
+
+WIDTH, HEIGHT = 420, 290
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
+
+
+def tradeoff(run: RunReport) -> Markup:
+    """Robust accuracy over median latency, with both 95 % intervals; empty unless two models have both figures."""
+    keys = latency_keys(run)
+    if not keys:
+        return Markup("")
+    found = []
+    for model in run.models:
+        row = find_latency(model, keys[0])
+        if row is not None and model.card is not None and model.card.robust.total:
+            found.append((model.label, row, model.card.robust))
+    if len(found) < 2:
+        return Markup("")
+    x = svg.axis([0.0, *(row.p50_high for _, row, _ in found)], LEFT, RIGHT)
+    y = svg.axis([100 * bound for _, _, robust in found for bound in robust.interval], BOTTOM, TOP)
+    parts = svg.frame(x, y, f"median latency in ms, batch {keys[0][2]} (left is faster)", "robust accuracy in %")
+    places = [(x(row.p50_ms), y(100 * robust.value)) for _, row, robust in found]
+    parts += [svg.line(*places[0], *place, "link") for place in places[1:]]
+    for position, (name, row, robust) in enumerate(found):
+        css = "base" if position == 0 else "main"
+        low, high = robust.interval
+        px, py = places[position]
+        parts.append(svg.line(x(row.p50_low), py, x(row.p50_high), py, f"bar {css}"))
+        parts.append(svg.line(px, y(100 * low), px, y(100 * high), f"bar {css}"))
+        tip = f"{name}: {row.p50_ms:.3g} ms, {text.percent(robust.value)}"
+        parts.append(svg.dot(px, py, 5, f"dot {css}", tip))
+        shift, anchor = (-10, "end") if px > RIGHT - 70 else (10, "start")
+        # On the side that the connecting line does not run to.
+        drop = 18 if position and py > places[0][1] else -9
+        parts.append(svg.label(px + shift, py + drop, name, f"name {css}", anchor))
+    return svg.figure(WIDTH, HEIGHT, "Robust accuracy against latency", parts)
+
+
+def speedups(run: RunReport) -> Markup:
+    """Speed-up of every measurement with its 95 % interval, around the line of equal speed; empty without any."""
+    rows = [(m.label, r, r.speedup) for m in run.models[1:] for r in m.latency if r.speedup is not None]
+    if not rows:
+        return Markup("")
+    step = 30.0
+    bottom = TOP + step * len(rows) + 6
+    x = svg.axis([1.0, *(v for _, _, ratio in rows for v in (ratio.low, ratio.high))], LEFT + 66, RIGHT - 10)
+    parts = [svg.label(LEFT - 30, TOP - 14, "speed-up", "axis-title")]
+    for tick in x.ticks:
+        parts.append(svg.line(x(tick), TOP, x(tick), bottom, "rule" if tick == 1 else "grid"))
+        parts.append(svg.label(x(tick), bottom + 17, svg.number(tick) + text.TIMES, "tick", "middle"))
+    many = len(run.models) > 2
+    for position, (name, row, ratio) in enumerate(rows):
+        y = TOP + step * (position + 0.5) + 3
+        css = "base" if ratio.verdict == "no difference" else "main"
+        label = f"{name}, b{row.batch}" if many else f"batch {row.batch}"
+        parts.append(svg.label(x.start - 12, y + 4, label, "", "end"))
+        parts.append(svg.line(x(ratio.low), y, x(ratio.high), y, f"bar {css}"))
+        parts.append(svg.dot(x(ratio.value), y, 5, f"dot {css}", f"{label}: {text.speedup(ratio)}"))
+        parts.append(svg.label(x(ratio.value), y - 9, f"{ratio.value:.2f}{text.TIMES}", f"name {css}", "middle"))
+    parts.append(svg.label(x.end, bottom + 34, f"times as fast as {run.models[0].label}", "axis-title", "end"))
+    return svg.figure(WIDTH, int(bottom) + 46, f"Speed-up over {run.models[0].label}", parts)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: its name, its CSS class and its points."""
+
+    name: str
+    css: str
+    points: tuple[tuple[float, float], ...]
+
+
+def _series(history: Sequence[dict[str, Any]], key: str, name: str, css: str, factor: float = 1.0) -> Series:
+    points = [
+        (float(epoch.get("epoch", position + 1)), factor * float(epoch[key]))
+        for position, epoch in enumerate(history)
+        if epoch.get(key) is not None and math.isfinite(epoch[key])
+    ]
+    return Series(name, css, tuple(points))
+
+
+def _curves(series: Sequence[Series], title: str, y_title: str) -> Markup:
+    drawn = [s for s in series if s.points]
+    if not drawn:
+        return Markup("")
+    epochs = [p[0] for s in drawn for p in s.points]
+    values = [p[1] for s in drawn for p in s.points]
+    x = svg.axis([min(epochs), max(epochs)], LEFT, RIGHT - 46, integer=True)
+    y = svg.axis([min(values), max(values)], BOTTOM, TOP)
+    parts = svg.frame(x, y, "epoch", y_title)
+    ends = []
+    for s in drawn:
+        places = [(x(a), y(b)) for a, b in s.points]
+        parts.append(svg.polyline(places, f"curve {s.css}"))
+        if len(places) <= 30:
+            parts += [
+                svg.dot(px, py, 2.5, f"dot {s.css}", f"epoch {a:g}: {b:.3g}")
+                for (px, py), (a, b) in zip(places, s.points, strict=True)
+            ]
+        ends.append((places[-1], s))
+    for (px, _), s, py in _spread(ends):
+        parts.append(svg.label(px + 8, py + 4, s.name, f"name {s.css}"))
+    return svg.figure(WIDTH, HEIGHT, title, parts)
+
+
+def _spread(
+    ends: list[tuple[tuple[float, float], Series]], gap: float = 14.0
+) -> list[tuple[tuple[float, float], Series, float]]:
+    """Heights of the labels at the curves' ends, moved apart where they would overlap."""
+    placed: list[tuple[tuple[float, float], Series, float]] = []
+    last = -math.inf
+    for place, series in sorted(ends, key=lambda end: end[0][1]):
+        height = max(place[1], last + gap)
+        placed.append((place, series, height))
+        last = height
+    return placed
+
+
+def accuracy_curves(history: Sequence[dict[str, Any]]) -> Markup:
+    """Held-out clean and robust accuracy by epoch; empty without them."""
+    series = [
+        _series(history, "val_clean", "clean", "base", 100),
+        _series(history, "val_robust", "robust", "main", 100),
+    ]
+    return _curves(series, "Held-out accuracy by epoch", "held-out accuracy in %")
+
+
+def loss_curve(history: Sequence[dict[str, Any]]) -> Markup:
+    """Training loss by epoch; empty without it."""
+    return _curves([_series(history, "train_loss", "loss", "main")], "Training loss by epoch", "training loss")
+
+
+@dataclass(frozen=True)
+class SensitivityBar:
+    """A module on the logarithmic MRS scale: `position` in [0, 100] per cent of the scale's width."""
+
+    name: str
+    kind: str
+    value: str
+    position: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Ticks of a logarithmic scale: (label, position in per cent)."""
+
+    ticks: tuple[tuple[str, float], ...]
+
+
+def sensitivity_bars(profile: SensitivityProfile) -> tuple[list[SensitivityBar], Scale]:
+    """One mark a module, in network order. MRS is heavy-tailed, hence the logarithm; zeros stand at the left end."""
+    positive = [m.mrs for m in profile.modules if m.mrs > 0 and math.isfinite(m.mrs)]
+    if not positive:
+        return [], Scale(())
+    # Five decades at most: what is smaller is as good as zero and would squeeze the rest.
+    high = math.ceil(math.log10(max(positive)) - 1e-9)
+    low = max(math.floor(math.log10(min(positive)) + 1e-9), high - 5)
+    low = min(low, high - 1)
+
+    def place(value: float) -> float:
+        if value <= 0:
+            return 0.0
+        return min(100.0, max(0.0, 100 * (math.log10(value) - low) / (high - low)))
+
+    names = text.short_names([m.name for m in profile.modules])
+    bars = [
+        SensitivityBar(names[m.name], m.kind, f"{m.mrs:.3g}", place(m.mrs) if math.isfinite(m.mrs) else 100.0)
+        for m in profile.modules
+    ]
+    ticks = tuple((svg.number(10.0**e), 100 * (e - low) / (high - low)) for e in range(low, high + 1))
+    return bars, Scale(ticks)
+
+
+@dataclass(frozen=True)
+class WidthBar:
+    """A group's channels before and after, as per cent of the widest group."""
+
+    name: str
+    before: int
+    after: int
+    before_share: float
+    after_share: float
+
+    @property
+    def kept(self) -> str:
+        """Share of channels kept."""
+        return f"{100 * self.after / self.before:.0f} %" if self.before else text.NONE
+
+
+def width_bars(plan: PruningPlan, rolled_back: Sequence[str] = ()) -> list[WidthBar]:
+    """One bar a group, in the plan's order; groups that were rolled back keep all of their channels."""
+    widest = max((group.channels for group in plan.groups), default=1)
+    names = text.short_names([group.name for group in plan.groups])
+    bars = []
+    for group in plan.groups:
+        after = group.channels if group.name in rolled_back else group.keep
+        share = 100 / max(widest, 1)
+        bars.append(WidthBar(names[group.name], group.channels, after, share * group.channels, share * after))
+    return bars

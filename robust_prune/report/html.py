@@ -1,0 +1,91 @@
+"""The page: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import yaml
+
+from . import charts, pictures, table, text, words
+from .types import RunReport
+
+
+def render(run: RunReport, examples: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The report as HTML text; every value of the run is escaped.
+
+    Args:
+        run: what to report.
+        examples: images to show, as `evaluation.examples.make_examples` returns them.
+    """
+    template = _environment().from_string(files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
+    return template.render(**_context(run, examples))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "quantity": text.quantity,
+        "file_size": text.file_size,
+        "percent": text.percent,
+        "duration": text.duration,
+        "speedup": text.speedup,
+        "span": text.span,
+        "decimals": text.decimals,
+        "threat": text.threat_name,
+    }
+    return environment
+
+
+def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    bars, scale = charts.sensitivity_bars(run.profile) if run.profile else ([], charts.Scale(()))
+    refused = [*(run.plan.refused if run.plan else ()), *run.rolled_back]
+    return {
+        "run": run,
+        "title": unbroken(run.title),
+        "created": text.moment(run.created),
+        "lines": table.headline_lines(run),
+        "pair": len(run.models) == 2,
+        "tiles": words.tiles(run),
+        "summary": [unbroken(sentence) for sentence in words.summary(run)],
+        "warnings": words.warnings(run),
+        "after_the_cut": unbroken(words.after_the_cut(run)),
+        "how_cut": words.how_cut(run),
+        "card": next((m.card for m in run.models if m.card), None),
+        "tradeoff": charts.tradeoff(run),
+        "speedups": charts.speedups(run),
+        "sensitivity": bars,
+        "scale": scale.ticks,
+        "widths": charts.width_bars(run.plan, [r.name for r in run.rolled_back]) if run.plan else [],
+        "refused": refused,
+        "accuracy_curves": charts.accuracy_curves(run.history),
+        "loss_curve": charts.loss_curve(run.history),
+        "latencies": [(m.label, row) for m in run.models for row in m.latency],
+        "strips": pictures.strips(examples),
+        "environment": flatten(run.environment),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
+        "total_seconds": sum(run.seconds.values()),
+    }
+
+
+def unbroken(sentence: str) -> str:
+    """The sentence with figures kept on one line with their per cent sign."""
+    return sentence.replace(" %", "\u00a0%")
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (name, value) lines, empty values left out."""
+    lines: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(item, Mapping):
+            lines += flatten(item, f"{name}: ")
+        elif isinstance(item, list | tuple):
+            lines.append((name, ", ".join(str(i) for i in item)))
+        elif item is not None and item != "":
+            lines.append((name, f"{item:.6g}" if isinstance(item, float) else str(item)))
+    return [(name, shown) for name, shown in lines if shown]

@@ -1,0 +1,193 @@
+"""The headline table: the models beside each other, one figure a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from ..bench.types import LatencyRow
+from ..evaluation.card import Accuracy
+from . import text
+from .types import ModelRow, RunReport
+
+MAX_LATENCY_LINES = 3
+LatencyKey = tuple[str, str, int, int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: its value, its 95 % interval (or empty), and its change against the first model (or empty)."""
+
+    value: str
+    interval: str = ""
+    change: str = ""
+
+    @property
+    def plain(self) -> str:
+        """Value and interval on one line."""
+        return f"{self.value} {self.interval}".strip()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table.
+
+    Attributes:
+        short: label for the terminal, units included.
+        label, detail: label for the page, and the conditions in small print.
+        unit: appended to values on the page.
+        cells: one a model.
+    """
+
+    short: str
+    label: str
+    detail: str
+    unit: str
+    cells: tuple[Cell, ...]
+
+
+def key_of(row: LatencyRow) -> LatencyKey:
+    """What must be equal for two latencies to be compared."""
+    return row.provider, row.kind, row.batch, row.threads
+
+
+def latency_keys(run: RunReport) -> list[LatencyKey]:
+    """Conditions of the first model's measurements, in order."""
+    return list(dict.fromkeys(key_of(row) for model in run.models for row in model.latency))
+
+
+def find_latency(model: ModelRow, key: LatencyKey) -> LatencyRow | None:
+    """The model's measurement under `key`, if there is one."""
+    return next((row for row in model.latency if key_of(row) == key), None)
+
+
+def headline_lines(run: RunReport) -> list[Line]:
+    """Every line of the table; lines that no model has a value for are left out."""
+    first = run.models[0] if run.models else None
+    if first is None:
+        return []
+    lines = [
+        _count_line(run, "MACs", "for one image", lambda m: m.macs, text.quantity),
+        _count_line(run, "Parameters", "", lambda m: m.params, text.quantity),
+        _count_line(run, "ONNX file", "", lambda m: m.file_bytes, lambda v: text.file_size(int(v))),
+    ]
+    keys = latency_keys(run)
+    lines += [_latency_line(run, key, keys) for key in keys[:MAX_LATENCY_LINES]]
+    card = next((m.card for m in run.models if m.card), None)
+    images = f"{card.clean.total:,} {card.split} images" if card else ""
+    attack = f"{text.attack_name(card)}, {text.threat_name(card)}, tier {card.tier}" if card else ""
+    lines += [
+        _accuracy_line(run, "Clean acc.", "Clean accuracy", images, lambda m: m.card.clean if m.card else None),
+        _accuracy_line(run, "Robust acc.", "Robust accuracy", attack, lambda m: m.card.robust if m.card else None),
+        _accuracy_line(run, "ONNX clean", "ONNX file, clean", "the file itself", lambda m: m.onnx_clean),
+        _accuracy_line(run, "ONNX robust", "ONNX file, robust", "same attacked images", lambda m: m.onnx_robust),
+    ]
+    return [line for line in lines if any(cell.value != text.NONE for cell in line.cells)]
+
+
+def _count_line(
+    run: RunReport, label: str, detail: str, get: Callable[[ModelRow], int | None], show: Callable[[float], str]
+) -> Line:
+    base = get(run.models[0])
+    cells = []
+    for position, model in enumerate(run.models):
+        value = get(model)
+        change = text.relative(value, base) if position else ""
+        cells.append(Cell(text.NONE if value is None else show(value), "", change))
+    return Line(label, label, detail, "", tuple(cells))
+
+
+def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Line:
+    provider, kind, batch, threads = key
+    cells = []
+    for position, model in enumerate(run.models):
+        row = find_latency(model, key)
+        if row is None:
+            cells.append(Cell(text.NONE))
+            continue
+        digits = text.decimals(row.p50_ms)
+        change = text.speedup(row.speedup) if position else ""
+        cells.append(Cell(f"{row.p50_ms:.{digits}f}", text.span(row.p50_low, row.p50_high, digits), change))
+    many_threads = len({k[3] for k in keys}) > 1
+    many_kinds = len({k[1] for k in keys}) > 1
+    short = f"Latency b{batch}" + (f" t{threads}" if many_threads else "") + (f" {kind}" if many_kinds else "")
+    detail = f"median, batch {batch}, {_threads(threads)}, {provider.removesuffix('ExecutionProvider')}, {kind}"
+    return Line(f"{short}, ms", "Latency", detail, " ms", tuple(cells))
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def _accuracy_line(
+    run: RunReport, short: str, label: str, detail: str, get: Callable[[ModelRow], Accuracy | None]
+) -> Line:
+    base = get(run.models[0])
+    cells = []
+    for position, model in enumerate(run.models):
+        accuracy = get(model)
+        if accuracy is None or not accuracy.total:
+            cells.append(Cell(text.NONE))
+            continue
+        change = text.points(accuracy, base) if position else ""
+        cells.append(Cell(f"{100 * accuracy.value:.1f}", text.accuracy_span(accuracy), change))
+    return Line(f"{short}, %", label, detail, " %", tuple(cells))
+
+
+def caption(run: RunReport) -> str:
+    """What the figures of the table mean, in one sentence or two."""
+    sentences = []
+    card = next((m.card for m in run.models if m.card), None)
+    if card:
+        sentences.append(
+            f"Robust: {card.attack} under {text.threat_name(card)} (tier {card.tier}), {card.clean.total:,} images of "
+            f"{card.data} ({card.split})."
+        )
+    rows = [row for m in run.models for row in m.latency]
+    if rows:
+        threads = ", ".join(_threads(t) for t in dict.fromkeys(row.threads for row in rows))
+        providers = ", ".join(dict.fromkeys(row.provider.removesuffix("ExecutionProvider") for row in rows))
+        sentences.append(f"Latency: median, ONNX Runtime {providers}, {threads}.")
+    if card or rows:
+        sentences.append("Brackets: 95 % intervals.")
+    return " ".join(sentences)
+
+
+def headline_table(run: RunReport) -> Table:
+    """The headline table for a terminal; its lines are Markdown, so that it can be pasted into a report."""
+    table = Table(box=box.MARKDOWN, caption=caption(run), caption_justify="left", title=None)
+    table.add_column("")
+    for model in run.models:
+        table.add_column(model.label, justify="right")
+    pair = len(run.models) == 2
+    if pair:
+        table.add_column("change", justify="right")
+    for line in headline_lines(run):
+        table.add_row(line.short, *_plain_cells(line, pair))
+    return table
+
+
+def _plain_cells(line: Line, pair: bool) -> list[str]:
+    if pair:
+        return [cell.plain for cell in line.cells] + [line.cells[-1].change]
+    return [cell.plain + (f" ({cell.change})" if cell.change else "") for cell in line.cells]
+
+
+def headline_markdown(run: RunReport) -> str:
+    """The headline table as Markdown."""
+    pair = len(run.models) == 2
+    heads = ["", *(_cell_text(m.label) for m in run.models), *(["change"] if pair else [])]
+    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row([line.short, *_plain_cells(line, pair)]) for line in headline_lines(run)]
+    return "\n".join(lines) + f"\n\n{caption(run)}\n"
+
+
+def _cell_text(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

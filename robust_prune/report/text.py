@@ -1,0 +1,119 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from ..attacks.threat import ThreatModel
+from ..bench.types import Ratio
+from ..evaluation.card import Accuracy, ResultCard
+
+MINUS = "\u2212"
+TIMES = "\u00d7"
+NONE = "\u2013"
+
+
+def quantity(value: float) -> str:
+    """A count with a decimal prefix: ``160.2 M``."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.4g} {unit}"
+    return f"{value:.0f}"
+
+
+def file_size(count: int | None) -> str:
+    """Bytes with a decimal prefix: ``1.10 MB``."""
+    if count is None:
+        return NONE
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return f"{count} B"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign, minus as a real minus."""
+    text = f"{value:+.{digits}f}"
+    return "0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def relative(after: float | None, before: float | None) -> str:
+    """Change in per cent: ``-50.0 %``; empty when one side is unknown."""
+    if after is None or not before:
+        return ""
+    return f"{signed(100 * (after / before - 1))} %"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share in [0, 1] as per cent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def decimals(milliseconds: float) -> int:
+    """Digits after the point that give a duration three significant figures."""
+    return 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2 if milliseconds >= 1 else 3
+
+
+def span(low: float, high: float, digits: int) -> str:
+    """An interval: ``[42.2, 44.1]``."""
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def accuracy_span(accuracy: Accuracy) -> str:
+    """The 95 % interval in per cent."""
+    low, high = accuracy.interval
+    return span(100 * low, 100 * high, 1)
+
+
+def points(after: Accuracy | None, before: Accuracy | None) -> str:
+    """Difference of two accuracies: ``-1.2 points``; empty when one is unknown."""
+    if after is None or before is None or not after.total or not before.total:
+        return ""
+    return f"{signed(100 * (after.value - before.value))} points"
+
+
+def speedup(ratio: Ratio | None) -> str:
+    """Speed-up with its interval; ``no difference`` inside the noise floor."""
+    if ratio is None:
+        return ""
+    text = f"{ratio.value:.2f}{TIMES} {span(ratio.low, ratio.high, 2)}"
+    return f"no difference, {text}" if ratio.verdict == "no difference" else text
+
+
+def attack_name(card: ResultCard) -> str:
+    """The attack's short name, e.g. ``PGD-20``."""
+    return card.attack.split(",")[0].split(":")[0]
+
+
+def threat_name(card: ResultCard) -> str:
+    """The threat model, e.g. ``Linf 8/255``."""
+    return str(ThreatModel(card.threat["norm"], card.threat["epsilon"]))
+
+
+def duration(seconds: float) -> str:
+    """Wall time: ``4 min 12 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def moment(iso: str) -> str:
+    """An ISO 8601 time to the minute, ``2026-01-02 03:04 UTC``; anything else as it is."""
+    try:
+        when = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{when:%Y-%m-%d %H:%M %Z}".strip()
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Module names without the dotted prefix that all of them share."""
+    if not names:
+        return {}
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return {name: ".".join(p[shared:]) for name, p in zip(names, parts, strict=True)}

@@ -1,0 +1,152 @@
+"""The outcome in plain sentences, and the few figures that stand on top of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import text
+from .table import find_latency, latency_keys
+from .types import ModelRow, RunReport
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure in large print: its name, its value, and what it is compared with."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def tiles(run: RunReport) -> list[Tile]:
+    """The last model against the first: compute, size, speed, robustness."""
+    if len(run.models) < 2:
+        return []
+    before, after = run.models[0], run.models[-1]
+    found = [
+        Tile("Compute", text.relative(after.macs, before.macs), _from_to(before.macs, after.macs) + " MACs"),
+        Tile("Parameters", text.relative(after.params, before.params), _from_to(before.params, after.params)),
+    ]
+    keys = latency_keys(run)
+    row = find_latency(after, keys[0]) if keys else None
+    if row and row.speedup:
+        faster = "no difference" if row.speedup.verdict == "no difference" else f"{row.speedup.value:.2f}{text.TIMES}"
+        detail = f"95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f}, batch {row.batch}"
+        found.append(Tile("Speed", faster, detail))
+    if before.card and after.card:
+        value = text.percent(after.card.robust.value)
+        found.append(Tile("Robust accuracy", value, f"{before.label}: {text.percent(before.card.robust.value)}"))
+    return [tile for tile in found if tile.value]
+
+
+def _from_to(before: int, after: int) -> str:
+    return f"{text.quantity(before)} \u2192 {text.quantity(after)}"
+
+
+def summary(run: RunReport) -> list[str]:
+    """Two or three sentences that a reader without the tables understands."""
+    if len(run.models) < 2:
+        return [_alone(run.models[0])] if run.models and run.models[0].card else []
+    before, after = run.models[0], run.models[-1]
+    return [s for s in (_size(before, after), _speed(run, before, after), _accuracy(before, after)) if s]
+
+
+def _alone(model: ModelRow) -> str:
+    card = model.card
+    if card is None:
+        return ""
+    return (
+        f"Of {card.clean.total:,} {card.split} images the {model.label} model gets {text.percent(card.clean.value)} "
+        f"right, and {text.percent(card.robust.value)} even when each is attacked."
+    )
+
+
+def _size(before: ModelRow, after: ModelRow) -> str:
+    macs, params = 1 - after.macs / max(before.macs, 1), 1 - after.params / max(before.params, 1)
+    return (
+        f"The {after.label} model does {text.percent(macs)} less arithmetic for an image than the {before.label} one "
+        f"and has {text.percent(params)} fewer parameters."
+        if macs > 0 and params > 0
+        else ""
+    )
+
+
+def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
+    keys = latency_keys(run)
+    row = find_latency(after, keys[0]) if keys else None
+    if row is None or row.speedup is None:
+        return ""
+    where = f"at batch {row.batch} on {row.threads} thread{'s' if row.threads != 1 else ''} of this machine"
+    if row.speedup.verdict == "no difference":
+        return f"Its speed {where} cannot be told apart from the {before.label} model's."
+    return (
+        f"It is {row.speedup.value:.2f} times as fast {where} "
+        f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f})."
+    )
+
+
+def _accuracy(before: ModelRow, after: ModelRow) -> str:
+    if before.card is None or after.card is None:
+        return ""
+    old, new = before.card, after.card
+    return (
+        f"Of {new.clean.total:,} {new.split} images it gets {text.percent(new.clean.value)} right "
+        f"({before.label}: {text.percent(old.clean.value)}), and {text.percent(new.robust.value)} even when each one "
+        f"is attacked ({before.label}: {text.percent(old.robust.value)})."
+    )
+
+
+def warnings(run: RunReport) -> list[str]:
+    """Every flag of every card, noisy latencies and failed parity, each with the model's label."""
+    found = []
+    for model in run.models:
+        found += [f"{model.label}: {flag}" for flag in (model.card.flags if model.card else ())]
+        if model.onnx and not model.onnx.parity.passed:
+            found.append(f"{model.label}: the ONNX file failed its parity gate.")
+        found += [
+            f"{model.label}: the latency at batch {row.batch} is noisy (the A/A check left 1); measure it again."
+            for row in model.latency
+            if row.noisy
+        ]
+    if run.plan and run.plan.note:
+        found.append(f"Budget: {run.plan.note}")
+    return found
+
+
+def after_the_cut(run: RunReport) -> str:
+    """Accuracy between the cut and the fine-tuning, in a sentence; empty if it was not measured."""
+    card = run.before_finetune
+    if card is None:
+        return ""
+    return (
+        f"Right after the cut, before any fine-tuning, the model got {text.percent(card.clean.value)} of "
+        f"{card.clean.total:,} {card.split} images right, and {text.percent(card.robust.value)} under attack."
+    )
+
+
+ALLOCATIONS = {
+    "mrs": "Channels went where, by the sensitivity below, the least robustness is lost for the cost that is saved.",
+    "rank": "The more sensitive a group of layers is under attack, the larger the share of its channels that stayed.",
+    "global": "The least important channels of the whole network went, weighted by the sensitivity below.",
+    "uniform": "Every group of layers gave up the same share of its channels.",
+}
+CRITERIA = {
+    "adversarial_taylor": "by how much the loss under attack would change without them (adversarial Taylor)",
+    "clean_taylor": "by how much the loss would change without them on unchanged images (Taylor)",
+    "magnitude": "by the size of their weights",
+    "random": "at random",
+}
+UNITS = {"macs": "the MACs", "params": "the parameters", "channels": "the channels", "latency": "the latency"}
+
+
+def how_cut(run: RunReport) -> str:
+    """What was to be removed and how it was chosen; empty without a plan."""
+    plan = run.plan
+    if plan is None:
+        return ""
+    rule = ALLOCATIONS.get(plan.allocation, f"The share of each group was set by the allocation {plan.allocation}.")
+    aligned = f" Widths are multiples of {plan.align} where the budget allows." if plan.align > 1 else ""
+    target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.of, plan.of)}."
+    order = CRITERIA.get(plan.criterion, f"by {plan.criterion.replace('_', ' ')}")
+    ranking = f" Within a group, channels were ranked {order}."
+    return f"{target} {rule}{ranking}{aligned}"

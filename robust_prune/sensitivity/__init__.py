@@ -1,0 +1,1 @@
+"""Module Robustness Sensitivity: where a model's robustness lives, layer by layer."""

@@ -1,0 +1,87 @@
+"""The adversarial set D_adv on which sensitivity and importance are measured, made once per model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.context import frozen_eval
+from ..attacks.pgd import pgd
+from ..attacks.threat import ThreatModel
+from ..console import track
+from ..data.base import ImageSet, batches, random_subset
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class AdversarialSet:
+    """Fixed adversarial images with their labels.
+
+    Attributes:
+        images: float32 [N, C, H, W] in [0, 1], on the CPU.
+        labels: int64 [N], on the CPU.
+        seed: what chose the images and the random starts.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.float32:
+            raise UsageError(
+                f"adversarial images must be float32 [N, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if len(self.images) != len(self.labels) or len(self.images) == 0:
+            raise UsageError(f"an adversarial set needs one label an image, got {len(self.images)} images "
+                             f"and {len(self.labels)} labels")  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def make_adversarial_set(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    *,
+    count: int = 1024,
+    steps: int = 10,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> AdversarialSet:
+    """Attacks `count` random images with PGD in eval mode.
+
+    Pass the training split: the set steers what is pruned, so neither validation nor test images belong in it.
+
+    Args:
+        model: maps [0, 1] images to logits; already on `device`, left as it came.
+        images: where the images are drawn from, without replacement; fewer than `count` means all of them.
+        threat: what the attacker may do.
+        count: number of images.
+        steps: PGD steps.
+        batch_size: images attacked at once.
+        seed: of the choice of images and of the random starts.
+        device: where the attack runs.
+
+    Raises:
+        UsageError: no images, or `count`, `steps` or `batch_size` below 1.
+    """
+    for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} of the adversarial set must be at least 1, got {value}")
+    chosen = random_subset(images, count, seed)
+    if len(chosen) == 0:
+        raise UsageError("the adversarial set needs training images, found none. Check the data source.")
+    generator = torch.Generator().manual_seed(seed)
+    made: list[Tensor] = []
+    labels: list[Tensor] = []
+    with frozen_eval(model), track(f"Adversarial set, PGD-{steps}", len(chosen)) as advance:
+        for x, y in batches(chosen, batch_size, device):
+            made.append(pgd(model, x, y, threat, steps=steps, generator=generator).float().cpu())
+            labels.append(y.long().cpu())
+            advance(len(y))
+    return AdversarialSet(torch.cat(made), torch.cat(labels), seed)

@@ -1,0 +1,204 @@
+"""Module Robustness Sensitivity (MRS): how much robust loss a relative weight perturbation can cost a module.
+
+    MRS_m(ρ) = max over ‖Δ‖_F <= ρ‖W_m‖_F of  R(θ with W_m + Δ) − R(θ)
+
+R is the mean cross-entropy over a fixed adversarial set in eval mode. The definition is our reading of "Adaptive
+Pruning with Module Robustness Sensitivity" (arXiv 2410.15176), built on the Module Robust Criticality of RiFT
+(arXiv 2308.02533). Because Δ is relative to W, the value does not change when a layer is scaled up and its follower
+down.
+
+A maximum over a ball cannot fall as the ball grows and cannot be negative, so the estimators report the largest loss
+increase that they saw within each radius.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.context import frozen_eval
+from ..attacks.threat import ThreatModel
+from ..console import track
+from ..errors import UsageError
+from ..pruning.types import ChannelGroup
+from .adversarial_set import AdversarialSet
+from .groups import aggregate_groups, check_aggregation
+from .losses import Ray, RobustLoss, ascend, losses_along
+from .profile import ModuleSensitivity, SensitivityProfile
+from .replay import NEVER, Trace, trace_calls
+from .targets import Target, find_targets
+
+ESTIMATORS = ("gradient", "boundary", "ascent")
+DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
+TRACE_IMAGES = 2
+
+
+def measure(
+    model: nn.Module,
+    adv: AdversarialSet,
+    threat: ThreatModel,
+    *,
+    estimator: str = "boundary",
+    rho: float = 0.1,
+    radii: Sequence[float] = DEFAULT_RADII,
+    groups: Sequence[ChannelGroup] = (),
+    aggregation: str = "sum",
+    batch_size: int = 256,
+    ascent_steps: int = 10,
+    cache_bytes: int = 1 << 30,
+    device: torch.device | str = "cpu",
+) -> SensitivityProfile:
+    """Measures the MRS of every convolution, linear layer and attention projection.
+
+    Estimators, with their cost in passes over the adversarial set for M modules and K radii (`rho` included):
+
+    - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
+    - ``boundary``: the real loss at the ball's boundary along the gradient of the whole set. One forward and backward
+      more than K partial forwards a module; each begins at the module (see `replay`), about half a forward on average.
+    - ``ascent``: the best of `ascent_steps` projected ascent steps at `rho`, the first of them the boundary point.
+      Some 2 `ascent_steps` partial passes a module. Its curve scales the best direction to the other radii rather
+      than climbing again at each.
+
+    A module that the loss does not depend on, or whose gradient vanishes, has MRS 0. Results are deterministic as far
+    as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients and hooks.
+
+    Args:
+        model: maps [0, 1] images to logits; already on `device`.
+        adv: the adversarial set, made at these weights.
+        threat: what `adv` was made with, for the record.
+        estimator: one of `ESTIMATORS`.
+        rho: relative radius of the reported MRS, > 0.
+        radii: relative radii of the curves, > 0; `rho` is added.
+        groups: coupled groups to aggregate for.
+        aggregation: see `aggregate_groups`.
+        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory.
+        ascent_steps: for ``ascent``, >= 1.
+        cache_bytes: for ``ascent``, limit on the module inputs kept between steps.
+        device: where to compute.
+
+    Returns:
+        The profile, modules in the order of execution (unused ones last).
+
+    Raises:
+        UsageError: an argument out of range, a model without such layers, or a loss that is NaN or infinite.
+    """
+    _check(estimator, rho, radii, batch_size, ascent_steps)
+    check_aggregation(aggregation)
+    all_radii = tuple(sorted({float(r) for r in radii} | {float(rho)}))
+    loss = RobustLoss(model, adv, batch_size, torch.device(device))
+    with frozen_eval(model), _plain_attention():
+        targets = find_targets(model)
+        weights = list({id(t.weight): t.weight for t in targets}.values())
+        trace = trace_calls(model, next(loss.batches())[0][:TRACE_IMAGES], weights)
+        base, gradients = _gradients(loss, weights, 1 + (estimator != "gradient"))
+        live = [
+            (target, gradient)
+            for target in {id(t.weight): t for t in targets}.values()
+            if (gradient := gradients[id(target.weight)]) is not None
+            and float(gradient.norm()) > 0
+            and float(target.weight.norm()) > 0
+        ]
+        if estimator == "gradient":
+            rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
+        elif estimator == "boundary":
+            base, rises = _boundary(loss, trace, live, all_radii)
+        else:
+            base, rises = _ascent(loss, trace, live, all_radii, float(rho), ascent_steps, cache_bytes)
+        ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
+        modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
+    profile = SensitivityProfile(
+        estimator=estimator,
+        rho=float(rho),
+        radii=all_radii,
+        aggregation=aggregation,
+        base_loss=base,
+        images=len(adv),
+        seed=adv.seed,
+        threat=threat.to_json(),
+        modules=modules,
+    )
+    return aggregate_groups(profile, groups, aggregation)
+
+
+def _check(estimator: str, rho: float, radii: Sequence[float], batch_size: int, ascent_steps: int) -> None:
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if not all(math.isfinite(r) and r > 0 for r in (rho, *radii)):
+        raise UsageError(f"rho and radii must be finite and > 0, got rho {rho} and radii {tuple(radii)}. Try 0.1.")
+    if batch_size < 1 or ascent_steps < 1:
+        raise UsageError(f"batch_size and ascent_steps must be at least 1, got {batch_size} and {ascent_steps}")
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps attention on one code path: the fused one runs without gradients only and hides its inner modules."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _norm(target: Target) -> float:
+    return float(target.weight.detach().norm())
+
+
+def _gradients(loss: RobustLoss, weights: list[nn.Parameter], stages: int) -> tuple[float, dict[int, Tensor | None]]:
+    for weight in weights:
+        weight.requires_grad_(True)
+    label = "Sensitivity, gradients" if stages > 1 else "Sensitivity"
+    try:
+        with track(label, loss.num_batches) as advance:
+            base, found = loss.gradients(weights, advance)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return base, {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+
+
+def _boundary(
+    loss: RobustLoss, trace: Trace, live: list[tuple[Target, Tensor]], radii: tuple[float, ...]
+) -> tuple[float, dict[int, list[float]]]:
+    rays = [Ray(t, g / g.norm(), tuple(r * _norm(t) for r in radii)) for t, g in live]
+    with track("Sensitivity, boundary", loss.num_batches * len(rays)) as advance:
+        base, losses = losses_along(loss, trace, rays, advance)
+    return base, {id(ray.target.weight): [v - base for v in row] for ray, row in zip(rays, losses, strict=True)}
+
+
+def _ascent(
+    loss: RobustLoss,
+    trace: Trace,
+    live: list[tuple[Target, Tensor]],
+    radii: tuple[float, ...],
+    rho: float,
+    steps: int,
+    cache_bytes: int,
+) -> tuple[float, dict[int, list[float]]]:
+    best: list[tuple[Tensor, float]] = []
+    with track("Sensitivity, ascent", len(live)) as advance:
+        for target, gradient in live:
+            best.append(ascend(loss, trace, target, gradient, rho * _norm(target), steps, cache_bytes))
+            advance()
+    rays = [
+        Ray(target, delta / delta.norm(), tuple(r * _norm(target) for r in radii))
+        for (target, _), (delta, _) in zip(live, best, strict=True)
+    ]
+    with track("Sensitivity, curves", loss.num_batches * len(rays)) as advance:
+        base, losses = losses_along(loss, trace, rays, advance)
+    at_rho = radii.index(rho)
+    rises: dict[int, list[float]] = {}
+    for ray, row, (_, top) in zip(rays, losses, best, strict=True):
+        row[at_rho] = max(row[at_rho], top)
+        rises[id(ray.target.weight)] = [value - base for value in row]
+    return base, rises
+
+
+def _result(target: Target, rises: list[float] | None, radii: tuple[float, ...], rho: float) -> ModuleSensitivity:
+    curve = tuple(accumulate((max(0.0, rise) for rise in rises), max)) if rises else (0.0,) * len(radii)
+    return ModuleSensitivity(target.name, target.kind, curve[radii.index(rho)], _norm(target), curve)

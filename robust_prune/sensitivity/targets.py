@@ -1,0 +1,96 @@
+"""Which weights have a sensitivity, and how to exchange one of them without touching the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import UsageError
+
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight whose sensitivity is measured.
+
+    Attributes:
+        name: the module's qualified name; for the separate projections of `nn.MultiheadAttention` (used when key
+            and value sizes differ) the parameter's qualified name.
+        kind: the module's class name.
+        weight: the parameter itself.
+        owners: every (module, attribute) that holds this parameter; several when weights are tied.
+    """
+
+    name: str
+    kind: str
+    weight: nn.Parameter
+    owners: tuple[tuple[nn.Module, str], ...]
+
+
+def find_targets(model: nn.Module) -> tuple[Target, ...]:
+    """Weights of convolutions, linear layers and attention input projections, in registration order.
+
+    The output projection of `nn.MultiheadAttention` is a linear layer of its own. A module registered twice appears
+    once; two modules that tie one parameter appear both, since either is where a reader would look it up.
+
+    Raises:
+        UsageError: the model has none of these layers, or a weight is computed by a parametrization.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, attribute))
+    found: list[Target] = []
+    for name, module in model.named_modules():
+        for attribute in _weight_names(module):
+            weight = module._parameters.get(attribute)
+            if weight is None:
+                if attribute == "weight":
+                    raise UsageError(
+                        f"the weight of {name!r} is computed by a parametrization (weight or spectral norm), so it "
+                        "cannot be perturbed or pruned. Fold it in with torch.nn.utils.parametrize"
+                        ".remove_parametrizations first."
+                    )
+                continue
+            label = name if attribute in ("weight", "in_proj_weight") else f"{name}.{attribute}"
+            found.append(Target(label, type(module).__name__, weight, tuple(owners[id(weight)])))
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no convolution, linear or attention layer, so it has no module to measure"
+        )
+    return tuple(found)
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        return ("weight",)
+    return ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ()
+
+
+@contextmanager
+def exchanged(target: Target, weight: Tensor) -> Iterator[nn.Parameter]:
+    """Lets the model run with `weight` in place of the target's.
+
+    The original parameter is put aside, not written to, so it returns bit-identical whatever happens meanwhile.
+
+    Args:
+        target: whose weight to exchange.
+        weight: same shape; gradients flow to what this context yields if `weight` requires them.
+
+    Yields:
+        The temporary parameter.
+    """
+    temporary = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    try:
+        for module, attribute in target.owners:
+            module._parameters[attribute] = temporary
+        yield temporary
+    finally:
+        for module, attribute in target.owners:
+            module._parameters[attribute] = target.weight

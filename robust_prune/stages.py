@@ -1,0 +1,245 @@
+"""The stages of the main job, each from plain values to plain values; `pipeline` puts them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .attacks import ThreatModel
+from .data.base import DataBundle, ImageSet, first, random_subset
+from .errors import EnvironmentProblem
+from .evaluation.card import ResultCard
+from .evaluation.evaluate import Evaluation, evaluate_with_twin
+from .evaluation.onnx_scores import OnnxTwin
+from .export.onnx import export_onnx
+from .export.types import OnnxArtifact
+from .models.spec import ModelSpec
+from .pruning.compensation import reestimate_batchnorm
+from .pruning.cost import CostModel, cost_model
+from .pruning.groups import GroupSearch, find_groups
+from .pruning.importance import channel_scores, removed_fraction_curve
+from .pruning.plan import make_plan
+from .pruning.surgery import Surgery, apply
+from .pruning.types import PruningPlan
+from .recipe import EvaluationSection, PruningSection, Recipe, SensitivitySection, TrainSettings
+from .sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
+from .sensitivity.estimators import measure
+from .sensitivity.profile import SensitivityProfile
+from .training.trainer import train
+from .training.types import TrainResult
+
+PARITY_IMAGES = 16
+BEFORE_FINETUNE_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What planning needs to know about a model.
+
+    Attributes:
+        search: groups that can be cut, and those that cannot.
+        cost: closed-form cost over kept channels.
+        profile: MRS of modules and groups.
+        scores: importance of each channel, by group.
+        removed: relative size of the weight perturbation that removing the k least important channels is, by group.
+    """
+
+    search: GroupSearch
+    cost: CostModel
+    profile: SensitivityProfile
+    scores: Mapping[str, Tensor]
+    removed: Mapping[str, Tensor]
+
+
+def threat_of(recipe: Recipe) -> ThreatModel:
+    """The recipe's threat model."""
+    return ThreatModel(recipe.threat.norm, recipe.threat.epsilon)
+
+
+def device_of(recipe: Recipe) -> str:
+    """``cpu`` or ``cuda``, as the recipe and the machine say.
+
+    Raises:
+        EnvironmentProblem: CUDA was asked for and is not there.
+    """
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem("device cuda was asked for, but torch finds no CUDA device. Use --device cpu.")
+    return recipe.device
+
+
+def blank_image(spec: ModelSpec) -> Tensor:
+    """One image [1, C, H, W] of the model's input size; only its shape matters."""
+    return torch.zeros(1, *spec.input_size)
+
+
+def adversarial_set(
+    model: nn.Module, images: ImageSet, threat: ThreatModel, section: SensitivitySection, seed: int, device: str
+) -> AdversarialSet:
+    """The fixed adversarial set D_adv, from training images."""
+    return make_adversarial_set(
+        model, images, threat, count=min(section.images, len(images)), steps=section.steps, seed=seed, device=device
+    )
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    adv: AdversarialSet,
+    threat: ThreatModel,
+    section: SensitivitySection,
+    search: GroupSearch,
+    device: str,
+) -> SensitivityProfile:
+    """MRS of every module and group."""
+    return measure(
+        model,
+        adv,
+        threat,
+        estimator=section.estimator,
+        rho=section.rho,
+        groups=search.groups,
+        aggregation=section.aggregation,
+        device=device,
+    )
+
+
+def analyse(model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe, device: str) -> Analysis:
+    """Groups, costs, sensitivity and channel scores of a model, from training images only."""
+    threat, example = threat_of(recipe), blank_image(spec)
+    model.cpu()
+    search = find_groups(model, example)
+    cost = cost_model(model, example, search.groups)
+    model.to(device)
+    adv = adversarial_set(model, images, threat, recipe.sensitivity, recipe.seed, device)
+    profile = measure_sensitivity(model, adv, threat, recipe.sensitivity, search, device)
+    scores = channel_scores(
+        model,
+        search.groups,
+        recipe.pruning.criterion,
+        adv=adv,
+        clean=_clean_images(images, recipe),
+        seed=recipe.seed,
+        device=device,
+    )
+    removed = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in search.groups}
+    return Analysis(search, cost, profile, scores, removed)
+
+
+def _clean_images(images: ImageSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    chosen = random_subset(images, recipe.sensitivity.images, recipe.seed)
+    x, y = chosen.get(torch.arange(len(chosen)))
+    return x.float() / 255, y
+
+
+def plan_cut(analysis: Analysis, section: PruningSection) -> PruningPlan:
+    """Which channels go, and what that saves."""
+    return make_plan(
+        analysis.search,
+        analysis.cost,
+        analysis.profile,
+        analysis.scores,
+        analysis.removed,
+        ratio=section.ratio,
+        of=section.of,
+        allocation=section.allocation,
+        criterion=section.criterion,
+        align=section.align,
+        min_keep=section.min_keep,
+    )
+
+
+def cut(
+    model: nn.Module, plan: PruningPlan, spec: ModelSpec, images: ImageSet, section: PruningSection, device: str
+) -> Surgery:
+    """The smaller model, with batch-norm statistics re-estimated on training images."""
+    surgery = apply(model.cpu(), plan, blank_image(spec))
+    if section.reestimate_images:
+        surgery.model.to(device)
+        reestimate_batchnorm(surgery.model, images, count=section.reestimate_images, device=device)
+    return surgery
+
+
+def finetune(
+    model: nn.Module,
+    data: DataBundle,
+    threat: ThreatModel,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    device: str,
+    checkpoint: Path | None = None,
+) -> TrainResult:
+    """Adversarial training of `model` in place, selected on the validation part."""
+    return train(
+        model, data.train, data.validation, threat, settings, seed=seed, device=device, checkpoint=checkpoint
+    )
+
+
+def parity_images(data: DataBundle) -> Tensor:
+    """A few training images [N, C, H, W] in [0, 1] for the export's parity gate."""
+    count = min(PARITY_IMAGES, len(data.train))
+    x, _ = data.train.get(torch.arange(count))
+    return x.float() / 255
+
+
+def export(model: nn.Module, spec: ModelSpec, data: DataBundle, path: Path, opset: int, seed: int) -> OnnxArtifact:
+    """Writes and checks the ONNX file of `model`."""
+    manifest = {"model": spec.to_json(), "seed": seed}
+    return export_onnx(
+        model, path, parity_images(data), manifest=manifest, opset=opset, class_names=spec.class_names
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    data: DataBundle,
+    threat: ThreatModel,
+    section: EvaluationSection,
+    *,
+    name: str,
+    seed: int,
+    device: str,
+    onnx: Path | None = None,
+    state_path: Path | None = None,
+) -> Evaluation:
+    """Clean and robust accuracy on test images; with `onnx`, also those of the exported file."""
+    return evaluate_with_twin(
+        model,
+        first(data.test, section.images),
+        threat,
+        model_name=name,
+        data_name=data.name,
+        tier=section.tier,
+        steps=section.steps,
+        restarts=section.restarts,
+        batch_size=section.batch_size,
+        seed=seed,
+        device=device,
+        state_path=state_path,
+        twin=OnnxTwin(onnx) if onnx is not None else None,
+    )
+
+
+def score_before_finetune(
+    model: nn.Module, data: DataBundle, threat: ThreatModel, section: EvaluationSection, seed: int, device: str
+) -> ResultCard:
+    """Accuracy right after the cut, on held-out training images: the test split waits for the final figure."""
+    return evaluate_with_twin(
+        model,
+        first(data.validation, BEFORE_FINETUNE_IMAGES),
+        threat,
+        model_name="pruned, before fine-tuning",
+        data_name=data.name,
+        split="validation",
+        tier=section.tier,
+        steps=section.steps,
+        restarts=1,
+        batch_size=section.batch_size,
+        seed=seed,
+        device=device,
+    ).card

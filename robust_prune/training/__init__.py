@@ -1,0 +1,1 @@
+"""Training: losses, the resumable trainer, and the choice of number format."""

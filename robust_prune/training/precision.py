@@ -1,0 +1,78 @@
+"""Which number format and memory layout is fastest here: found by timing, not by a flag that users must know."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How passes are computed: `bf16` autocast or fp32; `channels_last` or contiguous tensors."""
+
+    bf16: bool
+    channels_last: bool
+
+    def __str__(self) -> str:
+        return f"{'bf16' if self.bf16 else 'fp32'}, {'channels_last' if self.channels_last else 'contiguous'}"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The torch memory format for images and convolution weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes bf16 itself; where it does not, emulation is many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
+def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Precision:
+    """Times a forward and backward pass in each layout (and in bf16 where the hardware has it); the fastest wins.
+
+    The model's weights, gradients, modes and statistics are left as they were; its memory format is not.
+
+    Args:
+        model: on its device.
+        images: a batch of the size that will be used [N, C, H, W] in [0, 1], on the same device.
+        repeats: timed passes of each candidate; the best one counts.
+    """
+    formats = [False, True]
+    types = [False, True] if has_fast_bf16(images.device) else [False]
+    candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    times = dict.fromkeys(candidates, float("inf"))
+    try:
+        # Candidates take turns, so that a passing load on the machine does not fall on one of them alone.
+        for attempt in range(repeats + 1):
+            for candidate in candidates:
+                seconds = _seconds(model, images, candidate)
+                if attempt:
+                    times[candidate] = min(times[candidate], seconds)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return min(candidates, key=lambda candidate: times[candidate])
+
+
+def _seconds(model: nn.Module, images: Tensor, precision: Precision) -> float:
+    model.to(memory_format=precision.memory_format)  # type: ignore[call-overload]
+    x = images.contiguous(memory_format=precision.memory_format)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    begin = time.perf_counter()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision.bf16):
+        logits = model(x)
+    loss = F.cross_entropy(logits.float(), torch.zeros(len(x), dtype=torch.long, device=x.device))
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - begin

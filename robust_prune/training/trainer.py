@@ -1,0 +1,317 @@
+"""Adversarial training that can be killed at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..attacks import ThreatModel
+from ..console import Advance, console, track
+from ..data.augment import crop_and_flip
+from ..data.base import ImageSet, Subset, TensorImages, first
+from ..errors import QualityGateError, UsageError
+from ..recipe import TrainSettings
+from ..run_dir import atomic_write, digest
+from .losses import Batch, make_loss
+from .precision import Precision, choose_precision
+from .randomness import generator_at
+from .types import EpochRecord, TrainResult
+from .validation import Score, score
+
+CHECKPOINT_SECONDS = 60.0
+# Fast adversarial training can lose all robustness within one epoch ("catastrophic overfitting", Wong et al., 2020).
+COLLAPSE = 0.15
+
+
+@dataclass
+class _State:
+    """Everything that changes during a run and that a checkpoint must hold."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    accuracy_sum: float = 0.0
+    elapsed: float = 0.0
+    best_epoch: int = 0
+    best: Score = field(default_factory=lambda: Score(-1.0, -1.0))
+    note: str = ""
+
+
+class _Run:
+    """One training run; `train` is the interface."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_images: ImageSet,
+        validation: ImageSet,
+        threat: ThreatModel,
+        settings: TrainSettings,
+        seed: int,
+        accelerator: Accelerator,
+        checkpoint: Path | None,
+        checkpoint_seconds: float,
+    ) -> None:
+        from timm.scheduler import CosineLRScheduler
+        from timm.utils import ModelEmaV3
+
+        self.settings, self.threat, self.seed, self.checkpoint = settings, threat, seed, checkpoint
+        self.checkpoint_seconds = checkpoint_seconds
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.images = resident(train_images, self.device)
+        self.validation = resident(first(validation, settings.validation_images), self.device)
+        self.model = model.to(self.device)
+        self.precision = self._precision()
+        model.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        self.loss = make_loss(
+            settings.loss, steps=settings.steps, beta=settings.beta, label_smoothing=settings.label_smoothing
+        )
+        self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
+        optimizer = torch.optim.SGD(
+            decay_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum, nesterov=True
+        )
+        total = settings.epochs * self.steps_per_epoch
+        self.scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(total, 1),
+            warmup_t=int(settings.warmup * total),
+            warmup_lr_init=settings.lr / 100,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average: nn.Module | None = None
+        if settings.ema_decay > 0:
+            # The ramp matters: a fixed decay near 1 keeps the average at chance for most of a short run.
+            self.ema = ModelEmaV3(model, settings.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
+            self.average = self.ema.module
+        self.state = _State()
+        self.history: list[EpochRecord] = []
+        self.best_weights = copy.deepcopy(model.state_dict())
+        self.key = digest([settings.model_dump(), threat.to_json(), seed, len(self.images), len(self.validation)])
+
+    def _precision(self) -> Precision:
+        x, _ = self.images.get(torch.arange(min(self.settings.batch_size, len(self.images))))
+        return choose_precision(self.model, x.to(self.device).float() / 255)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        value = {
+            "key": self.key,
+            "state": asdict(self.state) | {"best": list(self.state.best)},
+            "history": [asdict(record) for record in self.history],
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "best_weights": self.best_weights,
+            "precision": asdict(self.precision),
+        }
+        atomic_write(self.checkpoint, lambda part: torch.save(value, part))
+
+    def resume(self) -> bool:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return False
+        try:
+            value: dict[str, Any] = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file; the remedy is the same
+            console.print(f"{self.checkpoint.name} is damaged ({error}); training starts over", markup=False)
+            return False
+        if value.get("key") != self.key:
+            console.print(f"{self.checkpoint.name} belongs to other settings; training starts over", markup=False)
+            return False
+        self.model.load_state_dict(value["model"])
+        if self.average is not None:
+            self.average.load_state_dict(value["average"])
+        self.optimizer.load_state_dict(value["optimizer"])
+        self.best_weights = value["best_weights"]
+        self.history = [EpochRecord(**record) for record in value["history"]]
+        self.state = _State(**(value["state"] | {"best": Score(*value["state"]["best"])}))
+        self.precision = Precision(**value["precision"])
+        self.model.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        return True
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        if not self.resume():
+            self._keep_if_better(0, self._score(self.model), self.model)
+        settings, state = self.settings, self.state
+        total = settings.epochs * self.steps_per_epoch
+        done = state.epoch * self.steps_per_epoch + state.step
+        with track(f"Training ({settings.loss}, {self.precision})", total, done) as advance:
+            while state.epoch < settings.epochs and not state.note:
+                self._epoch(advance)
+        self.model.load_state_dict(self.best_weights)
+        self.save()
+        return TrainResult(tuple(self.history), state.best_epoch, state.note)
+
+    def _epoch(self, advance: Advance) -> None:
+        state = self.state
+        order_generator = generator_at("cpu", self.seed, "order", state.epoch)
+        order = torch.randperm(len(self.images), generator=order_generator)
+        begin = last_save = time.monotonic()
+        before = state.elapsed
+        while state.step < self.steps_per_epoch:
+            start = state.step * self.settings.batch_size
+            loss, accuracy = self._step(order[start : start + self.settings.batch_size])
+            state.loss_sum += loss
+            state.accuracy_sum += accuracy
+            state.step += 1
+            mean = state.loss_sum / state.step, 100 * state.accuracy_sum / state.step
+            last = self.history[-1] if self.history else None
+            seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %" if last else ""
+            advance(note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
+            if time.monotonic() - last_save > self.checkpoint_seconds and state.step < self.steps_per_epoch:
+                state.elapsed = before + time.monotonic() - begin
+                self.save()
+                last_save = time.monotonic()
+        state.elapsed = before + time.monotonic() - begin
+        self._finish_epoch()
+
+    def _step(self, indices: Tensor) -> tuple[float, float]:
+        accelerator, settings, state = self.accelerator, self.settings, self.state
+        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        generator = generator_at(self.device, self.seed, "step", state.epoch, state.step, accelerator.process_index)
+        x, y = self.images.get(mine.to(self._index_device))
+        x, y = x.to(self.device), y.to(self.device)
+        if settings.crop_padding or settings.flip:
+            x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)
+        x = (x.float() / 255).contiguous(memory_format=self.precision.memory_format)
+        self.scheduler.step_update(state.epoch * self.steps_per_epoch + state.step)
+        self.wrapped.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.bf16):
+            result = self.loss(self.wrapped, Batch(x, y, self.threat, generator, self.model))
+        value = result.loss.item()
+        if value != value or abs(value) == float("inf"):
+            raise QualityGateError(
+                f"training loss became {value} in epoch {state.epoch + 1}, step {state.step + 1}. "
+                "Lower the learning rate, or look for NaN in the model's weights."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(result.loss)
+        if settings.clip_grad:
+            accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.ema.update(self.model, step=state.epoch * self.steps_per_epoch + state.step + 1)
+        return value, float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+
+    @property
+    def _index_device(self) -> torch.device:
+        return self.device if isinstance(self.images, TensorImages) else torch.device("cpu")
+
+    def _score(self, model: nn.Module) -> Score:
+        return score(
+            model,
+            self.validation,
+            self.threat,
+            steps=self.settings.validation_steps,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def _keep_if_better(self, epoch: int, found: Score, model: nn.Module) -> None:
+        if found > self.state.best:
+            self.state.best, self.state.best_epoch = found, epoch
+            self.best_weights = copy.deepcopy(model.state_dict())
+
+    def _finish_epoch(self) -> None:
+        state = self.state
+        epoch = state.epoch + 1
+        candidates = {"live": self.model} | ({"average": self.average} if self.average is not None else {})
+        scores = {name: self._score(model) for name, model in candidates.items()}
+        source = max(scores, key=lambda name: scores[name])
+        collapsed = scores["live"].robust < state.best.robust - COLLAPSE
+        if collapsed and self.settings.loss == "n_fgsm":
+            state.note = (
+                f"epoch {epoch}: held-out robust accuracy fell from {100 * state.best.robust:.1f} to "
+                f"{100 * scores['live'].robust:.1f} % (catastrophic overfitting); went back to epoch {state.best_epoch}"
+            )
+            console.print(state.note, markup=False)
+        self._keep_if_better(epoch, scores[source], candidates[source])
+        record = EpochRecord(
+            epoch=epoch,
+            train_loss=state.loss_sum / self.steps_per_epoch,
+            train_accuracy=state.accuracy_sum / self.steps_per_epoch,
+            val_clean=scores[source].clean,
+            val_robust=scores[source].robust,
+            source=source,
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=state.elapsed,
+        )
+        self.history.append(record)
+        state.epoch, state.step = epoch, 0
+        state.loss_sum = state.accuracy_sum = state.elapsed = 0.0
+        self.save()
+
+
+def train(
+    model: nn.Module,
+    train_images: ImageSet,
+    validation: ImageSet,
+    threat: ThreatModel,
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> TrainResult:
+    """Trains `model` in place and leaves it with the weights of the best epoch.
+
+    After each epoch the live and the averaged weights are scored by PGD on held-out training images; the best
+    robust accuracy wins. With `checkpoint` the run goes on where a killed one stood; the file holds at most
+    `checkpoint_seconds` less than what was done, and a resumed run ends with the same weights.
+
+    Args:
+        model: maps [0, 1] images [N, C, H, W] to logits.
+        train_images: images to learn from.
+        validation: held-out images for selection; without any, the last epoch's weights are kept.
+        threat: norm and radius.
+        settings: see `TrainSettings`.
+        seed: of order, augmentation and attacks.
+        device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own.
+        checkpoint: file to resume from and save to.
+
+    Raises:
+        QualityGateError: the loss became NaN or infinite.
+        UsageError: there is nothing to train on.
+    """
+    if len(train_images) < 2:
+        raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
+    accelerator = Accelerator(cpu=device == "cpu")
+    run = _Run(
+        model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds
+    )
+    return run.run()
+
+
+def resident(images: ImageSet, device: torch.device) -> ImageSet:
+    """The same images as one tensor on `device` when they are in memory already, else as they are."""
+    if isinstance(images, Subset):
+        base = resident(images.base, torch.device("cpu"))
+        if isinstance(base, TensorImages):
+            return TensorImages(base.images[images.indices], base.labels[images.indices]).to(device)
+        return images
+    return images.to(device) if isinstance(images, TensorImages) else images
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer parameter groups: matrices and kernels are decayed, norms and biases are not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,43 @@
+"""Outcome of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Figures of one epoch; accuracies in [0, 1] on held-out training images.
+
+    `source` names the weights that scored better: ``live`` or ``average``.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_clean: float
+    val_robust: float
+    source: str
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run reached; the chosen weights are loaded into the model that was passed in.
+
+    Attributes:
+        history: one record an epoch.
+        best_epoch: epoch (from 1) whose weights were chosen, by held-out robust accuracy; 0 when no epoch was better
+            than the start.
+        note: empty, or why training was cut short.
+    """
+
+    history: tuple[EpochRecord, ...]
+    best_epoch: int
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return asdict(self)

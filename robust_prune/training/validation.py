@@ -1,0 +1,50 @@
+"""Quick clean and robust accuracy on held-out training images, to choose an epoch by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..attacks import ThreatModel, frozen_eval, pgd
+from ..data.base import ImageSet, batches
+from .precision import Precision
+from .randomness import generator_at
+
+
+class Score(NamedTuple):
+    """Accuracies in [0, 1]; ordered by robust accuracy first."""
+
+    robust: float
+    clean: float
+
+
+def score(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int = 256,
+) -> Score:
+    """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked."""
+    right = survived = 0
+    with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
+        for index, (x, y) in enumerate(batches(images, batch_size, device)):
+            x = x.contiguous(memory_format=precision.memory_format)
+            with torch.no_grad():
+                keep = model(x).argmax(1) == y
+            x, y = x[keep], y[keep]
+            right += len(y)
+            if len(y) == 0:
+                continue
+            generator = generator_at(device, seed, "validation", index)
+            x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=False)
+            with torch.no_grad():
+                survived += int((model(x_adv).argmax(1) == y).sum())
+    total = max(len(images), 1)
+    return Score(survived / total, right / total)

@@ -1,0 +1,138 @@
+"""Attacks stay inside the threat model, leave no trace, and find the worst point of a linear model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robust_prune.attacks import ThreatModel, frozen_eval, n_fgsm, pgd, project, random_start
+from robust_prune.attacks.pgd import cross_entropy_objective, default_step_size
+from robust_prune.errors import UsageError
+
+
+def _model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    epsilon=st.floats(0, 2),
+    steps=st.integers(0, 3),
+    keep_best=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_pgd_stays_in_the_ball_and_in_the_pixel_range(norm, epsilon, steps, keep_best, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 3, 8, 8, generator=generator)
+    y = torch.randint(5, (3,), generator=generator)
+    threat = ThreatModel(norm, epsilon)
+    with frozen_eval(_model()) as model:
+        x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=keep_best)
+    delta = (x_adv - x).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert size.max() <= epsilon + 1e-6 * (1 + epsilon)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    assert not x_adv.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_keep_best_never_ends_below_the_loss_of_its_start(norm):
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
+    threat = ThreatModel(norm, 0.1)
+    with frozen_eval(_model()) as model, torch.no_grad():
+        before = cross_entropy_objective(y)(model(x))
+        # An absurd step size makes the iterates jump about; only keeping the best protects the result.
+        x_adv = pgd(model, x, y, threat, steps=3, step_size=10.0, start_random=False)
+        assert (cross_entropy_objective(y)(model(x_adv)) >= before).all()
+
+
+def test_pgd_finds_the_corner_that_is_worst_for_a_linear_model():
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    x, y = torch.full((4, 3, 2, 2), 0.5), torch.tensor([0, 1, 0, 1])
+    epsilon = 0.1
+    weight = linear[1].weight
+    towards_wrong = torch.where(y[:, None] == 0, weight[1] - weight[0], weight[0] - weight[1]).view(4, 3, 2, 2)
+    with frozen_eval(linear):
+        x_adv = pgd(linear, x, y, ThreatModel("linf", epsilon), steps=20, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(x_adv, x + epsilon * towards_wrong.sign(), atol=1e-6)
+
+
+def test_more_restarts_only_raise_the_loss():
+    x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 5
+    objective = cross_entropy_objective(y)
+    with frozen_eval(_model()) as model, torch.no_grad():
+        losses = [
+            objective(
+                model(
+                    pgd(
+                        model,
+                        x,
+                        y,
+                        ThreatModel(),
+                        steps=2,
+                        restarts=restarts,
+                        generator=torch.Generator().manual_seed(3),
+                    )
+                )
+            )
+            for restarts in (1, 4)
+        ]
+    assert (losses[1] >= losses[0] - 1e-6).all()
+    assert (losses[1] > losses[0]).any()
+
+
+def test_n_fgsm_goes_beyond_the_ball_but_not_beyond_noise_plus_step():
+    x, y = torch.full((8, 3, 8, 8), 0.5), torch.arange(8) % 5
+    threat = ThreatModel("linf", 0.02)
+    with frozen_eval(_model()) as model:
+        x_adv = n_fgsm(model, x, y, threat, generator=torch.Generator().manual_seed(0))
+    size = (x_adv - x).abs().amax()
+    assert threat.epsilon < size <= 3 * threat.epsilon + 1e-6
+
+
+def test_frozen_eval_restores_each_module_and_parameter_even_after_an_error():
+    model = _model().train()
+    model[1].eval()
+    model[4].bias.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    buffers = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), frozen_eval(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        pgd(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), ThreatModel(), steps=1)
+        raise RuntimeError("stop")
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(v, buffers[k]) for k, v in model.state_dict().items())
+
+
+def test_projection_is_the_nearest_point_in_l2():
+    x = torch.full((1, 1, 1, 2), 0.5)
+    far = torch.tensor([[[[0.5 + 0.3, 0.5 + 0.4]]]])
+    assert torch.allclose(project(far, x, ThreatModel("l2", 0.25)), torch.tensor([[[[0.65, 0.7]]]]), atol=1e-6)
+
+
+def test_random_start_fills_the_linf_ball_evenly():
+    x = torch.full((1, 1, 100, 100), 0.5)
+    start = random_start(x, ThreatModel("linf", 0.1), torch.Generator().manual_seed(0))
+    assert abs(float((start - x).mean())) < 0.003
+    assert abs(float((start - x).std()) - 0.1 / 3**0.5) < 0.002
+
+
+def test_step_size_crosses_the_ball_but_is_never_longer_than_it():
+    threat = ThreatModel("linf", 8 / 255)
+    assert default_step_size(threat, 20) == pytest.approx(2 / 255)
+    assert default_step_size(threat, 1) == threat.epsilon
+
+
+@pytest.mark.parametrize(("arguments", "text"), [(("l1", 0.1), "norm must be"), (("linf", -1.0), "epsilon must be")])
+def test_threat_model_refuses_nonsense(arguments, text):
+    with pytest.raises(UsageError, match=text):
+        ThreatModel(*arguments)

@@ -1,0 +1,424 @@
+"""Latency: the statistics on made-up samples, the protocol on fake workers, and real processes on tiny files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from robust_prune.bench import latency, sampler, session, statistics
+from robust_prune.bench.latency import render_latency, run
+from robust_prune.bench.sampler import Arm, Shape
+from robust_prune.bench.session import open_session
+from robust_prune.bench.statistics import judged, median_interval, paired_ratio, percentile
+from robust_prune.bench.types import LatencyRow, LatencyTable, Ratio
+from robust_prune.errors import EnvironmentProblem, UsageError
+
+CPU1 = Shape(batch=1, threads=1, provider="cpu", kind="host")
+
+
+def drifting(rng: np.random.Generator, blocks: int = 30, runs: int = 5) -> np.ndarray:
+    """The machine's speed by block: it wanders by tens of percent, alike for all arms of a block."""
+    return np.exp(np.cumsum(rng.normal(0, 0.05, blocks)))[:, None] * np.ones(runs)
+
+
+def noisy_times(rng: np.random.Generator, drift: np.ndarray, typical: float) -> np.ndarray:
+    """Times with a heavy right tail, as schedulers make them."""
+    return typical * drift * np.exp(rng.normal(0, 0.03, drift.shape)) * (1 + rng.exponential(0.02, drift.shape))
+
+
+def test_a_known_ratio_is_recovered_through_drift() -> None:
+    rng = np.random.default_rng(0)
+    drift = drifting(rng, blocks=60)
+    value, low, high = paired_ratio(noisy_times(rng, drift, 3.0), noisy_times(rng, drift, 2.0))
+    assert low < 1.5 < high and value == pytest.approx(1.5, rel=0.02)
+    assert high - low < 0.06
+
+
+def test_interval_of_a_file_against_itself_holds_one_about_19_times_in_20() -> None:
+    rng = np.random.default_rng(1)
+    repeats = 300
+    misses = 0
+    for _ in range(repeats):
+        drift = drifting(rng)
+        interval = paired_ratio(noisy_times(rng, drift, 1.0), noisy_times(rng, drift, 1.0))
+        misses += statistics.excludes_one(interval)
+    assert 0.01 < misses / repeats < 0.085
+
+
+def test_interval_of_the_median_covers_it() -> None:
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(200):
+        _, low, high = median_interval(rng.lognormal(1.0, 0.2, (25, 4)))
+        held += low <= np.e <= high
+    assert 0.90 <= held / 200 <= 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.2, 5.0))
+def test_swapping_the_arms_inverts_the_ratio(seed: int, typical: float) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.lognormal(0, 0.2, (13, 3)), typical * rng.lognormal(0, 0.2, (13, 3))
+    value, low, high = paired_ratio(a, b)
+    back = paired_ratio(b, a)
+    assert low <= value <= high
+    np.testing.assert_allclose([back[0], back[1], back[2]], [1 / value, 1 / high, 1 / low])
+
+
+@pytest.mark.parametrize("q", [90, 95, 99])
+def test_a_percentile_needs_the_samples_that_its_rule_names(q: int) -> None:
+    least, p = statistics.MIN_SAMPLES[q], q / 100
+
+    def chance_of_at_most_one_above(n: int) -> float:
+        return p**n + n * (1 - p) * p ** (n - 1)
+
+    assert chance_of_at_most_one_above(least) <= 0.01 < chance_of_at_most_one_above(least - 1)
+    assert percentile(np.ones(least - 1), q) is None
+    assert percentile(np.arange(1001.0), q) == 10 * q
+
+
+@pytest.mark.parametrize(
+    ("ratio", "floor", "verdict"),
+    [
+        ((1.5, 1.4, 1.6), (1.0, 0.99, 1.01), "faster"),
+        ((0.7, 0.6, 0.8), (1.0, 0.99, 1.01), "slower"),
+        ((1.02, 1.005, 1.03), (1.0, 0.99, 1.01), "no difference"),
+        ((1.0, 0.9, 1.1), (1.0, 1.0, 1.0), "no difference"),
+        # A file that seems 10 % slower than itself says that 10 % faster is noise too.
+        ((1.06, 1.05, 1.08), (0.92, 0.9, 0.95), "no difference"),
+        ((0.94, 0.92, 0.95), (1.08, 1.05, 1.1), "no difference"),
+    ],
+)
+def test_only_what_exceeds_the_noise_floor_is_a_difference(
+    ratio: tuple[float, float, float], floor: tuple[float, float, float], verdict: str
+) -> None:
+    assert judged(ratio, floor).verdict == verdict
+
+
+def classifier(path: Path, shape: list[Any] | None = None, inputs: int = 1, width: int = 4) -> Path:
+    """A file that flattens [batch, 3, 8, 8] images and gives `width` logits."""
+    shape = ["batch", 3, 8, 8] if shape is None else shape
+    weight = np.random.default_rng(0).normal(size=(192, width)).astype(np.float32)
+    nodes = [helper.make_node("Flatten", ["x0"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
+    if inputs == 2:
+        nodes[0] = helper.make_node("Flatten", ["sum"], ["flat"])
+        nodes.insert(0, helper.make_node("Add", ["x0", "x1"], ["sum"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, shape) for i in range(inputs)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [shape[0], width])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "WARMUP_WINDOW_SECONDS", 0.002)
+    monkeypatch.setattr(sampler, "VISIT_SECONDS", 0.001)
+
+
+def left_over() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_table_has_a_row_for_each_file_and_batch_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the user s file was imported')")
+    before = left_over()
+    files = [("dense", classifier(tmp_path / "dense.onnx")), ("pruned", classifier(tmp_path / "pruned.onnx", width=2))]
+    table = run(files, batches=(1, 3), seconds_budget=0.05, seed=1)
+    assert [(row.label, row.batch) for row in table.rows] == [("dense", 1), ("pruned", 1), ("dense", 3), ("pruned", 3)]
+    assert set(table.noise_floor) == {"batch 1 x 1 thread", "batch 3 x 1 thread"}
+    for row in table.rows:
+        assert row.provider == "CPUExecutionProvider" and row.kind == "host" and row.samples >= 12
+        assert 0 < row.p50_low <= row.p50_ms <= row.p50_high
+        assert row.images_per_second == pytest.approx(1000 * row.batch / row.p50_ms)
+        assert (row.speedup is None) == (row.label == "dense")
+        for q, least in statistics.MIN_SAMPLES.items():
+            assert (getattr(row, f"p{q}_ms") is None) == (row.samples < least)
+    assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    assert table.environment["cpu"] and "onnxruntime" in " ".join(table.environment["versions"])
+    assert str(tmp_path) not in json.dumps(table.environment)
+    assert left_over() == before
+
+
+def test_the_printed_table_fits_80_columns_and_says_none_inside_the_noise_floor() -> None:
+    def row(label: str, ms: float, samples: int, speedup: Ratio | None) -> LatencyRow:
+        tails = [2 * ms if samples >= least else None for least in statistics.MIN_SAMPLES.values()]
+        ends = (1000 / ms, speedup, True)
+        return LatencyRow(label, "x", "CPUExecutionProvider", "host", 1, 1, samples, ms, ms, ms, *tails, *ends)
+
+    rows = (
+        row("dense", 12.0, 700, None),
+        row("pruned", 0.5, 140, Ratio(1.6, 1.56, 1.62, "faster")),
+        row("copy", 1234.0, 700, Ratio(1.0, 0.99, 1.01, "no difference")),
+    )
+    out = io.StringIO()
+    Console(file=out, width=80).print(
+        render_latency(LatencyTable(rows, {"batch 1 x 1 thread": (1.1, 1.0, 1.2)}, {}, ""))
+    )
+    shown = out.getvalue()
+    for text in ("dense *", "1.60x [1.56, 1.62]", "none [0.99, 1.01]", "12.0 [12.0, 12.0]", "1,234", "p95 ms"):
+        assert text in shown, shown
+    assert "p99 ms" not in shown and "…" not in shown
+    assert "CPU host time, 1 thread. Noise floor (A/A): batch 1 x 1 thread: 1.100 [1.000," in shown
+    assert "* noisy" in shown
+
+
+def test_device_rows_run_on_bound_memory_and_give_the_same_logits(tmp_path: Path) -> None:
+    from robust_prune.bench.worker import runner
+
+    opened, takes = open_session(classifier(tmp_path / "m.onnx"), "cpu", threads=1, batch=2)
+    images = session.example(takes.batched(2, "m"), takes.dtype, seed=0)
+    (logits,) = runner(opened, takes.name, images, "host", "cpu")()
+    bound = opened.io_binding()
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(opened, name)
+
+        def io_binding(self) -> Any:
+            return bound
+
+    runner(Spy(), takes.name, images, "device", "cpu")()
+    np.testing.assert_array_equal(bound.copy_outputs_to_cpu()[0], logits)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_worker_that_dies_is_named_and_the_others_are_ended(tmp_path: Path) -> None:
+    before = left_over()
+    path = classifier(tmp_path / "m.onnx")
+    others = {p.pid for p in before}
+
+    def kill_one(done: int, total: int) -> None:
+        if done == 1:
+            victim = next(p for p in psutil.Process().children() if p.pid not in others)
+            os.kill(victim.pid, signal.SIGKILL)
+
+    with pytest.raises(UsageError, match=r"the process that timed (a|b) was ended by signal 9 \(out of memory\?"):
+        sampler.measure([Arm("a", path), Arm("b", path)], CPU1, 0.05, 0, kill_one)
+    assert left_over() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_breaks_while_it_runs_is_refused(tmp_path: Path) -> None:
+    before = left_over()
+    path = classifier(tmp_path / "m.onnx")
+    # Opens, but its Flatten and MatMul disagree about the image size.
+    wrong = onnx.load(path)
+    wrong.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 7
+    onnx.save(wrong, path)
+    with pytest.raises(UsageError):
+        run([("m", path)], seconds_budget=0.01)
+    assert left_over() == before
+
+
+def test_files_that_are_no_classifiers_are_refused_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "measure", lambda *_: pytest.fail("timed"))
+    good = classifier(tmp_path / "good.onnx")
+    text = tmp_path / "text.onnx"
+    text.write_text("this is text")
+    cases: list[tuple[str, Path, tuple[int, ...], str]] = [
+        ("a", tmp_path / "none.onnx", (1,), "does not exist"),
+        ("a", tmp_path, (1,), "is no file"),
+        ("a", text, (1,), "not an ONNX file"),
+        ("a", classifier(tmp_path / "two.onnx", inputs=2), (1,), "one floating-point batch.*x0.*x1"),
+        ("a", classifier(tmp_path / "free.onnx", ["batch", 3, "h", 8]), (1,), "only the batch may be free"),
+        ("a", classifier(tmp_path / "fixed.onnx", [2, 3, 8, 8]), (2, 8), "batch 8 was asked.*batches of 2 only"),
+        ("a", good, (0,), "batch must be whole numbers >= 1"),
+    ]
+    for label, path, batches, message in cases:
+        with pytest.raises(UsageError, match=message):
+            run([(label, path)], batches=batches)
+    for arguments, message in [
+        ({"provider": "tpu"}, "unknown provider 'tpu'"),
+        ({"kind": "fast"}, "unknown kind"),
+        ({"threads": ()}, "threads must be"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            run([("a", good)], **arguments)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="own label"):
+        run([("a", good), ("a", good)])
+    with pytest.raises(UsageError, match="no ONNX file"):
+        run([])
+
+
+def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], runs_on: list[str]) -> None:
+    """An onnxruntime built with some providers, whose sessions run on others without a word."""
+    import onnxruntime as real
+
+    class Session(real.InferenceSession):
+        def __init__(self, path: str, options: Any, providers: list[str]) -> None:
+            super().__init__(path, real.SessionOptions(), providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return runs_on
+
+    fake = SimpleNamespace(
+        InferenceSession=Session,
+        SessionOptions=real.SessionOptions,
+        GraphOptimizationLevel=real.GraphOptimizationLevel,
+        get_available_providers=lambda: built,
+        __file__=real.__file__,
+    )
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
+
+
+def test_cuda_without_a_gpu_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+    fake_onnxruntime(monkeypatch, [cpu], [cpu])
+    with pytest.raises(EnvironmentProblem, match="built without CUDA") as caught:
+        open_session(path, "cuda", 1, 1)
+    assert caught.value.exit_code == 3
+
+    fake_onnxruntime(monkeypatch, [cuda, cpu], [cpu])
+    monkeypatch.setattr(session, "_load_problem", lambda name: "not found" if "cuda.so" in name else "")
+    monkeypatch.setattr(session.sys, "platform", "linux")
+    with pytest.raises(EnvironmentProblem, match="no NVIDIA driver on this machine"):
+        open_session(path, "cuda", 1, 1)
+
+    missing = "libcublasLt.so.13: cannot open shared object file"
+    monkeypatch.setattr(session, "_load_problem", lambda name: missing if "providers_cuda" in name else "")
+    with pytest.raises(EnvironmentProblem, match=r"libcublasLt\.so\.13.*onnxruntime-gpu\[cuda,cudnn\]"):
+        open_session(path, "cuda", 1, 1)
+
+    monkeypatch.setattr(session, "_load_problem", lambda name: "")
+    with pytest.raises(EnvironmentProblem, match=r"CUDAExecutionProvider was asked for.*fell back to CPUExec"):
+        open_session(path, "cuda", 1, 1)
+
+    fake_onnxruntime(monkeypatch, [cuda, cpu], [cuda, cpu])
+    assert open_session(path, "cuda", 1, 1)[1].shape == (-1, 3, 8, 8)
+
+
+@pytest.mark.skipif(session.provider_problem("cuda") == "", reason="this machine runs CUDA")
+def test_cuda_is_refused_by_the_command_on_this_machine(tmp_path: Path) -> None:
+    before = left_over()
+    with pytest.raises(EnvironmentProblem, match="provider cuda was asked for, but"):
+        run([("m", classifier(tmp_path / "m.onnx"))], provider="cuda")
+    assert left_over() == before
+
+
+def test_sessions_refuse_the_cpu_fallback_and_do_not_spin() -> None:
+    import onnxruntime
+
+    options = session._options(onnxruntime, "cuda", 3)
+    assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 3
+
+
+def test_broken_onnxruntime_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(EnvironmentProblem, match=r"without InferenceSession.*doctor"):
+        session.import_onnxruntime()
+
+
+class FakeWorker:
+    """Answers like a process; its runs get faster for `settles` windows, as a cold model's do."""
+
+    visits: list[str]
+
+    def __init__(self, label: str, settles: int = 0) -> None:
+        self.label, self.settles, self.windows = label, settles, 0
+
+    def ask(self, op: str, runs: int = 0, wake: int = 0, **_: Any) -> dict[str, Any]:
+        if op == "open":
+            return {"provider": "CPUExecutionProvider"}
+        if wake:
+            FakeWorker.visits.append(self.label)
+        self.windows += 1
+        return {"ns": [1_000_000 * (1 + max(0, self.settles - self.windows))] * runs}
+
+
+def test_every_block_visits_every_arm_once_in_an_order_that_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+    )
+
+    def visits(seed: int) -> list[tuple[str, ...]]:
+        FakeWorker.visits = []
+        taken = sampler.measure([Arm(label, Path("x")) for label in "abc"], CPU1, 3.0, seed)
+        assert len(taken) == 3 and all(arm.seconds.shape == taken[0].seconds.shape for arm in taken)
+        return list(zip(*[iter(FakeWorker.visits)] * 3, strict=True))
+
+    blocks = visits(0)
+    assert len(blocks) >= 12
+    assert all(sorted(block) == ["a", "b", "c"] for block in blocks)
+    assert len(set(blocks)) == 6
+    assert blocks == visits(0) != visits(1)
+
+
+def test_a_busy_machine_ends_the_blocks_early_but_never_below_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1_000_000, 10))
+    monkeypatch.setattr(sampler, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+    )
+    FakeWorker.visits = []
+    shown: list[tuple[int, int]] = []
+    for seconds, blocks in ((3.0, 12), (10.0, 14)):
+        taken = sampler.measure([Arm("a", Path("x"))], CPU1, seconds, 0, lambda *done: shown.append(done))
+        assert len(taken[0].seconds) == blocks
+        assert np.isfinite(taken[0].seconds).all() and (taken[0].seconds > 0).all()
+        assert shown[-1][0] == shown[-1][1]
+
+
+def test_warm_up_goes_on_until_it_is_stable_but_not_for_ever() -> None:
+    steady, slow, never = FakeWorker("a"), FakeWorker("b", settles=9), FakeWorker("c")
+    assert sampler._warm_up(steady) == pytest.approx(0.001) and steady.windows == 4  # type: ignore[arg-type]
+    assert sampler._warm_up(slow) == pytest.approx(0.001) and slow.windows == 11  # type: ignore[arg-type]
+
+    def unstable(**request: Any) -> dict[str, Any]:
+        never.windows += 1
+        return {"ns": [1_000_000 * (1 + never.windows % 2)] * request["runs"]}
+
+    never.ask = unstable  # type: ignore[method-assign]
+    sampler._warm_up(never)  # type: ignore[arg-type]
+    assert never.windows == 1 + sampler.WARMUP_WINDOWS[1]
+
+
+def test_the_worker_holds_no_torch_and_keeps_prints_out_of_its_answers(tmp_path: Path) -> None:
+    code = "import sys, robust_prune.bench.worker; assert not {'torch', 'rich'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, json\nloads = json.loads\n"
+        "def noisy(text, **kw):\n    print('a library prints')\n    return loads(text, **kw)\njson.loads = noisy\n"
+    )
+    request = {"op": "open", "path": str(classifier(tmp_path / "m.onnx")), "provider": "cpu", "threads": 1}
+    done = subprocess.run(
+        [sys.executable, "-m", "robust_prune.bench.worker"],
+        input=json.dumps({**request, "batch": 1, "kind": "host", "seed": 0}) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert json.loads(done.stdout)["shape"] == [1, 3, 8, 8]
+    assert "a library prints" in done.stderr

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluation_sample import (
+    NAMES,
+    THREAT,
+    Tiny,
+    generated,
+    train_tiny,
+)
+from torch import Tensor, nn
+
+from robust_prune.data.base import TensorImages
+from robust_prune.errors import UsageError
+from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.evaluation.flags import twin_flags
+from robust_prune.evaluation.scoring import classify
+from robust_prune.evaluation.tiers import TIERS
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tiny:
+    return train_tiny()
+
+
+@pytest.fixture(scope="module")
+def images() -> TensorImages:
+    return generated(150, seed=1)
+
+
+# --- flags -------------------------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Probabilities(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).softmax(1)
+
+
+class Saturated(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e5 * self.model(x)
+
+
+class MovesBuffers(Wrapped):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return self.model(x)
+
+
+class UsesTheBatch(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return logits - logits.mean(0, keepdim=True)
+
+
+class Noisy(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+class NotFinite(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return torch.where(x.mean((1, 2, 3)).unsqueeze(1) > 0.45, logits * float("inf"), logits)
+
+
+class BackToTraining(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        self.model.train()
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("cheat", "sentence"),
+    [
+        (Probabilities, "look like probabilities"),
+        (Saturated, "input gradient is zero"),
+        (MovesBuffers, "Buffers of the model moved"),
+        (UsesTheBatch, "depend on the batch"),
+        (Noisy, "Two passes over the same images differ"),
+        (NotFinite, "not finite; they count as wrong"),
+        (BackToTraining, "back into training mode"),
+    ],
+)
+def test_cheating_models_are_flagged(trained: Tiny, images: TensorImages, cheat: type[Wrapped], sentence: str) -> None:
+    model = cheat(trained).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    card = evaluate(model, images, THREAT, **NAMES, steps=2, restarts=1)
+    assert any(sentence in flag for flag in card.flags), card.flags
+    assert card.robust.correct <= card.clean.correct
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not model.training and not trained.training
+
+
+def test_training_mode_is_flagged_and_comes_back(trained: Tiny, images: TensorImages) -> None:
+    reference = evaluate(trained, images, THREAT, **NAMES, steps=2)
+    trained.train()
+    trained.head.eval()
+    try:
+        card = evaluate(trained, images, THREAT, **NAMES, steps=2)
+        assert trained.training and trained.features[1].training and not trained.head.training
+    finally:
+        trained.eval()
+    assert any("not in eval mode" in flag for flag in card.flags)
+    assert card.robust == reference.robust
+
+
+def test_twin_flags_have_their_limits() -> None:
+    assert twin_flags(5, 1000, 500, 510) == []
+    assert "0.6 %" in twin_flags(6, 1000, 500, 500)[0]
+    assert "1.1 points" in twin_flags(0, 1000, 500, 511)[0]
+
+
+def test_non_finite_logits_never_count_as_right() -> None:
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [0.0, float("inf")]])
+    assert classify(logits).tolist() == [1, -1, -1]
+
+
+# --- requests that cannot be met ---------------------------------------------------------------------------------
+
+
+def test_unknown_tier_lists_those_that_exist(trained: Tiny, images: TensorImages) -> None:
+    with pytest.raises(UsageError, match="unknown evaluation tier 'standard'") as caught:
+        evaluate(trained, images, THREAT, **NAMES, tier="standard")
+    assert all(name in str(caught.value) for name in TIERS)
+
+
+def test_bad_requests_say_what_is_wrong(trained: Tiny, images: TensorImages) -> None:
+    empty = TensorImages(images.images[:0], images.labels[:0])
+    with pytest.raises(UsageError, match="no images"):
+        evaluate(trained, empty, THREAT, **NAMES)
+    with pytest.raises(UsageError, match="steps must be at least 1"):
+        evaluate(trained, images, THREAT, **NAMES, steps=0)
+    with pytest.raises(UsageError, match="has 3 outputs"):
+        evaluate(trained, TensorImages(images.images, images.labels + 5), THREAT, **NAMES)
+    with pytest.raises(UsageError, match="float32 weights"):
+        evaluate(Tiny().half(), images, THREAT, **NAMES)
+
+    class Rounded(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.model(x)
+
+    with pytest.raises(UsageError, match="no gradient"):
+        evaluate(Rounded(trained).eval(), images, THREAT, **NAMES)

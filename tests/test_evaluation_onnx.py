@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_sample import (
+    CLASSES,
+    NAMES,
+    THREAT,
+    DiesAfter,
+    KilledError,
+    Tiny,
+    generated,
+    same_but_for_time,
+    train_tiny,
+)
+from torch import Tensor
+
+from robust_prune.data.base import TensorImages
+from robust_prune.errors import UsageError
+from robust_prune.evaluation.card import Accuracy
+from robust_prune.evaluation.evaluate import evaluate_with_twin
+from robust_prune.evaluation.examples import make_examples
+from robust_prune.evaluation.onnx_scores import OnnxTwin, score_onnx
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tiny:
+    return train_tiny()
+
+
+@pytest.fixture(scope="module")
+def images() -> TensorImages:
+    return generated(150, seed=1)
+
+
+# --- the exported file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def onnx_file(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    torch.onnx.export(
+        trained, (torch.rand(2, 3, 8, 8),), str(path), dynamo=True, dynamic_shapes=({0: "batch"},),
+        external_data=False, verbose=False,
+    )  # fmt: skip
+    return path
+
+
+def test_the_file_is_scored_on_the_worst_points_of_its_model(
+    trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path
+) -> None:
+    twin = OnnxTwin(onnx_file)
+    settings = {**NAMES, "steps": 5, "batch_size": 64}
+    result = evaluate_with_twin(trained, images, THREAT, **settings, twin=twin)
+    assert result.twin_clean == result.card.clean
+    assert result.twin_robust is not None
+    assert abs(result.twin_robust.correct - result.card.robust.correct) <= 1
+    assert result.card.flags == ()
+
+    class Backwards(OnnxTwin):
+        def predict(self, images: Tensor) -> Tensor:
+            return (super().predict(images) + 1) % CLASSES
+
+    wrong = evaluate_with_twin(trained, images, THREAT, **settings, twin=Backwards(onnx_file))
+    assert any("disagree on 100.0 % of clean images" in flag for flag in wrong.card.flags)
+    assert wrong.twin_robust == Accuracy(0, 150) or wrong.twin_robust.value < 0.5
+
+
+def test_twin_figures_survive_a_kill(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
+    settings = {**NAMES, "steps": 5, "batch_size": 32, "twin": OnnxTwin(onnx_file)}
+    model = DiesAfter(trained).eval()
+    whole = evaluate_with_twin(model, images, THREAT, **settings)
+    model.calls[0] = 60
+    with pytest.raises(KilledError):
+        evaluate_with_twin(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+    model.calls[0] = 10**9
+    resumed = evaluate_with_twin(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+    assert same_but_for_time(whole.card, resumed.card)
+    assert (whole.twin_clean, whole.twin_robust) == (resumed.twin_clean, resumed.twin_robust)
+
+
+def test_score_onnx_counts_and_refuses(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
+    x, y = images.images.float() / 255, images.labels
+    with torch.no_grad():
+        right = int((trained(x).argmax(1) == y).sum())
+    assert score_onnx(onnx_file, x.split(64), y.split(64)) == Accuracy(right, 150)
+    with pytest.raises(UsageError, match="same number of batches"):
+        score_onnx(onnx_file, x.split(64), y.split(64)[:1])
+    with pytest.raises(UsageError, match="64 images but 50 labels"):
+        score_onnx(onnx_file, x.split(64), y.split(50))
+    with pytest.raises(UsageError, match="does not exist"):
+        score_onnx(tmp_path / "none.onnx", [x], [y])
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(UsageError, match="cannot be read as an ONNX model"):
+        score_onnx(tmp_path / "text.onnx", [x], [y])
+
+
+def test_examples_show_every_model_the_same_points(trained: Tiny, images: TensorImages) -> None:
+    torch.manual_seed(5)
+    models = {"dense": trained, "pruned": Tiny().eval()}
+    shown = make_examples(models, images, THREAT, ["red", "green", "blue"], attacked="pruned", count=4, steps=3)
+    assert [e["label"] for e in shown] == ["red", "green", "blue", "red"]
+    for example in shown:
+        gap = np.abs(example["adversarial"] - example["image"].astype(np.float32) / 255).max()
+        assert 0 < gap <= THREAT.epsilon + 1e-6
+        assert set(example["predictions"]) == {"dense", "pruned"}
+        assert {p[k] for p in example["predictions"].values() for k in p} <= {"red", "green", "blue"}
+
+
+def test_empty_accuracy_has_the_widest_interval() -> None:
+    assert math.isnan(Accuracy(0, 0).value)
+    assert Accuracy(0, 0).interval == (0.0, 1.0)

@@ -1,0 +1,209 @@
+"""Plans on real groups, their table, and batch-norm re-estimation."""
+
+import copy
+import dataclasses
+import io
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from torch import nn
+
+from robust_prune.data.base import TensorImages
+from robust_prune.errors import UsageError
+from robust_prune.pruning.compensation import reestimate_batchnorm
+from robust_prune.pruning.cost import cost_model, count_macs, count_params
+from robust_prune.pruning.groups import GroupSearch, find_groups
+from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
+from robust_prune.pruning.plan import make_plan, render_plan
+from robust_prune.pruning.surgery import apply
+from robust_prune.pruning.types import ChannelGroup, GroupSlice, PruningPlan, Refused
+from robust_prune.sensitivity.profile import GroupSensitivity, SensitivityProfile
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 32, 3, padding=1)
+        self.b = nn.Conv2d(32, 64, 3, padding=1, groups=4)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+def span(target, side, channels):
+    return GroupSlice(target, side, tuple(range(channels)), tuple(range(channels)))
+
+
+X = torch.zeros(1, 3, 8, 8)
+GROUPS = (
+    ChannelGroup("a", 32, (span("a", "out", 32), span("b", "in", 32)), blocks=4),
+    ChannelGroup("b", 64, (span("b", "out", 64), span("fc", "in", 64)), blocks=4),
+)
+FOUND = GroupSearch(GROUPS, (Refused("odd", "its index mapping is broken"),))
+
+
+def profile_of(groups, mrs):
+    radii = (0.1, 0.4)
+    found = tuple(GroupSensitivity(g.name, m, (m, 6 * m)) for g, m in zip(groups, mrs, strict=True))
+    return SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 64, 0, {}, (), found)
+
+
+def plan_for(ratio=0.5, **options):
+    torch.manual_seed(0)
+    model = Net()
+    scores = {g.name: torch.rand(g.channels) for g in GROUPS}
+    fractions = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in GROUPS}
+    cost = cost_model(model, X, GROUPS)
+    defaults = {"criterion": "random", "align": 4}
+    plan = make_plan(FOUND, cost, profile_of(GROUPS, [1.0, 2.0]), scores, fractions, ratio=ratio, **defaults | options)
+    return plan, scores
+
+
+def test_the_lowest_scores_go_equally_from_every_block():
+    plan, scores = plan_for(allocation="uniform")
+    for group in plan.groups:
+        rows = scores[group.name].view(4, -1)
+        gone = torch.zeros(group.channels, dtype=torch.bool)
+        gone[list(group.removed)] = True
+        gone = gone.view(4, -1)
+        assert 0 < len(group.removed) < group.channels and list(group.removed) == sorted(group.removed)
+        assert len(set(gone.sum(1).tolist())) == 1
+        assert all(row[lost].max() <= row[~lost].min() for row, lost in zip(rows, gone, strict=True))
+
+
+def test_the_plan_states_its_costs_and_survives_json():
+    plan, _ = plan_for()
+    assert plan.note == "" and plan.refused == FOUND.refused
+    assert plan.macs_before == count_macs(Net(), X) and plan.params_before == count_params(Net())
+    assert abs(plan.macs_after / plan.macs_before - 0.5) <= 0.01
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_budget_in_parameters():
+    plan, _ = plan_for(0.6, of="params")
+    assert plan.params_after / plan.params_before == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_step_too_coarse_for_the_budget_gives_the_nearest_and_says_so():
+    plan, _ = plan_for(0.6, of="channels")  # 38.4 of 96 channels in steps of 4
+    assert sum(g.keep for g in plan.groups) == 40
+    assert "asked to remove 60.0% of channels, the nearest that the structure allows is 58.3%" in plan.note
+    assert "too coarse" in plan.note
+
+
+def test_an_unreachable_budget_gives_the_floor_and_says_so():
+    plan, _ = plan_for(0.95, min_keep=0.5)
+    assert [g.keep for g in plan.groups] == [16, 32]
+    reached = 1 - plan.macs_after / plan.macs_before
+    assert f"the nearest that the structure allows is {reached:.1%}" in plan.note
+    assert "floor of 50%" in plan.note and "1 groups stay whole" in plan.note
+
+
+@pytest.mark.parametrize("ratio", [1.5, 0.0, 1.0, -0.2, float("nan")])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(UsageError, match=rf"ratio must be in \(0, 1\), got {ratio}\. Try 0\.5\."):
+        plan_for(ratio)
+
+
+def test_nothing_to_cut():
+    empty = GroupSearch((), FOUND.refused)
+    with pytest.raises(UsageError, match="no group of channels that can be cut: odd: its index mapping"):
+        make_plan(empty, cost_model(Net(), X, ()), None, {}, None, ratio=0.5, criterion="random", allocation="uniform")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table(width):
+    plan, _ = plan_for(0.95, min_keep=0.5)
+    long = dataclasses.replace(plan.groups[0], name="backbone.stages.2.blocks.17.attention.projection.conv1")
+    plan = dataclasses.replace(plan, groups=(long, plan.groups[1]))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render_plan(plan))
+    text = console.export_text()
+    for expected in ("remove 95% of macs", " 32 ", " 16 ", "50%", "odd", "broken", "MACs", "parameters", "nearest"):
+        assert expected in text
+    assert "██████░░░░░░" in text
+    cells = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.count("│") == 7)
+    assert long.name in cells
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=10).eval()
+    x = torch.zeros(1, 3, 32, 32)
+    found = find_groups(model, x)
+    return model, x, found, cost_model(model, x, found.groups)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
+def test_budgets_on_resnet18(resnet, ratio):
+    model, _, found, cost = resnet
+    scores = channel_scores(model, found.groups, "magnitude")
+    fractions = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in found.groups}
+    profile = profile_of(found.groups, [0.09 * 1.5**i for i in range(len(found.groups))])
+    plan = make_plan(found, cost, profile, scores, fractions, ratio=ratio, criterion="magnitude")
+    assert plan.note == "" and abs(1 - plan.macs_after / plan.macs_before - ratio) <= 0.01
+    assert all(g.keep % 8 == 0 for g in plan.groups)
+
+
+def test_predicted_costs_are_those_of_the_real_cut(resnet):
+    model, x, found, cost = resnet
+    scores = channel_scores(model, found.groups, "random")
+    plan = make_plan(found, cost, None, scores, None, ratio=0.6, criterion="random", allocation="uniform")
+    small = apply(model, plan, x).model
+    assert (count_macs(small, x), count_params(small)) == (plan.macs_after, plan.params_after)
+
+
+def images(count=600, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    return TensorImages(pixels, torch.zeros(count, dtype=torch.long))
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, momentum=0.3), nn.ReLU(), nn.Dropout(0.9), nn.Flatten())
+
+
+def test_batchnorm_statistics_are_the_plain_average_over_batches():
+    model, data = normed(), images(512)
+    model[1].running_mean.fill_(7.0)
+    assert reestimate_batchnorm(model, data, count=512, batch_size=128) == 1
+    activations = model[0](data.images.float() / 255)
+    assert torch.allclose(model[1].running_mean, activations.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(model[1].running_var, activations.var((0, 2, 3)), rtol=2e-2)
+    assert model[1].num_batches_tracked == 4
+
+
+def test_batchnorm_leaves_modes_momenta_and_weights():
+    model = normed().train()
+    model[3].eval()
+    weights = copy.deepcopy(dict(model.named_parameters()))
+    reestimate_batchnorm(model, images(), batch_size=100)
+    assert model[1].momentum == 0.3
+    assert [m.training for m in model] == [True, True, True, False, True]
+    assert all(torch.equal(weights[k], v) for k, v in model.named_parameters())
+
+
+def test_batchnorm_small_last_batch_is_left_out():
+    model = normed()
+    reestimate_batchnorm(model, images(210), batch_size=100)
+    assert model[1].num_batches_tracked == 2
+
+
+def test_batchnorm_mixes_adversarial_images():
+    model, clean = normed(), images(200)
+    adversarial = torch.rand(200, 3, 4, 4) * 0.1
+    reestimate_batchnorm(model, clean, batch_size=100, adversarial=adversarial)
+    both = torch.cat([clean.images.float() / 255, adversarial])
+    assert model[1].num_batches_tracked == 4
+    assert torch.allclose(model[1].running_mean, model[0](both).mean((0, 2, 3)), atol=1e-5)
+
+
+def test_batchnorm_without_layers_or_images():
+    assert reestimate_batchnorm(nn.Linear(2, 2), images(0)) == 0
+    with pytest.raises(UsageError, match="at least 2 images a batch, got 1 images"):
+        reestimate_batchnorm(normed(), images(1))

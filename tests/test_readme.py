@@ -1,0 +1,51 @@
+"""The README: its commands exist, its links lead somewhere, and its figures are the committed ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from robust_prune import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.removeprefix(".venv/bin/")
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.removeprefix(".venv/bin/").startswith("robust-prune ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command):
+    tokens = shlex.split(command)[1:]
+    _, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert bound is not None
+
+
+def test_there_are_commands_for_every_verb():
+    assert {command.split()[1] for command in COMMANDS} >= {
+        "compress", "train", "sensitivity", "evaluate", "export", "bench", "doctor", "recipes",
+    }  # fmt: skip
+
+
+def test_the_setup_commands_are_the_ones_that_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    marks = re.findall(r"<!-- ci:(\w+) -->\n```bash", README)
+    assert marks == ["demo", "tests", "development"]
+    assert f"for name in {' '.join(marks)}; do" in script
+
+
+def test_the_public_api_named_here_is_there():
+    import robust_prune
+
+    for name in re.findall(
+        r"`(?:robust_prune\.)?(measure_sensitivity|plan|prune|finetune|evaluate|export_onnx|benchmark|load|save)`",
+        README,
+    ):
+        assert callable(getattr(robust_prune, name))

@@ -1,0 +1,78 @@
+"""Recipes: fractions, overrides, refusals with file and line, and every shipped recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from robust_prune.errors import UsageError
+from robust_prune.recipe import Recipe, find, load, shipped
+
+
+def _write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_epsilon_may_be_a_fraction(tmp_path):
+    assert load(_write(tmp_path, "threat: {epsilon: 4/255}")).threat.epsilon == pytest.approx(4 / 255)
+
+
+def test_flags_override_the_file_and_none_does_not(tmp_path):
+    source = _write(tmp_path, "pruning: {ratio: 0.3, align: 4}\nseed: 7")
+    recipe = load(source, {"pruning.ratio": "0.6", "seed": None})
+    assert (recipe.pruning.ratio, recipe.pruning.align, recipe.seed) == (0.6, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "pruning:\n  ratio: 0.5\n  alin: 4\n",
+            r"unknown recipe key pruning\.alin\. Did you mean align\? \(.*mine\.yaml:3\)",
+        ),
+        ("seed: 0\npruning:\n  ratio: 1.5\n", r"ratio must be in \(0, 1\), got 1\.5\. Try 0\.5\. \(.*mine\.yaml:3\)"),
+        ("finetune: {loss: magic}\n", r"finetune\.loss must be one of .*'trades'.*got 'magic' \(.*mine\.yaml:1\)"),
+        ("finetune: {epochs: many}\n", r"finetune\.epochs: .*got 'many'"),
+        ("- a\n- b\n", r"must hold a mapping"),
+        ("a: [1\n", r"is not valid YAML"),
+        ("zebra: 1\n", r"unknown recipe key zebra\. Known: seed,"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_its_place(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        load(_write(tmp_path, text))
+
+
+def test_a_bad_flag_is_not_blamed_on_the_file(tmp_path):
+    with pytest.raises(UsageError) as error:
+        load(_write(tmp_path, "pruning: {ratio: 0.5}"), {"pruning.ratio": "1.5"})
+    assert str(error.value) == "ratio must be in (0, 1), got 1.5. Try 0.5."
+
+
+def test_an_unknown_recipe_name_is_answered_with_a_near_one():
+    with pytest.raises(UsageError, match="Did you mean demo"):
+        find("dem0")
+
+
+def test_resolved_recipes_round_trip(tmp_path):
+    recipe = load(None, {"pruning.ratio": 0.25, "threat.epsilon": "8/255"})
+    assert load(_write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_is_valid_and_headed_by_its_command(name):
+    path = shipped()[name]
+    assert isinstance(load(name), Recipe)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("robust-prune" in line for line in head)
+    assert any(re.search(r"hardware|time", line, re.IGNORECASE) for line in head)
+
+
+def test_every_recipe_value_is_documented():
+    for section in Recipe.model_fields.values():
+        for name, field in getattr(section.annotation, "model_fields", {}).items():
+            assert field.description, name

@@ -1,0 +1,528 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from robust_prune.attacks.threat import ThreatModel
+from robust_prune.data.base import TensorImages
+from robust_prune.errors import UsageError
+from robust_prune.pruning.types import ChannelGroup, GroupSlice
+from robust_prune.sensitivity import estimators, losses, replay
+from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
+from robust_prune.sensitivity.display import draw_profile, render_table
+from robust_prune.sensitivity.estimators import ESTIMATORS, measure
+from robust_prune.sensitivity.groups import aggregate_groups
+from robust_prune.sensitivity.profile import SensitivityProfile
+from robust_prune.sensitivity.targets import exchanged, find_targets
+
+THREAT = ThreatModel("linf", 8 / 255)
+
+
+class Block(nn.Module):
+    """Residual block with in-place activations, an in-place sum and an in-place write to its own input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
+class Shift(nn.Module):
+    """Changes its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(0.2)
+
+
+class TinyResNet(nn.Module):
+    """Blocks, writes in place, a convolution called twice, a weight its parent reads, attention, an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.layer1 = nn.Sequential(Block(6), Block(6))
+        self.norm, self.shift, self.alias = nn.BatchNorm2d(6), Shift(), nn.Identity()
+        self.shared = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.layer2 = nn.Sequential(Block(6))
+        self.functional = nn.Linear(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.unused = nn.Linear(4, 4)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.layer1(x))
+        y += x  # writes over what the norm returned
+        self.shift(y)  # works by changing its input
+        z = self.alias(y)
+        z += 0.3  # changes y too
+        x = self.layer2(self.shared(F.relu(self.shared(y + z))))
+        x = F.avg_pool2d(x, 4)
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = F.linear(tokens, self.functional.weight, self.functional.bias)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(self.flatten(tokens.mean(1, keepdim=True)))
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.weight.data, 0.5), (module.bias.data, -0.3), (module.running_mean, -0.2)):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model
+
+
+@pytest.fixture
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(TinyResNet())
+
+
+def noise_set(shape: tuple[int, ...], classes: int, count: int = 12, seed: int = 0) -> AdversarialSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand((count, *shape), generator=generator)
+    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), seed)
+
+
+@pytest.fixture
+def adv() -> AdversarialSet:
+    return noise_set((3, 8, 8), 5)
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4)).double()
+
+
+@pytest.fixture
+def mlp_adv() -> AdversarialSet:
+    return noise_set((3, 2, 2), 4, count=20)
+
+
+def mean_loss(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.cross_entropy(model(adv.images.to(dtype)), adv.labels)
+
+
+def loss_value(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> float:
+    return mean_loss(model, adv, dtype).item()
+
+
+def by_name(profile: SensitivityProfile) -> dict[str, float]:
+    return {module.name: module.mrs for module in profile.modules}
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    state: list[object] = [(name, p, p.detach().clone(), p.requires_grad, p.grad) for name, p in
+                           model.named_parameters()]  # fmt: skip
+    state += [(name, b.clone()) for name, b in model.named_buffers()]
+    for name, m in model.named_modules():
+        hooks = [len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)]
+        state.append((name, m.training, sorted(m.__dict__), sorted(m._parameters), hooks))
+    return state
+
+
+def assert_same(before: list[object], after: list[object]) -> None:
+    assert len(before) == len(after)
+    for one, two in zip(before, after, strict=True):
+        for a, b in zip(one, two, strict=True):  # type: ignore[call-overload]
+            if isinstance(a, nn.Parameter):
+                assert a is b
+            elif isinstance(a, Tensor):
+                assert torch.equal(a, b)
+            else:
+                assert a == b
+
+
+def test_gradient_is_the_analytic_derivative(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
+    profile = measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=0.1, radii=(0.2,), batch_size=7)
+    mlp.zero_grad()
+    mean_loss(mlp, mlp_adv, torch.float64).backward()
+    for module in profile.modules:
+        weight = mlp.get_submodule(module.name).weight
+        assert module.mrs == pytest.approx(0.1 * float(weight.detach().norm() * weight.grad.norm()), rel=1e-9)
+        assert module.curve == pytest.approx((module.mrs, 2 * module.mrs))
+    assert profile.base_loss == pytest.approx(loss_value(mlp, mlp_adv, torch.float64), rel=1e-9)
+
+
+def test_gradient_is_the_limit_of_boundary(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
+    slope = by_name(measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=1e-5, radii=()))
+    real = by_name(measure(mlp, mlp_adv, THREAT, estimator="boundary", rho=1e-5, radii=()))
+    assert real == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.5])
+def test_ascent_finds_the_analytic_maximum(rho: float) -> None:
+    # Two classes and one input direction a: the loss falls with the margin, so the best perturbation of the first
+    # layer lowers it along v = W2ᵀ(e_y − e_other), by ‖v‖‖a‖ρ‖W1‖: softplus is monotone, hence a closed form.
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5, bias=False), nn.Linear(5, 2, bias=False)).double()
+    adv = AdversarialSet(torch.rand(1, 1, 2, 2), torch.tensor([1]), 0)
+    first, second = model[1].weight.detach(), model[2].weight.detach()
+    a = adv.images.double().flatten()
+    v = second[1] - second[0]
+    margin = v @ first @ a
+    best = {
+        "1": F.softplus(-(margin - rho * first.norm() * v.norm() * a.norm())),
+        "2": F.softplus(-(margin - rho * second.norm() * (first @ a).norm() * 2**0.5)),
+    }
+    found = by_name(measure(model, adv, THREAT, estimator="ascent", rho=rho, radii=()))
+    for name, value in best.items():
+        assert found[name] == pytest.approx(float(value - F.softplus(-margin)), rel=1e-6)
+
+
+def test_ascent_reaches_brute_force(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
+    rho = 0.5
+    found = by_name(measure(mlp, mlp_adv, THREAT, estimator="ascent", rho=rho, radii=(), ascent_steps=40))
+    generator = torch.Generator().manual_seed(0)
+    for target in find_targets(mlp):
+        radius = rho * target.weight.detach().norm()
+        best = 0.0
+        base = loss_value(mlp, mlp_adv, torch.float64)
+        for _ in range(6):
+            delta = torch.randn(target.weight.shape, generator=generator, dtype=torch.float64)
+            delta = delta * radius / delta.norm()
+            for _ in range(120):
+                with exchanged(target, (target.weight.detach() + delta).requires_grad_(True)) as weight:
+                    (slope,) = torch.autograd.grad(mean_loss(mlp, mlp_adv, torch.float64), weight)
+                delta = delta + 0.3 * radius * slope / slope.norm()
+                delta = delta * min(1.0, float(radius / delta.norm()))
+            with exchanged(target, target.weight + delta):
+                best = max(best, loss_value(mlp, mlp_adv, torch.float64) - base)
+        assert found[target.name] == pytest.approx(best, rel=5e-3)
+
+
+def test_estimators_are_ordered(resnet: nn.Module, adv: AdversarialSet) -> None:
+    boundary = measure(resnet, adv, THREAT, estimator="boundary")
+    ascent = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=4)
+    for low, high in zip(boundary.modules, ascent.modules, strict=True):
+        assert low.name == high.name
+        assert high.mrs >= low.mrs - 1e-6
+        assert list(high.curve) == sorted(high.curve) and list(low.curve) == sorted(low.curve)
+        assert min(low.curve) >= 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_invariant_under_rescaling(mlp: nn.Module, mlp_adv: AdversarialSet, estimator: str) -> None:
+    before = measure(mlp, mlp_adv, THREAT, estimator=estimator)
+    with torch.no_grad():
+        mlp[1].weight *= 7.0
+        mlp[1].bias *= 7.0
+        mlp[3].weight /= 7.0
+    after = measure(mlp, mlp_adv, THREAT, estimator=estimator)
+    assert after.modules[0].weight_norm == pytest.approx(7 * before.modules[0].weight_norm)
+    for one, two in zip(before.modules, after.modules, strict=True):
+        assert two.curve == pytest.approx(one.curve, rel=1e-6)
+        assert one.mrs > 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_unused_module_has_no_sensitivity(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
+    profile = measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2)
+    assert profile.modules[-1].name == "unused"
+    assert profile.modules[-1].curve == (0.0,) * len(profile.radii)
+    assert all(module.mrs > 0 for module in profile.modules[:-1])
+    assert "attention" in by_name(profile) and "attention.out_proj" in by_name(profile)
+
+
+def plain_boundary(model: nn.Module, adv: AdversarialSet, radii: tuple[float, ...]) -> dict[str, list[float]]:
+    model.eval()
+    rises: dict[str, list[float]] = {}
+    for target in find_targets(model):
+        loss = mean_loss(model, adv)
+        (slope,) = torch.autograd.grad(loss, target.weight, allow_unused=True)
+        rises[target.name] = []
+        for r in radii:
+            rise = 0.0
+            if slope is not None:
+                original = target.weight.detach().clone()
+                with torch.no_grad():
+                    target.weight.add_(r * original.norm() * slope / slope.norm())
+                    rise = loss_value(model, adv) - loss.item()
+                    target.weight.copy_(original)
+            rises[target.name].append(max([rise, 0.0, *rises[target.name][-1:]]))
+    return rises
+
+
+def test_prefix_reuse_changes_nothing(resnet: nn.Module, adv: AdversarialSet) -> None:
+    profile = measure(resnet, adv, THREAT, rho=0.1, radii=(0.3,), batch_size=5)
+    expected = plain_boundary(resnet, adv, (0.1, 0.3))
+    for module in profile.modules:
+        assert module.curve == pytest.approx(expected[module.name], abs=1e-6), module.name
+
+
+def test_every_weight_replays_exactly(resnet: nn.Module, adv: AdversarialSet) -> None:
+    resnet.eval()
+    targets = find_targets(resnet)
+    trace = replay.trace_calls(resnet, adv.images[:2], [t.weight for t in targets])
+    frontiers = {t.name: trace.frontier(t.weight) for t in targets}
+    recording = replay.record(resnet, trace, adv.images, frozenset().union(*frontiers.values()))[1]
+    for target in targets:
+        with torch.no_grad(), exchanged(target, target.weight * 1.5 + 0.1):
+            expected = resnet(adv.images)
+            for _ in range(2):  # a replay that spoiled the recording would show in the second
+                found = replay.replay(resnet, trace, adv.images, recording, frontiers[target.name])
+                assert torch.equal(found, expected), target.name
+    assert not frontiers["stem.0"] and frontiers["functional"]
+    assert resnet.layer1 in [trace.calls[i].module for i in frontiers["shared"]]
+
+
+class Counter:
+    """Counts images through convolutions, by shape of the work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        plain = nn.Conv2d._conv_forward
+
+        def counted(module: nn.Conv2d, *args: Tensor) -> Tensor:
+            self.calls += 1
+            return plain(module, *args)
+
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+
+
+def chain(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    convs = [layer for _ in range(depth) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True))]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adv = chain(6), noise_set((3, 8, 8), 3, count=8)
+    counter = Counter(monkeypatch)
+    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
+    # Trace once; per batch one gradient pass, one recording, and for the i-th of 6 layers the 6 - i that follow.
+    assert counter.calls == 6 + 2 * (6 + 6 + 21)
+    counter.calls = 0
+    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
+    # Layer i records its prefix once per batch (the first has none), then each step runs what follows.
+    assert counter.calls == 6 + 2 * (6 + (5 * 6 + 3 * 21) + (6 + 21))
+
+
+def test_ascent_without_cache_gives_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
+    kept = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5)
+    plain = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5, cache_bytes=0)
+    assert by_name(kept) == pytest.approx(by_name(plain), abs=1e-6)
+
+
+def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet) -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x)) if len(x) == 2 else self.a(self.b(x).relu())
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Fickle()
+    expected = plain_boundary(model, adv, (0.1,))
+    found = by_name(measure(model, adv, THREAT, rho=0.1, radii=()))
+    assert found == pytest.approx({name: rises[0] for name, rises in expected.items()}, abs=1e-6)
+
+
+def test_tied_weights_move_together(adv: AdversarialSet) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[2].weight = model[0].weight
+    small = AdversarialSet(adv.images, adv.labels % 3, 0)
+    profile = measure(model, small, THREAT, rho=0.1, radii=())
+    expected = plain_boundary(model, small, (0.1,))
+    assert by_name(profile) == pytest.approx({name: rises[0] for name, rises in expected.items()}, abs=1e-6)
+    assert model[2].weight is model[0].weight
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_model_is_left_as_it_came(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
+    resnet.train()
+    resnet.layer1[0].bn1.eval()
+    resnet.stem[0].weight.requires_grad_(False)
+    mean_loss(resnet, adv).backward()
+    before = snapshot(resnet)
+    with torch.no_grad():
+        measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2)
+    assert_same(before, snapshot(resnet))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 20])
+def test_model_survives_an_exception(
+    resnet: nn.Module, adv: AdversarialSet, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(resnet)
+    plain: Callable[..., Tensor] = F.cross_entropy
+    calls = 0
+
+    def failing(*args: Tensor, **kwargs: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(losses.F, "cross_entropy", failing)
+    with pytest.raises(KeyboardInterrupt):
+        measure(resnet, adv, THREAT)
+    assert_same(before, snapshot(resnet))
+
+
+def test_an_exception_inside_the_model_restores_forwards(resnet: nn.Module, adv: AdversarialSet) -> None:
+    before = snapshot(resnet)
+    wrong = AdversarialSet(torch.rand(2, 4, 8, 8), torch.tensor([0, 1]), 0)
+    with pytest.raises(RuntimeError):
+        measure(resnet, wrong, THREAT)
+    assert_same(before, snapshot(resnet))
+
+
+def test_deterministic(resnet: nn.Module, adv: AdversarialSet) -> None:
+    assert measure(resnet, adv, THREAT) == measure(resnet, adv, THREAT)
+
+
+def test_modules_in_order_of_execution(resnet: nn.Module, adv: AdversarialSet) -> None:
+    names = [module.name for module in measure(resnet, adv, THREAT, estimator="gradient").modules]
+    assert names[:2] == ["stem.0", "layer1.0.conv1"]
+    assert names[-5:] == ["functional", "attention", "attention.out_proj", "head", "unused"]
+
+
+def test_json_round_trip(resnet: nn.Module, adv: AdversarialSet) -> None:
+    profile = measure(resnet, adv, THREAT, groups=[group("a", "stem.0", "layer1.0.conv2")])
+    assert SensitivityProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+    assert profile.rho in profile.radii and list(profile.radii) == sorted(profile.radii)
+
+
+def group(name: str, *producers: str) -> ChannelGroup:
+    parts = tuple(GroupSlice(p, "out", tuple(range(6)), tuple(range(6))) for p in producers)
+    return ChannelGroup(name, 6, parts)
+
+
+def test_group_aggregations(resnet: nn.Module, adv: AdversarialSet) -> None:
+    profile = measure(resnet, adv, THREAT, groups=[group("g", "stem.0", "layer1.0.conv2")])
+    a, b = by_name(profile)["stem.0"], by_name(profile)["layer1.0.conv2"]
+    expected = {"sum": a + b, "max": max(a, b), "mean": (a + b) / 2, "quadrature": (a * a + b * b) ** 0.5}
+    assert profile.aggregation == "sum" and profile.groups[0].mrs == pytest.approx(a + b)
+    for rule, value in expected.items():
+        again = aggregate_groups(profile, [group("g", "stem.0", "layer1.0.conv2")], rule)
+        assert again.groups[0].mrs == pytest.approx(value)
+        assert again.groups[0].curve[again.radii.index(0.1)] == pytest.approx(value)
+    with pytest.raises(UsageError, match="none of which"):
+        aggregate_groups(profile, [group("g", "absent")])
+    with pytest.raises(UsageError, match="aggregation must be one of"):
+        aggregate_groups(profile, [], "median")
+
+
+def test_sum_is_the_joint_first_order_rise(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
+    rho = 1e-5
+    profile = measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=rho, radii=(), groups=[group("g", "1", "3")])
+    mlp.zero_grad()
+    base = mean_loss(mlp, mlp_adv, torch.float64)
+    base.backward()
+    with torch.no_grad():
+        for layer in (mlp[1], mlp[3]):
+            layer.weight += rho * layer.weight.norm() * layer.weight.grad / layer.weight.grad.norm()
+        rise = loss_value(mlp, mlp_adv, torch.float64) - base.item()
+    assert profile.groups[0].mrs == pytest.approx(rise, rel=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_non_finite_loss_is_a_clear_error(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
+    resnet.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UsageError, match="robust loss is nan at the given weights"):
+        measure(resnet, adv, THREAT, estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"estimator": "hessian"}, "estimator must be one of gradient, boundary, ascent, got 'hessian'"),
+        ({"rho": 0.0}, "rho and radii must be finite and > 0"),
+        ({"radii": (0.1, float("inf"))}, "rho and radii must be finite and > 0"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"aggregation": "median"}, "aggregation must be one of"),
+    ],
+)
+def test_bad_arguments(resnet: nn.Module, adv: AdversarialSet, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        measure(resnet, adv, THREAT, **arguments)  # type: ignore[arg-type]
+
+
+def test_models_that_cannot_be_measured(adv: AdversarialSet) -> None:
+    with pytest.raises(UsageError, match="no convolution, linear or attention"):
+        measure(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), adv, THREAT)
+    normed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5)))
+    with pytest.raises(UsageError, match="remove_parametrizations"):
+        measure(normed, adv, THREAT)
+
+
+def test_adversarial_set(resnet: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (30, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = TensorImages(pixels, torch.randint(5, (30,), generator=generator))
+    resnet.train()
+    before = snapshot(resnet)
+    made = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=3)
+    assert_same(before, snapshot(resnet))
+    again = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=3)
+    other = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=4)
+    assert torch.equal(made.images, again.images) and not torch.equal(made.images, other.images)
+    assert made.images.dtype == torch.float32 and made.labels.dtype == torch.int64 and len(made) == 16
+    assert made.images.min() >= 0 and made.images.max() <= 1
+    clean = pixels.float() / 255
+    distance = (made.images.unsqueeze(1) - clean.unsqueeze(0)).abs().flatten(2).amax(2)
+    nearest, source = distance.min(1)
+    assert nearest.max() <= 8 / 255 + 1e-6 and len(source.unique()) == 16
+    assert torch.equal(images.labels[source], made.labels)
+    resnet.eval()
+    attacked = loss_value(resnet, made)
+    assert attacked > loss_value(resnet, AdversarialSet(clean[source], made.labels, 0))
+
+
+def test_adversarial_set_refuses_nonsense(resnet: nn.Module) -> None:
+    empty = TensorImages(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(UsageError, match="needs training images"):
+        make_adversarial_set(resnet, empty, THREAT)
+    with pytest.raises(UsageError, match="count of the adversarial set must be at least 1, got 0"):
+        make_adversarial_set(resnet, empty, THREAT, count=0)
+    with pytest.raises(UsageError, match="one label an image"):
+        AdversarialSet(torch.zeros(2, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 0)
+
+
+def test_table_and_drawing(resnet: nn.Module, adv: AdversarialSet, tmp_path: Path) -> None:
+    profile = measure(resnet, adv, THREAT, estimator="gradient")
+    console = Console(record=True, width=140, quiet=False, file=(tmp_path / "out.txt").open("w"))
+    console.print(render_table(profile))
+    text = console.export_text()
+    top = max(profile.modules, key=lambda m: m.mrs)
+    row = next(line for line in text.splitlines() if f" {top.name} " in line)
+    assert "█" * 16 in row and f"{top.mrs:.3g}" in row
+    assert next(line for line in text.splitlines() if " unused " in line).count("█") == 0
+    for name, magic in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.pdf", b"%PDF")):
+        draw_profile(profile, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(magic)
+    with pytest.raises(UsageError, match="no image format"):
+        draw_profile(profile, tmp_path / "profile.xyz")
+    assert not (tmp_path / "profile.xyz").exists()
+
+
+def test_default_radii_contain_the_default_rho() -> None:
+    assert 0.1 in estimators.DEFAULT_RADII
