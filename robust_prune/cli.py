@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = [token for token in tokens if token != "--debug"]
     problems = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, RobustPruneError) as error:
         if debug:
             raise
