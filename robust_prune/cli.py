@@ -15,6 +15,9 @@ app = App(
     version=__version__,
     help="Makes adversarially trained vision models physically smaller, and measures what is left: robust accuracy "
     "and latency, in one table.\n\nStart with: robust-prune compress demo --ratio 0.5",
+    # The process ends in `main` alone: tests and Python callers go on after a command, and Ctrl-C says how to resume.
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 _COMMANDS = {
     "compress": "Make a robust model smaller: measure, cut, fine-tune, evaluate, export, time, report.",
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = [token for token in tokens if token != "--debug"]
     problems = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        app(tokens, exit_on_error=False, print_error=False)
     except (CycloptsError, RobustPruneError) as error:
         if debug:
             raise
