@@ -177,6 +177,33 @@ def test_random_is_seeded(model: nn.Module) -> None:
     assert torch.equal(one["3"], two["3"]) and not torch.equal(one["3"], three["3"])
 
 
+@pytest.mark.parametrize("criterion", ["fpgm", "lamp"])
+def test_torch_prunings_criteria_are_its_own_on_its_own_groups(model: nn.Module, criterion: str) -> None:
+    import torch_pruning as tp
+
+    graph = tp.DependencyGraph().build_dependency(model, (torch.rand(1, 3, 8, 8, dtype=torch.float64),))
+    scorer = {"fpgm": tp.importance.FPGMImportance, "lamp": tp.importance.LAMPImportance}[criterion]()
+    found = channel_scores(model, GROUPS, criterion)
+    for name, layer in (("0", model[0]), ("3", model[3])):
+        group = graph.get_pruning_group(layer, tp.prune_conv_out_channels, list(range(layer.out_channels)))
+        torch.testing.assert_close(found[name], unit(scorer(group).double()))
+
+
+def test_hessian_is_the_mean_over_single_images(model: nn.Module, adv: AdversarialSet) -> None:
+    first, norm, second = model[0].weight, model[1].weight, model[3].weight
+    totals = [torch.zeros_like(w) for w in (first, norm, second)]
+    for x, y in zip(adv.images.double().split(1), adv.labels.split(1), strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), (first, norm, second))
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient.square() / len(adv)
+    parts = [(w.detach().square() * h) for w, h in zip((first, norm, second), totals, strict=True)]
+    expected = parts[0].sum((1, 2, 3)) + parts[1] + parts[2].sum((0, 2, 3))
+    found = channel_scores(model, [FIRST], "hessian", None, (adv.images, adv.labels))["0"]
+    torch.testing.assert_close(found, unit(expected), rtol=1e-5, atol=0)
+    with pytest.raises(UsageError, match="'hessian' needs clean images"):
+        channel_scores(model, [FIRST], "hessian", adv)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_keeps_the_contract(model: nn.Module, adv: AdversarialSet, criterion: str) -> None:
     model.train()

@@ -32,13 +32,14 @@ from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
 from .attention import find_attention
+from .baselines import BASELINES, baseline_scores
 from .slices import parameters_of, per_channel, weight_of
 from .types import ChannelGroup, GroupSlice
 
 if TYPE_CHECKING:
     from ..sensitivity.adversarial_set import AdversarialSet
 
-CRITERIA = ("adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random")
+CRITERIA = ("adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", *BASELINES)
 TAYLOR_BATCH = 32
 
 
@@ -64,13 +65,14 @@ def channel_scores(
     - ``bn_scale``: mean |weight| of the coupled batch-norms (network slimming, arXiv 1708.06519); groups without
       batch-norm use ``magnitude``.
     - ``random``: uniform noise under `seed`.
+    - ``fpgm``, ``hessian``, ``lamp``: torch-pruning's, see `baseline_scores`.
 
     Args:
         model: on `device`; left as it came.
         groups: of this model.
         criterion: one of `CRITERIA`.
         adv: needed by ``adversarial_taylor``.
-        clean: float images [N, C, H, W] in [0, 1] and int64 labels [N]; needed by ``clean_taylor``.
+        clean: float images [N, C, H, W] in [0, 1] and int64 labels [N]; needed by ``clean_taylor`` and ``hessian``.
         batch_size: most images per pass. Taylor never takes more than `TAYLOR_BATCH`, so that scores do not depend on
             how much memory a machine has.
         seed: of ``random``.
@@ -95,6 +97,8 @@ def channel_scores(
         raw = _taylor(model, groups, images, labels, min(batch_size, TAYLOR_BATCH), torch.device(device))
     elif criterion == "bn_scale":
         raw = _bn_scale(model, groups)
+    elif criterion in BASELINES:
+        raw = baseline_scores(model, groups, criterion, clean, torch.device(device))
     else:
         keep: Callable[[GroupSlice], bool] = _is_out if criterion == "magnitude" else _is_any
         raw = {g.name: _weight_norm(model, g, keep) for g in groups}

@@ -134,6 +134,11 @@ CRITERIA = {
     "adversarial_taylor": "by how much the loss under attack would change without them (adversarial Taylor)",
     "clean_taylor": "by how much the loss would change without them on unchanged images (Taylor)",
     "magnitude": "by the size of their weights",
+    "group_norm": "by the size of all weights that go with them (group norm)",
+    "bn_scale": "by the scale of their batch-norm (network slimming)",
+    "fpgm": "by their distance to the layer's other filters (FPGM)",
+    "hessian": "by the loss that their removal costs to second order (Optimal Brain Damage)",
+    "lamp": "by the size of all weights that go with them, relative to the rest (LAMP)",
     "random": "at random",
 }
 UNITS = {"macs": "the MACs", "params": "the parameters", "channels": "the channels", "latency": "the latency"}
