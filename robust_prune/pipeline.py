@@ -187,7 +187,7 @@ def _cut_and_recover(
 
     def make_cut() -> dict[str, Any]:
         console.print("Cutting channels and proving every group against the masked dense model")
-        surgery = stages.cut(dense, plan, spec, job.data.train, recipe.pruning, device)
+        surgery = stages.cut(dense, plan, spec, job.data.train, recipe, device)
         card = stages.score_before_finetune(
             surgery.model, job.data, threat, recipe.evaluation, recipe.seed, device
         )

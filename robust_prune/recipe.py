@@ -96,6 +96,8 @@ class PruningSection(Section):
     """Widths are rounded to multiples of this where the budget allows."""
     min_keep: float = Field(0.1, gt=0, le=1)
     """Smallest share of a group's channels that stays."""
+    reconstruct_images: int = Field(0, ge=0)
+    """Training images, each clean and attacked, for the least-squares repair of layers behind a cut; 0 turns it off."""
     reestimate_images: int = Field(2048, ge=0)
     """Training images for batch-norm re-estimation after the cut; 0 turns it off."""
 

@@ -23,6 +23,7 @@ from .pruning.cost import CostModel, cost_model
 from .pruning.groups import GroupSearch, find_groups
 from .pruning.importance import channel_scores, removed_fraction_curve
 from .pruning.plan import make_plan
+from .pruning.reconstruction import reconstruct
 from .pruning.surgery import Surgery, apply
 from .pruning.types import PruningPlan
 from .recipe import EvaluationSection, PruningSection, Recipe, SensitivitySection, TrainSettings
@@ -122,7 +123,7 @@ def analyse(model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe,
         search.groups,
         recipe.pruning.criterion,
         adv=adv,
-        clean=_clean_images(images, recipe),
+        clean=_clean_images(images, recipe.sensitivity.images, recipe.seed),
         seed=recipe.seed,
         device=device,
     )
@@ -130,8 +131,8 @@ def analyse(model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe,
     return Analysis(search, cost, profile, scores, removed)
 
 
-def _clean_images(images: ImageSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    chosen = random_subset(images, recipe.sensitivity.images, recipe.seed)
+def _clean_images(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    chosen = random_subset(images, count, seed)
     x, y = chosen.get(torch.arange(len(chosen)))
     return x.float() / 255, y
 
@@ -153,13 +154,18 @@ def plan_cut(analysis: Analysis, section: PruningSection) -> PruningPlan:
     )
 
 
-def cut(
-    model: nn.Module, plan: PruningPlan, spec: ModelSpec, images: ImageSet, section: PruningSection, device: str
-) -> Surgery:
-    """The smaller model, with batch-norm statistics re-estimated on training images."""
+def cut(model: nn.Module, plan: PruningPlan, spec: ModelSpec, images: ImageSet, recipe: Recipe, device: str) -> Surgery:
+    """The smaller model, with what training images can repair without training: see `compensation`."""
+    section = recipe.pruning
     surgery = apply(model.cpu(), plan, blank_image(spec))
+    surgery.model.to(device)
+    if section.reconstruct_images:
+        model.to(device)
+        chosen = recipe.sensitivity.model_copy(update={"images": section.reconstruct_images})
+        adv = adversarial_set(model, images, threat_of(recipe), chosen, recipe.seed, device)
+        clean, _ = _clean_images(images, section.reconstruct_images, recipe.seed)
+        reconstruct(surgery.model, model, surgery.gone, torch.cat([clean, adv.images]))
     if section.reestimate_images:
-        surgery.model.to(device)
         reestimate_batchnorm(surgery.model, images, count=section.reestimate_images, device=device)
     return surgery
 

@@ -152,7 +152,10 @@ BAD = {
         ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "1.5"],
         "ratio must be in (0, 1), got 1.5. Try 0.5.",
     ),
-    "ratio word": (["compress", "weights.pt", "--data", "toy.npz", "--ratio", "half"], "ratio must be in (0, 1), got half. Try 0.5."),
+    "ratio word": (
+        ["compress", "weights.pt", "--data", "toy.npz", "--ratio", "half"],
+        "ratio must be in (0, 1), got half. Try 0.5.",
+    ),
     "unknown key": (["compress", "demo", "--recipe", "bad.yaml"], "unknown recipe key pruning.speed. Known:"),
     "unknown recipe": (["compress", "demo", "--recipe", "dem"], "Did you mean demo?"),
     "no data": (["compress", "weights.pt", "--arch", "model.py:make_model"], "no data given. Add --data cifar10"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ _STATISTICS = (nn.LayerNorm, nn.GroupNorm)
 
 
 @contextmanager
-def masked(model: nn.Module, gone: dict[Place, set[int]]) -> Iterator[nn.Module]:
+def masked(model: nn.Module, gone: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
     """`model` with the given positions zeroed, inside the ``with`` block; bit-identical to before after it.
 
     Weights, biases and free parameters are zeroed. Layer and group norms take their statistics over channels, so zeroed

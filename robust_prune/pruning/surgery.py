@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Surgery:
         rolled_back: groups of the plan that stayed whole, each with its reason.
         parity: largest relative error, over all checks, between the cut model and the masked dense one.
         edits: attributes that the cuts had made stale, as ``module.attribute``.
+        gone: positions of the original that went, for each place (module, side, dimension) that was cut.
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Surgery:
     rolled_back: tuple[Refused, ...]
     parity: float
     edits: tuple[str, ...] = ()
+    gone: Mapping[Place, frozenset[int]] = field(default_factory=dict)
 
 
 def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
@@ -71,7 +74,8 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
     ledger.commit(cuts)
     small = copy_model(base)
     _replay(small, ledger)
-    parity = max(ledger.error, _whole_parity(base, small, ledger, example))
+    gone = _gone(ledger)
+    parity = max(ledger.error, _whole_parity(base, small, gone, example))
     done = {c.candidate.group.name for c in ledger.done}
     return Surgery(
         small,
@@ -79,6 +83,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
         (*refused, *ledger.failed),
         parity,
         tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in ledger.edits),
+        gone,
     )
 
 
@@ -110,16 +115,22 @@ def _replay(small: nn.Module, ledger: Ledger) -> None:
     apply_edits(small, tuple(ledger.edits))
 
 
-def _whole_parity(base: nn.Module, small: nn.Module, ledger: Ledger, example: Tensor) -> float:
+def _gone(ledger: Ledger) -> dict[Place, frozenset[int]]:
+    gone: dict[Place, set[int]] = {}
+    for cut in ledger.done:
+        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
+            gone.setdefault(place, set()).update(positions)
+    return {place: frozenset(positions) for place, positions in gone.items() if positions}
+
+
+def _whole_parity(
+    base: nn.Module, small: nn.Module, gone: Mapping[Place, frozenset[int]], example: Tensor
+) -> float:
     """Relative error of the pruned model against the masked one, with the model's own weights, after a backward pass.
 
     Raises:
         QualityGateError: they differ, or the pruned model cannot be run backward.
     """
-    gone: dict[Place, set[int]] = {}
-    for cut in ledger.done:
-        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
-            gone.setdefault(place, set()).update(positions)
     dense, dtype = precise_copy(base, example)
     exact = copy_model(small).to(dtype).eval()
     images = images_like(example, dtype).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,12 @@ class Precision:
     def memory_format(self) -> torch.memory_format:
         """The torch memory format for images and convolution weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def arrange(self, model: nn.Module) -> None:
+        """Puts the model's convolution weights into this layout, in place."""
+        # Releases of torch disagree about whether this keyword exists in `Module.to`'s type.
+        to: Any = model.to
+        to(memory_format=self.memory_format)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -65,7 +72,7 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
 
 
 def _seconds(model: nn.Module, images: Tensor, precision: Precision) -> float:
-    model.to(memory_format=precision.memory_format)  # type: ignore[call-overload]
+    precision.arrange(model)
     x = images.contiguous(memory_format=precision.memory_format)
     parameters = [p for p in model.parameters() if p.requires_grad]
     begin = time.perf_counter()

@@ -70,7 +70,7 @@ class _Run:
         self.validation = resident(first(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
         self.precision = self._precision()
-        model.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        self.precision.arrange(model)
         self.loss = make_loss(
             settings.loss, steps=settings.steps, beta=settings.beta, label_smoothing=settings.label_smoothing
         )
@@ -138,7 +138,7 @@ class _Run:
         self.history = [EpochRecord(**record) for record in value["history"]]
         self.state = _State(**(value["state"] | {"best": Score(*value["state"]["best"])}))
         self.precision = Precision(**value["precision"])
-        self.model.to(memory_format=self.precision.memory_format)  # type: ignore[call-overload]
+        self.precision.arrange(self.model)
         return True
 
     # --- the loop ----------------------------------------------------------------------------------------------

@@ -1,0 +1,200 @@
+"""Least squares in place of training: layers that read a cut group take over what its channels carried.
+
+A reader computed ``Y = X W`` from all channels of the dense model and is left with ``X'``, what the pruned model hands
+it. The weights that come nearest to the old outputs are the solution of a least-squares problem,
+
+    min over V of  ‖Y − X' V‖² + λ‖V − W_kept‖²,
+
+with closed form ``V = W_kept + (X'ᵀX' + λI)⁻¹ X'ᵀ(Y − X' W_kept)`` (channel pruning by reconstruction, He et al., 2017,
+arXiv 1707.06168). Layers are solved in the order in which they run, each on inputs that the layers before it have
+already repaired, so that errors do not pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..console import track
+from ..errors import UsageError
+from .cutting import Place
+
+RIDGE = 1e-3
+"""λ in units of the mean of the diagonal of X'ᵀX'."""
+_BATCH = 64
+
+
+class _Reached(Exception):
+    """The layer has run; what lies behind it is not needed."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    name: str
+    outputs: Tensor  # positions of the dense layer's outputs that stay
+
+
+@torch.no_grad()
+def reconstruct(
+    small: nn.Module,
+    dense: nn.Module,
+    gone: Mapping[Place, Iterable[int]],
+    images: Tensor,
+    *,
+    ridge: float = RIDGE,
+    batch_size: int = _BATCH,
+) -> tuple[str, ...]:
+    """Solves the weights of every ordinary convolution and linear layer of `small` that lost inputs; in place.
+
+    Two partial forwards over `images` a layer. Memory: one batch of unfolded inputs and a square matrix of the layer's
+    inputs times its kernel area. Batch-norm statistics stay; re-estimate them afterwards.
+
+    Args:
+        small: the pruned model; its mode leaves as it came.
+        dense: the model that it was cut from, on the same device; likewise.
+        gone: positions of the dense model that went, as `Surgery.gone` tells them.
+        images: training images, clean and adversarial, [N, C, H, W] in [0, 1].
+        ridge: >= 0, see `RIDGE`. The more, the nearer the weights stay to the cut ones.
+        batch_size: images a pass.
+
+    Returns:
+        Names of the layers that were solved. Grouped and transposed convolutions and layers whose outputs cannot be
+        matched stay as they were cut.
+
+    Raises:
+        UsageError: no images, or a ridge below 0.
+    """
+    if len(images) == 0 or ridge < 0:
+        raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
+    readers = _readers(dense, gone)
+    device = next(small.parameters()).device
+    solved = []
+    with _eval(small), _eval(dense):
+        order = _order(small, readers, images[:1].to(device))
+        with track("Reconstruction, least squares", len(order)) as advance:
+            for name in order:
+                if _solve(small, dense, readers[name], images, device, ridge, batch_size):
+                    solved.append(name)
+                advance()
+    return tuple(solved)
+
+
+def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str, _Reader]:
+    found = {}
+    for target, side, _ in gone:
+        if side != "in":
+            continue
+        module: Any = dense.get_submodule(target)
+        # Subclasses that pad or standardise their weights in forward are not the linear map of their weight.
+        plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+        if plain and getattr(module, "groups", 1) == 1:
+            lost = set(gone.get((target, "out", 0), ()))
+            keep = [i for i in range(module.weight.shape[0]) if i not in lost]
+            found[target] = _Reader(target, torch.tensor(keep))
+    return found
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _order(model: nn.Module, readers: Mapping[str, _Reader], image: Tensor) -> list[str]:
+    """Names of `readers` in the order in which they first run."""
+    seen: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: seen.setdefault(name)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in readers]
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen)
+
+
+def _calls(model: nn.Module, name: str, x: Tensor, wanted: str) -> list[Tensor]:
+    """Inputs or outputs (`wanted`) of the calls of module `name`; the pass ends with the first of them."""
+    kept: list[Tensor] = []
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        kept.append(inputs[0] if wanted == "input" else output)
+        raise _Reached
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    try:
+        model(x)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return kept
+
+
+def _solve(
+    small: nn.Module,
+    dense: nn.Module,
+    reader: _Reader,
+    images: Tensor,
+    device: torch.device,
+    ridge: float,
+    batch_size: int,
+) -> bool:
+    layer: Any = small.get_submodule(reader.name)
+    keep = reader.outputs.to(device)
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    for x in images.to(device).split(batch_size):
+        (given,), (wanted,) = _calls(small, reader.name, x, "input"), _calls(dense, reader.name, x, "output")
+        rows, targets = _rows(layer, given), _targets(layer, wanted, keep)
+        if rows is None or targets.shape != (len(rows), len(keep)):
+            return False
+        rest = targets - _targets(layer, layer(given), None)
+        squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
+        gram = squares if gram is None else gram + squares
+        moment = products if moment is None else moment + products
+    if gram is None or moment is None:
+        return False
+    scale = float(gram.diagonal().mean())
+    if not scale > 0:
+        return False
+    gram.diagonal().add_(max(ridge, 1e-9) * scale)
+    change = torch.linalg.solve(gram, moment).T
+    if not bool(torch.isfinite(change).all()):
+        return False
+    if layer.bias is not None:
+        layer.bias += change[:, -1].to(layer.bias.dtype)
+        change = change[:, :-1]
+    layer.weight += change.reshape(layer.weight.shape).to(layer.weight.dtype)
+    return True
+
+
+def _rows(layer: Any, x: Tensor) -> Tensor | None:
+    """What one output position reads, a row each, and a final 1 for the bias; None for a layer it cannot be told of."""
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+    elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    else:
+        return None
+    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def _targets(layer: Any, y: Tensor, keep: Tensor | None) -> Tensor:
+    rows = y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)
+    return rows if keep is None else rows[:, keep]

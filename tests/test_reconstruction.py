@@ -1,0 +1,115 @@
+"""Least-squares repair of the layers behind a cut."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust_prune.errors import UsageError
+from robust_prune.pruning.groups import find_groups
+from robust_prune.pruning.reconstruction import reconstruct
+from robust_prune.pruning.surgery import Surgery, apply
+from robust_prune.pruning.types import PlannedGroup, PruningPlan
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, padding=1, stride=2)
+        self.third = nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(self.second(x))
+        return self.head(torch.relu(self.third(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for tensor in (model.norm.weight, model.norm.bias, model.norm.running_mean, model.norm.running_var):
+            tensor.copy_(torch.rand_like(tensor) + 0.2)
+    return model.eval()
+
+
+def cut(model: nn.Module, removed: dict[str, tuple[int, ...]]) -> Surgery:
+    groups = find_groups(model, torch.zeros(1, 3, 8, 8)).groups
+    planned = tuple(PlannedGroup(g.name, g.channels, removed.get(g.name, ()), 0.0) for g in groups)
+    plan = PruningPlan(0.5, "macs", "uniform", "magnitude", 1, planned, (), 1, 1, 1, 1)
+    return apply(model, plan, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_copy_of_a_channel_is_replaced_without_loss(net: Net) -> None:
+    with torch.no_grad():
+        net.first.weight[5] = net.first.weight[2]
+        for tensor in (net.norm.weight, net.norm.bias, net.norm.running_mean, net.norm.running_var):
+            tensor[5] = tensor[2]
+    surgery = cut(net, {"first": (5,)})
+    images = torch.rand(64, 3, 8, 8)
+    with torch.no_grad():
+        wanted = net(images)
+        assert (surgery.model(images) - wanted).abs().max() > 1e-3
+        assert reconstruct(surgery.model, net, surgery.gone, images, ridge=0) == ("second",)
+        torch.testing.assert_close(surgery.model(images), wanted, rtol=0, atol=1e-5)
+
+
+def test_it_finds_the_least_squares_solution(net: Net) -> None:
+    surgery = cut(net, {"third": (0, 3, 7)})
+    images = torch.rand(200, 3, 8, 8)
+    with torch.no_grad():
+        hidden = torch.relu(net.third(torch.relu(net.second(torch.relu(net.norm(net.first(images))))))).mean((2, 3))
+        kept = hidden[:, [i for i in range(12) if i not in (0, 3, 7)]].double()
+        rows = torch.cat([kept, torch.ones(200, 1, dtype=torch.float64)], 1)
+        best = rows @ torch.linalg.lstsq(rows, net(images).double()).solution
+        reconstruct(surgery.model, net, surgery.gone, images, ridge=0)
+        torch.testing.assert_close(surgery.model(images).double(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_are_solved_in_order_and_each_helps(net: Net) -> None:
+    surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6), "third": (1, 4)})
+    images, unseen = torch.rand(256, 3, 8, 8), torch.rand(64, 3, 8, 8)
+    state = copy.deepcopy(net.state_dict())
+    surgery.model.train()
+    with torch.no_grad():
+        wanted = net(unseen)
+        before = (copy.deepcopy(surgery.model).eval()(unseen) - wanted).square().mean()
+        assert reconstruct(surgery.model, net, surgery.gone, images) == ("second", "third", "head")
+        assert surgery.model.training and not net.training
+        after = (surgery.model.eval()(unseen) - wanted).square().mean()
+    assert after < before / 4
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*net.modules(), *surgery.model.modules()))
+
+
+def test_a_large_ridge_leaves_the_cut_weights(net: Net) -> None:
+    surgery = cut(net, {"first": (0, 1)})
+    before = surgery.model.second.weight.detach().clone()
+    reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8), ridge=1e9)
+    torch.testing.assert_close(surgery.model.second.weight.detach(), before, rtol=0, atol=1e-6)
+
+
+def test_layers_that_are_not_their_weights_linear_map_are_left_alone(net: Net) -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return self._conv_forward(x, weight, self.bias)
+
+    net.second = Standardised(8, 12, 3, padding=1, stride=2)
+    surgery = cut(net.eval(), {"first": (0, 1)})
+    assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
+
+
+def test_bad_requests(net: Net) -> None:
+    surgery = cut(net, {"first": (0, 1)})
+    with pytest.raises(UsageError, match="needs images and a ridge >= 0, got 0 images"):
+        reconstruct(surgery.model, net, surgery.gone, torch.zeros(0, 3, 8, 8))
+    with pytest.raises(UsageError, match="ridge -1"):
+        reconstruct(surgery.model, net, surgery.gone, torch.rand(2, 3, 8, 8), ridge=-1)
