@@ -96,10 +96,11 @@ class PruningSection(Section):
     """Widths are rounded to multiples of this where the budget allows."""
     min_keep: float = Field(0.1, gt=0, le=1)
     """Smallest share of a group's channels that stays."""
-    reconstruct_images: int = Field(0, ge=0)
-    """Training images, each clean and attacked, for the least-squares repair of layers behind a cut; 0 turns it off."""
-    reestimate_images: int = Field(2048, ge=0)
-    """Training images for batch-norm re-estimation after the cut; 0 turns it off."""
+    compensation: Literal["none", "batchnorm", "least_squares"] = "least_squares"
+    """Repair after the cut, without training: `least_squares` solves the layers behind the cut so that their outputs
+    stay what they were, `batchnorm` re-estimates statistics."""
+    compensation_images: int = Field(512, ge=2)
+    """Training images for it; least squares takes each of them clean and attacked."""
 
 
 class TrainSettings(Section):

@@ -155,19 +155,24 @@ def plan_cut(analysis: Analysis, section: PruningSection) -> PruningPlan:
 
 
 def cut(model: nn.Module, plan: PruningPlan, spec: ModelSpec, images: ImageSet, recipe: Recipe, device: str) -> Surgery:
-    """The smaller model, with what training images can repair without training: see `compensation`."""
-    section = recipe.pruning
+    """The smaller model, repaired without training: see `compensate`."""
     surgery = apply(model.cpu(), plan, blank_image(spec))
-    surgery.model.to(device)
-    if section.reconstruct_images:
-        model.to(device)
-        chosen = recipe.sensitivity.model_copy(update={"images": section.reconstruct_images})
-        adv = adversarial_set(model, images, threat_of(recipe), chosen, recipe.seed, device)
-        clean, _ = _clean_images(images, section.reconstruct_images, recipe.seed)
-        reconstruct(surgery.model, model, surgery.gone, torch.cat([clean, adv.images]))
-    if section.reestimate_images:
-        reestimate_batchnorm(surgery.model, images, count=section.reestimate_images, device=device)
+    compensate(surgery, model, images, recipe, device)
     return surgery
+
+
+def compensate(surgery: Surgery, dense: nn.Module, images: ImageSet, recipe: Recipe, device: str) -> None:
+    """Repairs the cut model in place, as the recipe says; it ends on `device`."""
+    small, section = surgery.model.to(device), recipe.pruning
+    count = min(section.compensation_images, len(images))
+    if section.compensation == "batchnorm":
+        reestimate_batchnorm(small, images, count=count, device=device)
+    elif section.compensation == "least_squares":
+        dense.to(device)
+        chosen = recipe.sensitivity.model_copy(update={"images": count})
+        adv = adversarial_set(dense, images, threat_of(recipe), chosen, recipe.seed, device)
+        clean, _ = _clean_images(images, count, recipe.seed)
+        reconstruct(small, dense, surgery.gone, torch.cat([clean, adv.images]))
 
 
 def finetune(

@@ -1,0 +1,284 @@
+"""Does MRS earn its place? Allocations and criteria against what else one could pick, at equal MACs and equal training.
+
+    python benchmarks/criteria.py runs/cifar10-resnet20x2/model.safetensors --data cifar10
+
+Every arm starts from the same robust base, loses the same share of its MACs, gets the same repair and the same
+adversarial fine-tuning, and is measured twice: right after the cut on held-out training images, and at the end on test
+images that nothing was chosen by. Arms differ in where channels go (allocation) and which ones (criterion). The two
+last arms are the default method with a weaker repair after the cut.
+
+Results are written after every arm; the same command goes on with what is missing. `--report` only draws the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from robust_prune import stages
+from robust_prune.commands.common import open_data, open_model_for
+from robust_prune.console import console
+from robust_prune.data.base import DataBundle, first, random_subset
+from robust_prune.environment import snapshot
+from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine import tune_allocator
+from robust_prune.models.artifact import Loaded
+from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
+from robust_prune.pruning.surgery import apply
+from robust_prune.recipe import Recipe, load
+from robust_prune.run_dir import digest, write_json, write_text
+from robust_prune.training.precision import has_fast_bf16
+
+RESAMPLES = 4000
+REFERENCE = "mrs"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose channels."""
+
+    name: str
+    allocation: str
+    criterion: str
+    compensation: str = "least_squares"
+
+
+ARMS = (
+    Arm("mrs", "mrs", "adversarial_taylor"),
+    Arm("rank", "rank", "adversarial_taylor"),
+    Arm("global", "global", "adversarial_taylor"),
+    Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
+    Arm("uniform, clean Taylor", "uniform", "clean_taylor"),
+    Arm("uniform, magnitude", "uniform", "magnitude"),
+    Arm("uniform, group norm", "uniform", "group_norm"),
+    Arm("uniform, BN scale", "uniform", "bn_scale"),
+    Arm("uniform, FPGM", "uniform", "fpgm"),
+    Arm("uniform, random", "uniform", "random"),
+    Arm("mrs, batch-norm repair only", "mrs", "adversarial_taylor", "batchnorm"),
+    Arm("mrs, no repair", "mrs", "adversarial_taylor", "none"),
+)
+
+
+def analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> Iterator[tuple[str, stages.Analysis]]:
+    """One analysis a criterion; groups, costs and sensitivity are measured once."""
+    base = stages.analyse(loaded.model, loaded.spec, data.train, recipe, device)
+    yield recipe.pruning.criterion, base
+    chosen = random_subset(data.train, recipe.sensitivity.images, recipe.seed)
+    x, y = chosen.get(torch.arange(len(chosen)))
+    for criterion in dict.fromkeys(arm.criterion for arm in ARMS):
+        if criterion == recipe.pruning.criterion:
+            continue
+        scores = channel_scores(
+            loaded.model, base.search.groups, criterion, clean=(x.float() / 255, y), seed=recipe.seed, device=device
+        )
+        removed = {g.name: removed_fraction_curve(loaded.model, g, scores[g.name]) for g in base.search.groups}
+        yield criterion, replace(base, scores=scores, removed=removed)
+
+
+def run_arm(
+    arm: Arm, ratio: float, analysis: stages.Analysis, loaded: Loaded, data: DataBundle, recipe: Recipe, device: str
+) -> dict[str, Any]:
+    """Cuts, repairs, scores, fine-tunes and scores again."""
+    changes = {
+        "ratio": ratio,
+        "allocation": arm.allocation,
+        "criterion": arm.criterion,
+        "compensation": arm.compensation,
+    }
+    recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
+    threat = stages.threat_of(recipe)
+    plan = stages.plan_cut(analysis, recipe.pruning)
+    surgery = apply(loaded.model.cpu(), plan, stages.blank_image(loaded.spec))
+    begin = time.monotonic()
+    stages.compensate(surgery, loaded.model, data.train, recipe, device)
+    repaired = time.monotonic()
+    before = stages.score_before_finetune(surgery.model, data, threat, recipe.evaluation, recipe.seed, device)
+    small = surgery.model.to(device)
+    started = time.monotonic()
+    tuned = stages.finetune(small, data, threat, recipe.finetune, seed=recipe.seed, device=device)
+    finished = time.monotonic()
+    small = small.cpu().eval()
+    images = first(data.test, recipe.evaluation.images)
+    with TemporaryDirectory() as folder:
+        state = Path(folder) / "state.npz"
+        card = evaluate(
+            small, images, threat, model_name=f"{arm.name} {ratio:g}", data_name=data.name,
+            steps=recipe.evaluation.steps, restarts=recipe.evaluation.restarts, seed=0, device=device, state_path=state,
+            precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+        )  # fmt: skip
+        with np.load(state) as stored:
+            bits = {f"{name}_bits": np.packbits(stored[name]).tobytes().hex() for name in ("clean", "robust")}
+    return {
+        **asdict(arm),
+        "ratio": ratio,
+        "seed": recipe.seed,
+        "macs_kept": plan.macs_after / plan.macs_before,
+        "params_kept": plan.params_after / plan.params_before,
+        "widths": {g.name: [g.channels, g.keep] for g in plan.groups},
+        "rolled_back": [asdict(r) for r in surgery.rolled_back],
+        "before": {"clean": asdict(before.clean), "robust": asdict(before.robust)},
+        "after": {"clean": asdict(card.clean), "robust": asdict(card.robust), "attack": card.attack, **bits},
+        "held_out_after": max((r.val_robust for r in tuned.history), default=None),
+        "seconds": {"repair": repaired - begin, "finetune": finished - started},
+    }
+
+
+def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
+    """What is missing, seed by seed so that an early stop leaves whole tables."""
+    have = {(row["seed"], row["ratio"], row["name"]) for row in done}
+    wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in ARMS]
+    return [(seed, ratio, arm) for seed, ratio, arm in wanted if (seed, ratio, arm.name) not in have]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All rows, stored ones first."""
+    overrides = {
+        "data.name": args.data,
+        "sensitivity.images": args.images,
+        "pruning.compensation_images": args.images,
+        "evaluation.images": args.test_images,
+        "evaluation.restarts": 1,
+        "finetune.epochs": args.epochs,
+        "finetune.validation_images": 300,
+        "device": args.device,
+    }
+    recipe = load(args.recipe, overrides)
+    data = open_data(recipe)
+    loaded = open_model_for(args.model, data, recipe, None)
+    data = replace(data, train=random_subset(data.train, args.train_images, 0))
+    device = stages.device_of(recipe)
+    settings = {
+        "model": models_hash(loaded.model),
+        "arch": loaded.spec.arch,
+        "data": data.name,
+        "train_images": len(data.train),
+        "recipe": recipe.model_dump(mode="json", exclude={"seed", "device", "training"}),
+    }
+    stored: dict[str, Any] = {}
+    if args.out.exists():
+        stored = json.loads(args.out.read_text(encoding="utf-8"))
+        if stored["key"] != digest(settings):
+            raise SystemExit(f"{args.out} holds results of other settings. Choose another --out, or remove it.")
+    rows: list[dict[str, Any]] = stored.get("rows", [])
+    todo = rows_to_do(args, rows)
+    found: dict[str, stages.Analysis] = {}
+    last_seed = None
+    for position, (seed, ratio, arm) in enumerate(todo, start=1):
+        seeded = recipe.model_copy(update={"seed": seed})
+        if seed != last_seed:
+            found, last_seed = dict(analyses(loaded, data, seeded, device)), seed
+        row = run_arm(arm, ratio, found[arm.criterion], loaded, data, seeded, device)
+        rows.append(row)
+        result = {"key": digest(settings), "settings": settings, "environment": snapshot(), "rows": rows}
+        write_json(args.out, result)
+        robust = row["after"]["robust"]
+        console.print(
+            f"{position}/{len(todo)} seed {seed}, {ratio:.0%} cut, {arm.name}: robust "
+            f"{100 * row['before']['robust']['correct'] / row['before']['robust']['total']:.1f} % before, "
+            f"{100 * robust['correct'] / robust['total']:.1f} % after fine-tuning",
+            markup=False,
+        )
+    return json.loads(args.out.read_text(encoding="utf-8"))
+
+
+def outcomes(rows: list[dict[str, Any]], which: str) -> np.ndarray:
+    """Share of seeds in which each image was right, [images]."""
+    total = rows[0]["after"][which]["total"]
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in rows]
+    return np.mean(bits, axis=0)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean over images."""
+    generator = np.random.default_rng(0)
+    picks = generator.integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown: one table a ratio."""
+    rows, settings, environment = result["rows"], result["settings"], result["environment"]
+    fine = settings["recipe"]["finetune"]
+    text = [
+        f"# Criteria and allocations: {settings['arch']} on {settings['data']}\n",
+        f"`benchmarks/criteria.py`, torch {environment['versions']['torch']} on {environment['cpu']} "
+        f"({environment['device']}). Fine-tuning: {fine['loss']}, {fine['epochs']} epochs of "
+        f"{settings['train_images']:,} images. Before: PGD-{settings['recipe']['evaluation']['steps']} on "
+        f"{rows[0]['before']['robust']['total']} held-out training images. After: {rows[0]['after']['attack']}, on "
+        f"{rows[0]['after']['robust']['total']:,} test images; brackets: 95 % bootstrap intervals over images of the "
+        f"mean over seeds; the last column is paired with `{REFERENCE}` image by image.\n",
+    ]
+    for ratio in sorted({row["ratio"] for row in rows}):
+        text += [
+            f"## {ratio:.0%} of the MACs removed\n",
+            "| arm | seeds | MACs kept | params kept | before: clean | robust | after: clean | robust [95 %] | "
+            f"robust against {REFERENCE} [95 %] |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        by_arm = {arm.name: [r for r in rows if r["ratio"] == ratio and r["name"] == arm.name] for arm in ARMS}
+        for name, mine in by_arm.items():
+            if mine:
+                text.append(_line(name, mine, by_arm[REFERENCE]))
+        text.append("")
+    return "\n".join(text)
+
+
+def _line(name: str, mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    def mean(get: Any) -> float:
+        return float(np.mean([get(row) for row in mine]))
+
+    def share(accuracy: dict[str, int]) -> float:
+        return 100 * accuracy["correct"] / accuracy["total"]
+
+    robust = outcomes(mine, "robust")
+    low, high = bootstrap(robust)
+    seeds = {row["seed"] for row in mine}
+    paired = [row for row in reference if row["seed"] in seeds]
+    against = ""
+    if name != REFERENCE and len(paired) == len(mine):
+        difference = robust - outcomes(paired, "robust")
+        lower, upper = bootstrap(difference)
+        against = f"{100 * difference.mean():+.1f} [{100 * lower:+.1f}, {100 * upper:+.1f}]"
+    return (
+        f"| {name} | {len(mine)} | {mean(lambda r: 100 * r['macs_kept']):.1f} % | "
+        f"{mean(lambda r: 100 * r['params_kept']):.1f} % | {mean(lambda r: share(r['before']['clean'])):.1f} | "
+        f"{mean(lambda r: share(r['before']['robust'])):.1f} | {mean(lambda r: share(r['after']['clean'])):.1f} | "
+        f"{100 * robust.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}] | {against} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the robust base: an artifact, or demo")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.75, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--train-images", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=512, help="for sensitivity, scores and repair")
+    parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "criteria.json")
+    parser.add_argument("--report", action="store_true", help="draw the tables of what is stored, measure nothing")
+    args = parser.parse_args()
+    tune_allocator()
+    result = json.loads(args.out.read_text(encoding="utf-8")) if args.report else measure(args)
+    text = tables(result)
+    write_text(args.out.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""How fast and how faithful the MRS estimators are, against the published way of measuring it.
+
+    python benchmarks/sensitivity.py demo --data sample
+
+The reference is a plain re-creation of Module Robust Criticality as RiFT (arXiv 2308.02533) describes it: for every
+convolution and linear weight, ten epochs of SGD ascent at learning rate 1 over the fixed adversarial set in batches of
+512, projected to the ball of relative radius ρ after each epoch; the largest loss that was seen counts. Only that
+weight takes gradients; nothing is cached between steps or modules.
+
+All methods see the same adversarial set and take turns, in a new order each round; times are medians over the rounds,
+ratios their quotients with the smallest and largest over the rounds. Agreement is Spearman's rank correlation over
+modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import nn
+
+from robust_prune import stages
+from robust_prune.attacks import frozen_eval
+from robust_prune.commands.common import open_data, open_model_for
+from robust_prune.console import console, track
+from robust_prune.environment import snapshot
+from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine import tune_allocator
+from robust_prune.recipe import load
+from robust_prune.run_dir import write_json, write_text
+from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.sensitivity.estimators import ESTIMATORS, measure
+from robust_prune.sensitivity.targets import find_targets
+
+REFERENCE = "reference"
+EPOCHS = 10
+BATCH = 512
+
+
+def reference(model: nn.Module, adv: AdversarialSet, rho: float, device: str) -> dict[str, float]:
+    """MRS by module name, by the published procedure."""
+    found = {}
+    x, y = adv.images.to(device), adv.labels.to(device)
+    with frozen_eval(model):
+        targets = find_targets(model)
+        with torch.no_grad():
+            base = _mean_loss(model, x, y)
+        with track("Reference procedure", len(targets)) as advance:
+            for target in targets:
+                found[target.name] = _ascend(model, target.weight, x, y, rho) - base
+                advance()
+    return found
+
+
+def _mean_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    return sum(F.cross_entropy(model(a), b, reduction="sum").item() for a, b in parts) / len(y)
+
+
+def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Tensor, rho: float) -> float:
+    start = weight.detach().clone()
+    weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([weight], lr=1.0, maximize=True)
+    best = -float("inf")
+    try:
+        for _ in range(EPOCHS):
+            for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True):
+                optimizer.zero_grad()
+                F.cross_entropy(model(a), b).backward()
+                optimizer.step()
+            with torch.no_grad():
+                change = weight - start
+                weight.copy_(start + change * min(1.0, rho * float(start.norm()) / max(float(change.norm()), 1e-12)))
+                best = max(best, _mean_loss(model, x, y))
+    finally:
+        weight.requires_grad_(False)
+        weight.grad = None
+        with torch.no_grad():
+            weight.copy_(start)
+    return best
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Times and values of every method."""
+    recipe = load(args.recipe, {"data.name": args.data, "device": args.device, "sensitivity.images": args.images})
+    data = open_data(recipe)
+    loaded = open_model_for(args.model, data, recipe, args.arch)
+    device, threat = stages.device_of(recipe), stages.threat_of(recipe)
+    model = loaded.model.to(device)
+    adv = stages.adversarial_set(model, data.train, threat, recipe.sensitivity, recipe.seed, device)
+    rho = recipe.sensitivity.rho
+
+    def estimate(name: str) -> dict[str, float]:
+        profile = measure(model, adv, threat, estimator=name, rho=rho, radii=(rho,), device=device)
+        return {module.name: module.mrs for module in profile.modules}
+
+    methods: dict[str, Callable[[], dict[str, float]]] = {
+        REFERENCE: lambda: reference(model, adv, rho, device),
+        **{name: (lambda name=name: estimate(name)) for name in ESTIMATORS},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    values: dict[str, dict[str, float]] = {}
+    order = list(methods)
+    shuffler = random.Random(0)
+    for _ in range(args.rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            begin = time.perf_counter()
+            values[name] = methods[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+            console.print(f"{name}: {seconds[name][-1]:.2f} s", markup=False)
+    return {
+        "model": models_hash(model.cpu()),
+        "arch": loaded.spec.arch,
+        "data": data.name,
+        "images": len(adv),
+        "modules": len(values[REFERENCE]),
+        "rho": rho,
+        "seconds": seconds,
+        "mrs": values,
+        "environment": snapshot(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one result."""
+    names = list(result["mrs"][REFERENCE])
+    mrs = {method: np.array([found[name] for name in names]) for method, found in result["mrs"].items()}
+    slow = np.array(result["seconds"][REFERENCE])
+    environment = result["environment"]
+    lines = [
+        f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
+        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, {len(slow)} rounds, torch "
+        f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}). Ratios: median and "
+        "range over the rounds.\n",
+        "| method | seconds (median) | times faster than the reference | Spearman with ascent | mean MRS |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method in (REFERENCE, *reversed(ESTIMATORS)):
+        mine = np.array(result["seconds"][method])
+        ratio = slow / mine
+        faster = f"{np.median(slow) / np.median(mine):.1f} [{ratio.min():.1f}, {ratio.max():.1f}]"
+        agreement = spearmanr(mrs[method], mrs["ascent"]).statistic
+        lines.append(
+            f"| {method} | {np.median(mine):.2f} | {'' if method == REFERENCE else faster} | {agreement:.3f} | "
+            f"{mrs[method].mean():.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a robust model: an artifact, a file of weights with --arch, or demo")
+    parser.add_argument("--arch", default=None)
+    parser.add_argument("--data", default="sample")
+    parser.add_argument("--recipe", default=None)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sensitivity.json")
+    args = parser.parse_args()
+    tune_allocator()
+    result = run(args)
+    write_json(args.out, result)
+    write_text(args.out.with_suffix(".md"), table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
