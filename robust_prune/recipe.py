@@ -96,6 +96,10 @@ class PruningSection(Section):
     """Widths are rounded to multiples of this where the budget allows."""
     min_keep: float = Field(0.1, gt=0, le=1)
     """Smallest share of a group's channels that stays."""
+    steps: int = Field(1, ge=1, le=100)
+    """Cuts that the ratio is spread over; before each, sensitivities are measured anew on what the one before left."""
+    step_epochs: int = Field(1, ge=0)
+    """Fine-tuning epochs between two cuts."""
     compensation: Literal["none", "batchnorm", "least_squares"] = "least_squares"
     """Repair after the cut, without training: `least_squares` solves the layers behind the cut so that their outputs
     stay what they were, `batchnorm` re-estimates statistics."""

@@ -14,8 +14,9 @@ from .data.base import DataBundle
 from .environment import snapshot
 from .errors import UsageError
 from .evaluation.hashing import images_hash, models_hash
+from .job import StageLog, warn
 from .models import artifact, registry
-from .pipeline import SAMPLE_NOTE, StageLog, warn
+from .pipeline import SAMPLE_NOTE
 from .pruning.counting import count_macs, count_params
 from .recipe import Recipe
 from .report.files import finite

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import QUICK, write_data, write_model
 
-from robust_prune import cli, pipeline
+from robust_prune import cli, pipeline, stages
 
 PLAIN_ONNX = """
 import sys
@@ -128,6 +128,38 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
         assert after["card"]["clean"] == before["card"]["clean"]
         assert after["card"]["robust"] == before["card"]["robust"]
         assert after["onnx"]["sha256"] == before["onnx"]["sha256"]
+
+
+def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
+    write_data(here / "toy.npz")
+    write_model(here)
+    real, calls = stages.finetune, []
+
+    def interrupted(model, *arguments, **keywords):
+        calls.append(sum(p.numel() for p in model.parameters()))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, *arguments, **keywords)
+
+    monkeypatch.setattr(stages, "finetune", interrupted)
+    with pytest.raises(SystemExit):
+        _compress("run", "--steps", "2")
+    _compress("run", "--steps", "2")
+    # The recovery after the first cut was kept; the models shrink from cut to cut.
+    assert len(calls) == 3 and calls[0] > calls[1] == calls[2]
+    result = json.loads((here / "run" / "result.json").read_text())
+    dense, pruned = result["models"]
+    assert abs(pruned["macs"] / dense["macs"] - 0.5) <= 0.01
+    assert result["plan"]["macs_before"] == dense["macs"] and result["plan"]["macs_after"] == pruned["macs"]
+
+    from robust_prune.models.artifact import load
+
+    weights = load(here / "run" / "model.safetensors", arch="model.py:make_model").model.state_dict()
+    for group in result["plan"]["groups"]:
+        assert len(weights[f"{group['name']}.weight"]) == group["channels"] - len(group["removed"])
+    capsys.readouterr()
+    _compress("again", "--steps", "3", "--dry-run")
+    assert "first of 3 cuts" in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(here, capsys):

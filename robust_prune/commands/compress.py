@@ -40,6 +40,7 @@ def compress(
     images: ImagesFlag = None,
     allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
     criterion: Annotated[str | None, Parameter(help="Channel score inside a group.")] = None,
+    steps: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Print the plan; write nothing.")] = False,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
@@ -58,6 +59,7 @@ def compress(
         "pruning.of": of,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
+        "pruning.steps": steps,
         "data.name": data,
         "finetune.epochs": epochs,
         "evaluation.images": images,
@@ -69,15 +71,18 @@ def compress(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from .. import pipeline
+    from .. import pipeline, shrink
+    from ..job import Job, warn
     from ..machine import tune_allocator
 
     tune_allocator()
-    job = pipeline.Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
+    job = Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
     if not dry_run:
         pipeline.compress(job)
         return
-    _, plan = pipeline.make_plan(job)
-    console.print(pipeline.render_plan(plan))
-    pipeline.warn(plan.note)
+    plan = shrink.make_plan(job)
+    console.print(shrink.render_plan(plan))
+    warn(plan.note)
+    if resolved.pruning.steps > 1:
+        warn(f"this is the first of {resolved.pruning.steps} cuts; the others are planned on the model that it leaves.")
     console.print("Dry run: nothing was written.")

@@ -65,8 +65,9 @@ def evaluate(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
     from .. import stages
+    from ..job import warn
     from ..machine import tune_allocator
-    from ..pipeline import SAMPLE_NOTE, warn
+    from ..pipeline import SAMPLE_NOTE
     from ..run_dir import write_json
 
     tune_allocator()

@@ -1,0 +1,56 @@
+"""Several cuts: the share of each, and what they come to together."""
+
+from __future__ import annotations
+
+import pytest
+
+from robust_prune.errors import UsageError
+from robust_prune.pruning.iterative import compose, remaining_ratio
+from robust_prune.pruning.types import PlannedGroup, PruningPlan
+
+
+def plan(before: int, after: int, *groups: PlannedGroup, of: str = "macs") -> PruningPlan:
+    return PruningPlan(0.3, of, "mrs", "adversarial_taylor", 8, groups, (), before, after, 2 * before, 2 * after)
+
+
+def test_equal_shares_remain_after_each_cut() -> None:
+    assert remaining_ratio((), 0.75, "macs", 1) == pytest.approx(0.75)
+    first = remaining_ratio((), 0.75, "macs", 2)
+    assert first == pytest.approx(0.5)
+    assert remaining_ratio((plan(1000, 500),), 0.75, "macs", 2) == pytest.approx(0.5)
+
+
+def test_the_last_cut_makes_good_what_earlier_ones_missed() -> None:
+    for after in (450, 560):
+        ratio = remaining_ratio((plan(1000, after),), 0.75, "macs", 2)
+        assert after * (1 - ratio) == pytest.approx(250)
+    assert remaining_ratio((plan(1000, 200),), 0.75, "macs", 2) < 1e-3
+    with pytest.raises(UsageError, match="only 1 are planned"):
+        remaining_ratio((plan(1000, 500),), 0.5, "macs", 1)
+
+
+@pytest.mark.parametrize("of", ["params", "channels"])
+def test_other_costs_are_counted_in_their_own_unit(of: str) -> None:
+    made = plan(1000, 800, PlannedGroup("a", 10, (0, 1), 1.0), of=of)
+    assert 0.8 * (1 - remaining_ratio((made,), 0.5, of, 2)) == pytest.approx(0.5)
+
+
+def test_cuts_add_up_in_channels_of_the_dense_model() -> None:
+    first = plan(1000, 600, PlannedGroup("a", 8, (1, 4), 0.5), PlannedGroup("b", 4, (), 0.7))
+    second = plan(600, 480, PlannedGroup("a", 6, (0, 5), 9.0))
+    third = plan(480, 400, PlannedGroup("a", 4, (1,), 9.0), PlannedGroup("b", 4, (3,), 9.0))
+    whole = compose([first, second, third], 0.6)
+    # Left of a after the first cut: 0 2 3 5 6 7, after the second: 2 3 5 6, after the third: 2 5 6.
+    assert [(g.name, g.removed, g.mrs) for g in whole.groups] == [("a", (0, 1, 3, 4, 7), 0.5), ("b", (3,), 0.7)]
+    assert (whole.macs_before, whole.macs_after, whole.params_after, whole.ratio) == (1000, 400, 800, 0.6)
+    assert whole.note == ""
+    assert "asked to remove 50.0% of macs, 3 cuts came to 60.0%" in compose([first, second, third], 0.5).note
+
+
+def test_one_cut_is_itself_and_misfits_are_refused() -> None:
+    first = plan(1000, 600, PlannedGroup("a", 8, (1, 4), 0.5))
+    assert compose([first], 0.4) is first
+    with pytest.raises(UsageError, match="'a' has 8 channels in a later cut, but 6 were left"):
+        compose([first, first], 0.4)
+    with pytest.raises(UsageError, match="no cut"):
+        compose([], 0.4)
