@@ -83,8 +83,8 @@ def test_round_trip_is_bit_identical(tmp_path: Path, suffix: str, maker: Any) ->
     model, spec = maker()
     path = tmp_path / f"model{suffix}"
     threat, provenance = ThreatModel("l2", 0.5), {"recipe": "abc", "metrics": {"clean": 0.8}}
-    artifact.save(path, model, spec, threat=threat, provenance=provenance)
-    loaded = artifact.load(path)
+    artifact.save(str(path), model, spec, threat=threat, provenance=provenance)
+    loaded = artifact.load(str(path))
     assert identical(loaded.model, model)
     assert not loaded.model.training
     assert (loaded.spec, loaded.threat, loaded.provenance) == (spec, threat, provenance)

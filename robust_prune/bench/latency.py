@@ -24,7 +24,7 @@ PERCENT = 100
 
 
 def run(
-    files: Sequence[tuple[str, Path]],
+    files: Sequence[tuple[str, str | Path]],
     *,
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
@@ -51,9 +51,10 @@ def run(
         UsageError: a file that is missing, is no image classifier, has a fixed batch or dies while it runs.
         EnvironmentProblem: the provider does not run here.
     """
-    _check(files, batches, threads, provider, kind)
+    paths = [(label, Path(path)) for label, path in files]
+    _check(paths, batches, threads, provider, kind)
     before = hardware.describe(provider)
-    arms = [Arm(label, path) for label, path in (*files, (f"{files[0][0]} (again)", files[0][1]))]
+    arms = [Arm(label, path) for label, path in (*paths, (f"{paths[0][0]} (again)", paths[0][1]))]
     shapes = [Shape(batch, count, provider, kind) for batch, count in product(batches, threads)]
     rows: list[LatencyRow] = []
     floors: dict[str, Interval] = {}

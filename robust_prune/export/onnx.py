@@ -34,7 +34,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 def export_onnx(
     model: nn.Module,
-    path: Path,
+    path: str | Path,
     images: Tensor,
     *,
     manifest: dict[str, Any],
@@ -64,6 +64,7 @@ def export_onnx(
         QualityGateError: the file's outputs differ from the model's; nothing is left at `path`.
         EnvironmentProblem: the folder is not writable.
     """
+    path = Path(path)
     if opset < MIN_OPSET:
         raise UsageError(f"opset must be >= {MIN_OPSET} (older sets lack operators we need), got {opset}. Try 18.")
     check_images(images)

@@ -52,7 +52,7 @@ class Loaded:
 
 
 def save(
-    path: Path,
+    path: str | Path,
     model: nn.Module,
     spec: ModelSpec,
     *,
@@ -77,6 +77,7 @@ def save(
         UsageError: another suffix, a model that does not belong to `spec`, values that JSON or float16 cannot hold.
         EnvironmentProblem: the file cannot be written.
     """
+    path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, got {path}")
     if not isinstance(model, NormalizedClassifier):
@@ -93,7 +94,7 @@ def save(
         atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={KEY: manifest}))
 
 
-def load(path: Path, *, arch: str | None = None, trust_source: bool = False) -> Loaded:
+def load(path: str | Path, *, arch: str | None = None, trust_source: bool = False) -> Loaded:
     """Rebuilds the model of an artifact.
 
     Args:
@@ -106,6 +107,7 @@ def load(path: Path, *, arch: str | None = None, trust_source: bool = False) -> 
     Raises:
         UsageError: not an artifact, made by a newer version, damaged, or its architecture cannot be rebuilt here.
     """
+    path = Path(path)
     contents = weight_files.read(path)
     if not is_artifact(contents):
         raise UsageError(f"{path} is not a robust-prune artifact but plain weights. Open it with --arch.")
