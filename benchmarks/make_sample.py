@@ -1,10 +1,12 @@
-"""Draws the embedded sample from the whole of CIFAR-10 and writes it into the package.
+"""Draws the embedded sample from the whole of CIFAR-10, and stores the demo model; both go into the package.
 
     python benchmarks/make_sample.py cifar10.npz
+    python benchmarks/make_sample.py --model runs/cifar10-resnet20x2/model.safetensors
 
 The .npz holds x_train, y_train, x_test, y_test in the official order (uint8 NHWC). Training images come from the
 official training split only and test images from the official test split only; the same number of each class is drawn
-under a fixed seed, and the positions are stored beside the images.
+under a fixed seed, and the positions are stored beside the images. The model is stored with its matrices and kernels in
+half precision, so that the package stays small; the demo is that rounded model.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 
 import robust_prune.data.sample as sample
 from robust_prune.data.npz import load_npz
+from robust_prune.models import artifact
 from robust_prune.run_dir import atomic_write
 
 SEED = 20241015
@@ -28,13 +31,18 @@ def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> 
     return np.sort(np.concatenate(chosen))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="CIFAR-10 as .npz")
-    default = Path(sample.__file__).parent / "sample" / sample.FILE
-    parser.add_argument("--out", type=Path, default=default)
-    arguments = parser.parse_args()
-    bundle = load_npz(arguments.source.expanduser())
+def store_model(source: Path, target: Path) -> None:
+    """Writes the artifact `source` in half precision."""
+    loaded = artifact.load(source)
+    artifact.save(
+        target, loaded.model, loaded.spec, threat=loaded.threat, provenance=loaded.provenance, store_dtype="float16"
+    )
+    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
+
+
+def store_images(source: Path, target: Path) -> None:
+    """Draws and codes the images of `source`."""
+    bundle = load_npz(source.expanduser())
     generator = np.random.default_rng(SEED)
     arrays: dict[str, np.ndarray] = {}
     for part, images in (("train", bundle.train), ("test", bundle.test)):
@@ -52,8 +60,23 @@ def main() -> None:
         with path.open("wb") as stream:
             np.savez(stream, **arrays)
 
-    atomic_write(arguments.out, write)
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.2f} MB")
+    atomic_write(target, write)
+    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, nargs="?", help="CIFAR-10 as .npz")
+    parser.add_argument("--model", type=Path, help="a trained artifact, to become the demo model")
+    folder = Path(sample.__file__).parent / "sample"
+    parser.add_argument("--out", type=Path, default=folder)
+    arguments = parser.parse_args()
+    if arguments.source is None and arguments.model is None:
+        parser.error("name the .npz, --model, or both")
+    if arguments.model is not None:
+        store_model(arguments.model, arguments.out / "demo.safetensors")
+    if arguments.source is not None:
+        store_images(arguments.source, arguments.out / sample.FILE)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,24 @@ def test_the_setup_commands_are_the_ones_that_ci_runs():
     assert f"for name in {' '.join(marks)}; do" in script
 
 
+def test_the_tables_are_the_committed_ones():
+    results = ROOT / "benchmarks" / "results"
+    named = re.findall(r"<!-- from (\S+) -->\n\n?((?:\|.*\n)+)", README)
+    assert named, "the README quotes no table"
+    for file, table in named:
+        committed = (results / file).read_text(encoding="utf-8").splitlines()
+        for line in table.splitlines():
+            assert line in committed, f"{file} has no line {line}"
+
+
+def test_pictures_and_local_links_are_there():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    local = [target for target in targets if not target.startswith("http")]
+    assert any(target.endswith(".png") for target in local)
+    for target in local:
+        assert (ROOT / target).exists(), target
+
+
 def test_the_public_api_named_here_is_there():
     import robust_prune
 

@@ -60,9 +60,9 @@ def measure(
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
     - ``boundary``: the real loss at the ball's boundary along the gradient of the whole set. One forward and backward
       more than K partial forwards a module; each begins at the module (see `replay`), about half a forward on average.
-    - ``ascent``: the best of `ascent_steps` projected ascent steps at `rho`, the first of them the boundary point.
-      Some 2 `ascent_steps` partial passes a module. Its curve scales the best direction to the other radii rather
-      than climbing again at each.
+    - ``ascent``: the best of at most `ascent_steps` projected ascent steps at `rho`, the first of them the boundary
+      point; it ends where the loss stops rising. Up to 2 `ascent_steps` partial passes a module. Its curve scales the
+      best direction to the other radii rather than climbing again at each.
 
     A module that the loss does not depend on, or whose gradient vanishes, has MRS 0. Results are deterministic as far
     as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients and hooks.
@@ -108,7 +108,7 @@ def measure(
         elif estimator == "boundary":
             base, rises = _boundary(loss, trace, live, all_radii)
         else:
-            base, rises = _ascent(loss, trace, live, all_radii, float(rho), ascent_steps, cache_bytes)
+            base, rises = _ascent(loss, trace, live, all_radii, float(rho), ascent_steps, cache_bytes, base)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
     profile = SensitivityProfile(
@@ -179,11 +179,12 @@ def _ascent(
     rho: float,
     steps: int,
     cache_bytes: int,
+    base: float,
 ) -> tuple[float, dict[int, list[float]]]:
     best: list[tuple[Tensor, float]] = []
     with track("Sensitivity, ascent", len(live)) as advance:
         for target, gradient in live:
-            best.append(ascend(loss, trace, target, gradient, rho * _norm(target), steps, cache_bytes))
+            best.append(ascend(loss, trace, target, gradient, rho * _norm(target), steps, cache_bytes, base))
             advance()
     rays = [
         Ray(target, delta / delta.norm(), tuple(r * _norm(target) for r in radii))

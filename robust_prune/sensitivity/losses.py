@@ -15,6 +15,9 @@ from .adversarial_set import AdversarialSet
 from .replay import Recording, Trace, record, replay
 from .targets import Target, exchanged
 
+PLATEAU, PLATEAU_STEPS = 0.01, 2
+"""When an ascent has arrived: this many steps in a row that gain less than this share of what was gained before."""
+
 
 @dataclass(frozen=True)
 class RobustLoss:
@@ -128,7 +131,14 @@ def losses_along(
 
 
 def ascend(
-    loss: RobustLoss, trace: Trace, target: Target, gradient: Tensor, radius: float, steps: int, cache_bytes: int
+    loss: RobustLoss,
+    trace: Trace,
+    target: Target,
+    gradient: Tensor,
+    radius: float,
+    steps: int,
+    cache_bytes: int,
+    base: float,
 ) -> tuple[Tensor, float]:
     """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`.
 
@@ -143,8 +153,10 @@ def ascend(
         target: whose weight moves.
         gradient: of R at the given weight; not zero.
         radius: of the ball, > 0.
-        steps: number of iterates, >= 1.
+        steps: most iterates, >= 1. The climb ends before that once `PLATEAU_STEPS` of them in a row raise the rise of
+            the loss by less than `PLATEAU`.
         cache_bytes: limit on what is kept between the steps.
+        base: R at the given weights.
 
     Returns:
         The best perturbation found and its loss.
@@ -154,12 +166,13 @@ def ascend(
     """
     kept = _KeptBatches(loss, trace, trace.frontier(target.weight), cache_bytes)
     delta = radius * gradient / gradient.norm()
-    best, best_loss = delta, -math.inf
+    best, best_loss, idle = delta, -math.inf, 0
     for step in range(steps):
         value, slope = _loss_and_slope(loss, kept, target, delta, step + 1 < steps)
+        idle = 0 if value - base > (1 + PLATEAU) * max(best_loss - base, 0.0) else idle + 1
         if value > best_loss:
             best, best_loss = delta, value
-        if slope is None or float(slope.norm()) == 0:
+        if slope is None or float(slope.norm()) == 0 or idle == PLATEAU_STEPS:
             break
         moved = delta + radius * slope / slope.norm()
         delta = moved * min(1.0, radius / max(float(moved.norm()), torch.finfo(moved.dtype).tiny))
