@@ -113,13 +113,20 @@ def warnings(run: RunReport) -> list[str]:
     return found
 
 
+REPAIRS = {
+    "least_squares": " and the least-squares repair of the layers behind it",
+    "batchnorm": " and a re-estimation of batch-norm",
+}
+
+
 def after_the_cut(run: RunReport) -> str:
     """Accuracy between the cut and the fine-tuning, in a sentence; empty if it was not measured."""
     card = run.before_finetune
     if card is None:
         return ""
+    repair = REPAIRS.get(run.recipe.get("pruning", {}).get("compensation", ""), "")
     return (
-        f"Right after the cut, before any fine-tuning, the model got {text.percent(card.clean.value)} of "
+        f"Right after the cut{repair}, before any fine-tuning, the model got {text.percent(card.clean.value)} of "
         f"{card.clean.total:,} {card.split} images right, and {text.percent(card.robust.value)} under attack."
     )
 

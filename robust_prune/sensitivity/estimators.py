@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -28,7 +29,7 @@ from ..errors import UsageError
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
-from .losses import Ray, RobustLoss, ascend, losses_along
+from .losses import Ray, RobustLoss, ascend, fastest_layout, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .replay import NEVER, Trace, trace_calls
 from .targets import Target, find_targets
@@ -94,7 +95,9 @@ def measure(
     with frozen_eval(model), _plain_attention():
         targets = find_targets(model)
         weights = list({id(t.weight): t.weight for t in targets}.values())
-        trace = trace_calls(model, next(loss.batches())[0][:TRACE_IMAGES], weights)
+        few = next(loss.batches())[0][:TRACE_IMAGES]
+        loss = replace(loss, layout=fastest_layout(model, few))
+        trace = trace_calls(model, few, weights)
         base, gradients = _gradients(loss, weights, 1 + (estimator != "gradient"))
         live = [
             (target, gradient)
@@ -186,17 +189,19 @@ def _ascent(
         for target, gradient in live:
             best.append(ascend(loss, trace, target, gradient, rho * _norm(target), steps, cache_bytes, base))
             advance()
-    rays = [
-        Ray(target, delta / delta.norm(), tuple(r * _norm(target) for r in radii))
-        for (target, _), (delta, _) in zip(live, best, strict=True)
-    ]
-    with track("Sensitivity, curves", loss.num_batches * len(rays)) as advance:
-        base, losses = losses_along(loss, trace, rays, advance)
-    at_rho = radii.index(rho)
+    others = tuple(r for r in radii if r != rho)
+    losses: list[list[float]] = [[] for _ in live]
+    if others:
+        rays = [
+            Ray(target, delta / delta.norm(), tuple(r * _norm(target) for r in others))
+            for (target, _), (delta, _) in zip(live, best, strict=True)
+        ]
+        with track("Sensitivity, curves", loss.num_batches * len(rays)) as advance:
+            base, losses = losses_along(loss, trace, rays, advance)
     rises: dict[int, list[float]] = {}
-    for ray, row, (_, top) in zip(rays, losses, best, strict=True):
-        row[at_rho] = max(row[at_rho], top)
-        rises[id(ray.target.weight)] = [value - base for value in row]
+    for (target, _), row, (_, top) in zip(live, losses, best, strict=True):
+        at = dict(zip(others, row, strict=True)) | {rho: top}
+        rises[id(target.weight)] = [at[r] - base for r in radii]
     return base, rises
 
 

@@ -15,7 +15,7 @@ from .adversarial_set import AdversarialSet
 from .replay import Recording, Trace, record, replay
 from .targets import Target, exchanged
 
-PLATEAU, PLATEAU_STEPS = 0.01, 2
+PLATEAU, PLATEAU_STEPS = 0.002, 2
 """When an ascent has arrived: this many steps in a row that gain less than this share of what was gained before."""
 
 
@@ -23,13 +23,15 @@ PLATEAU, PLATEAU_STEPS = 0.01, 2
 class RobustLoss:
     """R(theta): mean cross-entropy of `model` over a fixed adversarial set, in nats.
 
-    The model must be in eval mode and on `device`.
+    The model must be in eval mode and on `device`. Images come in `layout`: convolutions are faster in channels_last on
+    CPUs and GPUs alike, but a model that calls `view` on its features may refuse it (see `fastest_layout`).
     """
 
     model: nn.Module
     adv: AdversarialSet
     batch_size: int
     device: torch.device
+    layout: torch.memory_format = torch.contiguous_format
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images in the model's precision and labels, in order, on the device."""
@@ -37,7 +39,8 @@ class RobustLoss:
         dtype = next(floats, torch.float32)
         for start in range(0, len(self.adv), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield self.adv.images[part].to(self.device, dtype), self.adv.labels[part].to(self.device)
+            images = self.adv.images[part].to(self.device, dtype)
+            yield images.contiguous(memory_format=self.layout), self.adv.labels[part].to(self.device)
 
     @property
     def num_batches(self) -> int:
@@ -74,6 +77,16 @@ class RobustLoss:
             if gradient is not None:
                 finite(float(gradient.norm()), "in its weight gradients")
         return total / len(self.adv), scaled
+
+
+@torch.no_grad()
+def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """channels_last, unless `model` (in eval mode, on the device of `images`) does not run on images in it."""
+    try:
+        model(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 @dataclass(frozen=True)
