@@ -310,12 +310,34 @@ def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch) -> Non
     model, adv = chain(6), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Trace once; per batch one gradient pass, one recording, and for the i-th of 6 layers the 6 - i that follow.
-    assert counter.calls == 6 + 2 * (6 + 6 + 21)
+    # Try the layout, trace; per batch one gradient pass, one recording, and for the i-th of 6 layers the 6 - i behind.
+    assert counter.calls == 6 + 6 + 2 * (6 + 6 + 21)
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
     # Layer i records its prefix once per batch (the first has none), then each step runs what follows.
-    assert counter.calls == 6 + 2 * (6 + (5 * 6 + 3 * 21) + (6 + 21))
+    assert counter.calls == 6 + 6 + 2 * (6 + (5 * 6 + 3 * 21))
+
+
+class Viewing(nn.Module):
+    """Refuses channels_last features."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.flatten = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3), flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flatten(self.conv(x).relu()))
+
+
+def test_models_that_refuse_channels_last_get_contiguous_images() -> None:
+    adv = noise_set((3, 8, 8), 3, count=8)
+    viewing, reshaping = Viewing(lambda h: h.view(len(h), -1)), Viewing(lambda h: h.reshape(len(h), -1))
+    with pytest.raises(RuntimeError, match="view size"):
+        viewing(adv.images.contiguous(memory_format=torch.channels_last))
+    found, wanted = (by_name(measure(model, adv, THREAT)) for model in (viewing, reshaping))
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
 
 
 def test_ascent_without_cache_gives_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
