@@ -26,6 +26,13 @@ def _number(value: Any) -> Any:
     return value
 
 
+Criterion = Literal[
+    "adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", "fpgm", "hessian", "lamp"
+]
+"""Channel criteria; `pruning.importance` says what each is."""
+Tier = Literal["pgd"]
+"""Strengths of evaluation; `evaluation.tiers` says what each runs."""
+Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(_number)]
 
 
@@ -90,7 +97,7 @@ class PruningSection(Section):
     """What the ratio counts."""
     allocation: Literal["mrs", "rank", "global", "uniform"] = "mrs"
     """How the budget is spread over groups."""
-    criterion: str = "adversarial_taylor"
+    criterion: Criterion = "adversarial_taylor"
     """Channel score inside a group."""
     align: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
@@ -147,7 +154,7 @@ class TrainSettings(Section):
 class EvaluationSection(Section):
     """How robust accuracy is measured."""
 
-    tier: str = "pgd"
+    tier: Tier = "pgd"
     """Strength of the attack; its name is printed next to every number."""
     steps: int = Field(20, ge=1)
     """PGD steps."""
@@ -162,16 +169,16 @@ class EvaluationSection(Section):
 class ExportSection(Section):
     """The ONNX file."""
 
-    opset: int = 18
+    opset: int = Field(18, ge=18)
     """ONNX operator set version, 18 or newer."""
 
 
 class BenchSection(Section):
     """Latency of the exported files."""
 
-    batches: tuple[int, ...] = (1, 32)
+    batches: tuple[Count, ...] = Field((1, 32), min_length=1)
     """Batch sizes."""
-    threads: tuple[int, ...] = (1,)
+    threads: tuple[Count, ...] = Field((1,), min_length=1)
     """Threads of one session."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """ONNX Runtime execution provider; a silent fallback to another is refused."""

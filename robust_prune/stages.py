@@ -74,6 +74,19 @@ def device_of(recipe: Recipe) -> str:
     return recipe.device
 
 
+def check_provider(recipe: Recipe) -> None:
+    """Says before hours of work, not after them, that latency cannot be measured where the recipe wants it.
+
+    Raises:
+        EnvironmentProblem: a GPU provider was asked for and there is no GPU.
+    """
+    if recipe.bench.provider != "cpu" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"bench.provider {recipe.bench.provider} was asked for, but torch finds no CUDA device. "
+            "Use --set bench.provider=cpu."
+        )
+
+
 def blank_image(spec: ModelSpec) -> Tensor:
     """One image [1, C, H, W] of the model's input size; only its shape matters."""
     return torch.zeros(1, *spec.input_size)

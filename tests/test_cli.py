@@ -198,12 +198,14 @@ BAD = {
     "unknown flag": (["compress", "demo", "--ration", "0.5"], "--ration"),
     "set without value": (["compress", "demo", "--set", "seed"], "--set wants KEY=VALUE"),
     "unknown criterion": (["compress", "demo", "--dry-run", "--criterion", "magic"], "magic"),
+    "unknown tier": (["evaluate", "demo", "--set", "evaluation.tier=strong"], "evaluation.tier must be one of 'pgd'"),
+    "no batch": (["compress", "demo", "--set", "bench.batches=[0]"], "bench.batches.0"),
     "out is a file": (["compress", "demo", "--out", "toy.npz"], "--out toy.npz is a file"),
     "no verb": (["squeeze"], "squeeze"),
     "bench nothing": (["bench"], "no file given"),
     "bench no onnx": (["bench", "toy.npz"], "toy.npz"),
     "bench batch": (["bench", "model.onnx", "--batch", "0"], "--batch wants numbers from 1"),
-    "old opset": (["export", "demo", "--opset", "9"], "opset must be >= 18"),
+    "old opset": (["export", "demo", "--opset", "9"], "greater than or equal to 18, got 9"),
     "train no arch": (["train", "--data", "toy.npz"], "no architecture given"),
     "copy over": (["recipes", "cp", "demo", "toy.npz"], "exists already"),
 }
@@ -231,6 +233,21 @@ def test_cuda_without_a_gpu_is_an_environment_error(here, capsys):
         pytest.skip("this machine has a CUDA device")
     code, message = _fails(capsys, "compress", "demo", "--device", "cuda")
     assert code == 3 and "no CUDA device" in message
+
+
+def test_a_gpu_provider_without_a_gpu_is_refused_before_any_work(here, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code, message = _fails(capsys, "compress", "demo", "--set", "bench.provider=cuda", "--out", "run")
+    assert code == 3 and "bench.provider cuda was asked for" in message and not (here / "run").exists()
+
+
+def test_help_names_every_criterion(capsys):
+    from robust_prune.pruning.importance import CRITERIA
+
+    cli.main(["compress", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in CRITERIA)
 
 
 def test_debug_shows_the_traceback(here):

@@ -39,7 +39,13 @@ def compress(
     epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
     images: ImagesFlag = None,
     allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
-    criterion: Annotated[str | None, Parameter(help="Channel score inside a group.")] = None,
+    criterion: Annotated[
+        str | None,
+        Parameter(
+            help="Channel score inside a group: adversarial_taylor, clean_taylor, magnitude, group_norm, bn_scale, "
+            "fpgm, hessian, lamp or random."
+        ),
+    ] = None,
     steps: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Print the plan; write nothing.")] = False,
     seed: SeedFlag = None,

@@ -17,6 +17,7 @@ from ..attacks import ThreatModel, frozen_eval
 from ..console import console, track
 from ..data.base import ImageSet
 from ..errors import UsageError
+from ..models.layout import fastest_layout
 from ..run_dir import digest
 from .card import Accuracy, ResultCard
 from .flags import BUFFERS_MOVED, behaviour_flags, mode_flags, twin_flags
@@ -70,6 +71,7 @@ class _Job:
     precision: Precision
     twin: Twin | None
     state_path: Path | None
+    layout: torch.memory_format
 
     @property
     def key(self) -> str:
@@ -83,7 +85,7 @@ class _Job:
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.images.get(indices)
-        return x.to(self.device).float() / 255, y.to(self.device)
+        return (x.to(self.device).float() / 255).contiguous(memory_format=self.layout), y.to(self.device)
 
 
 def evaluate(
@@ -159,9 +161,11 @@ def evaluate_with_twin(
     where = torch.device(device)
     flags = mode_flags(model)
     with frozen_eval(model), _moved(model, where), _kept_buffers(model):
+        few, _ = images.get(torch.arange(min(2, len(images))))
         job = _Job(
             model=model, images=images, threat=threat, name=model_name, tier=chosen, steps=steps, restarts=restarts,
             batch_size=batch_size, seed=seed, device=where, precision=precision, twin=twin, state_path=state_path,
+            layout=fastest_layout(model, few.to(where).float() / 255),
         )  # fmt: skip
         state = _begin(job)
         buffers = buffers_hash(model)

@@ -22,7 +22,7 @@ magnitude plus the spread, which is the empirical Fisher estimate of the second-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
+from ..recipe import Criterion
 from .attention import find_attention
 from .baselines import BASELINES, baseline_scores
 from .slices import parameters_of, per_channel, weight_of
@@ -39,7 +40,7 @@ from .types import ChannelGroup, GroupSlice
 if TYPE_CHECKING:
     from ..sensitivity.adversarial_set import AdversarialSet
 
-CRITERIA = ("adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", *BASELINES)
+CRITERIA: tuple[str, ...] = get_args(Criterion)
 TAYLOR_BATCH = 32
 
 

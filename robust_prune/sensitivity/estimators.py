@@ -26,10 +26,11 @@ from ..attacks.context import frozen_eval
 from ..attacks.threat import ThreatModel
 from ..console import track
 from ..errors import UsageError
+from ..models.layout import fastest_layout
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
-from .losses import Ray, RobustLoss, ascend, fastest_layout, losses_along
+from .losses import Ray, RobustLoss, ascend, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .replay import NEVER, Trace, trace_calls
 from .targets import Target, find_targets

@@ -23,8 +23,7 @@ PLATEAU, PLATEAU_STEPS = 0.002, 2
 class RobustLoss:
     """R(theta): mean cross-entropy of `model` over a fixed adversarial set, in nats.
 
-    The model must be in eval mode and on `device`. Images come in `layout`: convolutions are faster in channels_last on
-    CPUs and GPUs alike, but a model that calls `view` on its features may refuse it (see `fastest_layout`).
+    The model must be in eval mode and on `device`. Images come in `layout`.
     """
 
     model: nn.Module
@@ -77,16 +76,6 @@ class RobustLoss:
             if gradient is not None:
                 finite(float(gradient.norm()), "in its weight gradients")
         return total / len(self.adv), scaled
-
-
-@torch.no_grad()
-def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """channels_last, unless `model` (in eval mode, on the device of `images`) does not run on images in it."""
-    try:
-        model(images.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 @dataclass(frozen=True)
