@@ -37,6 +37,7 @@ from robust_prune.pruning.importance import channel_scores, removed_fraction_cur
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
 from robust_prune.run_dir import digest, write_json, write_text
+from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.training.precision import has_fast_bf16
 
 RESAMPLES = 4000
@@ -86,7 +87,14 @@ def analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> I
 
 
 def run_arm(
-    arm: Arm, ratio: float, analysis: stages.Analysis, loaded: Loaded, data: DataBundle, recipe: Recipe, device: str
+    arm: Arm,
+    ratio: float,
+    analysis: stages.Analysis,
+    adv: AdversarialSet,
+    loaded: Loaded,
+    data: DataBundle,
+    recipe: Recipe,
+    device: str,
 ) -> dict[str, Any]:
     """Cuts, repairs, scores, fine-tunes and scores again."""
     changes = {
@@ -100,7 +108,7 @@ def run_arm(
     plan = stages.plan_cut(analysis, recipe.pruning)
     surgery = apply(loaded.model.cpu(), plan, stages.blank_image(loaded.spec))
     begin = time.monotonic()
-    stages.compensate(surgery, loaded.model, data.train, recipe, device)
+    stages.compensate(surgery, loaded.model, data.train, recipe, device, adv)
     repaired = time.monotonic()
     before = stages.score_before_finetune(surgery.model, data, threat, recipe.evaluation, recipe.seed, device)
     small = surgery.model.to(device)
@@ -177,7 +185,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seeded = recipe.model_copy(update={"seed": seed})
         if seed != last_seed:
             found, last_seed = dict(analyses(loaded, data, seeded, device)), seed
-        row = run_arm(arm, ratio, found[arm.criterion], loaded, data, seeded, device)
+            adv = stages.adversarial_set(
+                loaded.model, data.train, stages.threat_of(seeded), seeded.sensitivity, seed, device
+            )
+        row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)
         rows.append(row)
         result = {"key": digest(settings), "settings": settings, "environment": snapshot(), "rows": rows}
         write_json(args.out, result)

@@ -174,8 +174,18 @@ def cut(model: nn.Module, plan: PruningPlan, spec: ModelSpec, images: ImageSet, 
     return surgery
 
 
-def compensate(surgery: Surgery, dense: nn.Module, images: ImageSet, recipe: Recipe, device: str) -> None:
-    """Repairs the cut model in place, as the recipe says; it ends on `device`."""
+def compensate(
+    surgery: Surgery,
+    dense: nn.Module,
+    images: ImageSet,
+    recipe: Recipe,
+    device: str,
+    adv: AdversarialSet | None = None,
+) -> None:
+    """Repairs the cut model in place, as the recipe says; it ends on `device`.
+
+    `adv` is the adversarial set that least squares reads; without one it is made.
+    """
     small, section = surgery.model.to(device), recipe.pruning
     count = min(section.compensation_images, len(images))
     if section.compensation == "batchnorm":
@@ -183,7 +193,7 @@ def compensate(surgery: Surgery, dense: nn.Module, images: ImageSet, recipe: Rec
     elif section.compensation == "least_squares":
         dense.to(device)
         chosen = recipe.sensitivity.model_copy(update={"images": count})
-        adv = adversarial_set(dense, images, threat_of(recipe), chosen, recipe.seed, device)
+        adv = adv or adversarial_set(dense, images, threat_of(recipe), chosen, recipe.seed, device)
         clean, _ = _clean_images(images, count, recipe.seed)
         reconstruct(small, dense, surgery.gone, torch.cat([clean, adv.images]))
 
