@@ -32,6 +32,8 @@ Criterion = Literal[
 """Channel criteria; `pruning.importance` says what each is."""
 Tier = Literal["pgd"]
 """Strengths of evaluation; `evaluation.tiers` says what each runs."""
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+"""Loggers that accelerate writes to."""
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(_number)]
 
@@ -149,6 +151,8 @@ class TrainSettings(Section):
     """Held-out images scored after each epoch."""
     validation_steps: int = Field(10, ge=1)
     """PGD steps of that score."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the figures of each epoch are logged as well; the logger's package must be installed."""
 
 
 class EvaluationSection(Section):

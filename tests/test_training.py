@@ -12,7 +12,7 @@ from torch import nn
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
-from robust_prune.errors import QualityGateError, UsageError
+from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.recipe import TrainSettings
 from robust_prune.training import trainer
 from robust_prune.training.losses import LOSSES, Batch, make_loss
@@ -45,6 +45,25 @@ def _settings(**changes) -> TrainSettings:
             "validation_steps": 2, "steps": 2, **changes,
         }
     )  # fmt: skip
+
+
+def test_epochs_are_logged_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = train(
+        _model(), _images(60), _images(30, 1), THREAT, _settings(trackers=("tensorboard",)),
+        checkpoint=tmp_path / "checkpoint.pt",
+    ).history  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "trackers")).Reload()
+    logged = [(point.step, point.value) for point in events.Scalars("val_robust")]
+    assert logged == [(record.epoch, pytest.approx(record.val_robust)) for record in history]
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(trainer, "get_available_trackers", lambda: [])
+    with pytest.raises(EnvironmentProblem, match=r"tracker tensorboard was asked for.*robust-prune\[tensorboard\]"):
+        train(_model(), _images(60), _images(30, 1), THREAT, _settings(trackers=("tensorboard",)))
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, Subset, TensorImages, first
-from ..errors import QualityGateError, UsageError
+from ..errors import EnvironmentProblem, QualityGateError, UsageError
 from ..recipe import TrainSettings
 from ..run_dir import atomic_write, digest
 from .losses import Batch, make_loss
@@ -96,7 +97,9 @@ class _Run:
         self.state = _State()
         self.history: list[EpochRecord] = []
         self.best_weights = copy.deepcopy(model.state_dict())
-        self.key = digest([settings.model_dump(), threat.to_json(), seed, len(self.images), len(self.validation)])
+        # Where figures are logged to changes no weight.
+        described = settings.model_dump(exclude={"trackers"})
+        self.key = digest([described, threat.to_json(), seed, len(self.images), len(self.validation)])
 
     def _precision(self) -> Precision:
         x, _ = self.images.get(torch.arange(min(self.settings.batch_size, len(self.images))))
@@ -252,6 +255,8 @@ class _Run:
             seconds=state.elapsed,
         )
         self.history.append(record)
+        # Trackers take numbers only.
+        self.accelerator.log({k: v for k, v in asdict(record).items() if not isinstance(v, str)}, step=epoch)
         state.epoch, state.step = epoch, 0
         state.loss_sum = state.accuracy_sum = state.elapsed = 0.0
         self.save()
@@ -288,14 +293,30 @@ def train(
     Raises:
         QualityGateError: the loss became NaN or infinite.
         UsageError: there is nothing to train on.
+        EnvironmentProblem: a tracker was named whose package is not installed.
     """
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = _accelerator(settings, device, checkpoint.parent if checkpoint else Path())
     run = _Run(
         model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds
     )
-    return run.run()
+    result = run.run()
+    if settings.trackers:
+        accelerator.end_training()
+    return result
+
+
+def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelerator:
+    # accelerate drops trackers that are not installed without a word.
+    missing = sorted(set(settings.trackers) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:
+        hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
+        raise EnvironmentProblem(f"tracker {missing[0]} was asked for, but its package is not installed. Run: {hint}")
+    accelerator = Accelerator(cpu=device == "cpu", log_with=list(settings.trackers) or None, project_dir=folder)
+    if settings.trackers:
+        accelerator.init_trackers("trackers")
+    return accelerator
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
