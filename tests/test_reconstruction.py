@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
+from robust_prune.pruning import reconstruction
 from robust_prune.pruning.groups import find_groups
 from robust_prune.pruning.reconstruction import reconstruct
 from robust_prune.pruning.surgery import Surgery, apply
@@ -87,6 +88,16 @@ def test_layers_are_solved_in_order_and_each_helps(net: Net) -> None:
     assert after < before / 4
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*net.modules(), *surgery.model.modules()))
+
+
+def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, found = torch.rand(20, 3, 8, 8), []
+    for most in (1 << 26, 3 * 12 * 16 * 9):
+        monkeypatch.setattr(reconstruction, "_MOST_ELEMENTS", most)
+        surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6)})
+        assert reconstruct(surgery.model, net, surgery.gone, images) == ("second", "third")
+        found.append(surgery.model.third.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 def test_a_large_ridge_leaves_the_cut_weights(net: Net) -> None:

@@ -28,6 +28,8 @@ from .cutting import Place
 RIDGE = 1e-3
 """λ in units of the mean of the diagonal of X'ᵀX'."""
 _BATCH = 64
+_MOST_ELEMENTS = 1 << 26
+"""Of unfolded inputs held at once: 256 MB in single precision."""
 
 
 class _Reached(Exception):
@@ -52,8 +54,8 @@ def reconstruct(
 ) -> tuple[str, ...]:
     """Solves the weights of every ordinary convolution and linear layer of `small` that lost inputs; in place.
 
-    Two partial forwards over `images` a layer. Memory: one batch of unfolded inputs and a square matrix of the layer's
-    inputs times its kernel area. Batch-norm statistics stay; re-estimate them afterwards.
+    Two partial forwards over `images` a layer. Memory: at most 256 MB of unfolded inputs (or one image's) and a square
+    matrix of the layer's inputs times its kernel area. Batch-norm statistics stay; re-estimate them afterwards.
 
     Args:
         small: the pruned model; its mode leaves as it came.
@@ -160,13 +162,15 @@ def _solve(
     moment: Tensor | None = None
     for x in images.to(device).split(batch_size):
         (given,), (wanted,) = _calls(small, reader.name, x, "input"), _calls(dense, reader.name, x, "output")
-        rows, targets = _rows(layer, given), _targets(layer, wanted, keep)
-        if rows is None or targets.shape != (len(rows), len(keep)):
-            return False
-        rest = targets - _targets(layer, layer(given), None)
-        squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
-        gram = squares if gram is None else gram + squares
-        moment = products if moment is None else moment + products
+        some = max(1, _MOST_ELEMENTS // (given[0].numel() * layer.weight[0, 0].numel()))
+        for inputs, outputs in zip(given.split(some), wanted.split(some), strict=True):
+            rows, targets = _rows(layer, inputs), _targets(layer, outputs, keep)
+            if rows is None or targets.shape != (len(rows), len(keep)):
+                return False
+            rest = targets - _targets(layer, layer(inputs), None)
+            squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
+            gram = squares if gram is None else gram + squares
+            moment = products if moment is None else moment + products
     if gram is None or moment is None:
         return False
     scale = float(gram.diagonal().mean())
