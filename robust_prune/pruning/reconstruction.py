@@ -12,8 +12,7 @@ already repaired, so that errors do not pile up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
 from .cutting import Place
@@ -77,7 +77,7 @@ def reconstruct(
     readers = _readers(dense, gone)
     device = next(small.parameters()).device
     solved = []
-    with _eval(small), _eval(dense):
+    with frozen_eval(small), frozen_eval(dense):
         order = _order(small, readers, images[:1].to(device))
         with track("Reconstruction, least squares", len(order)) as advance:
             for name in order:
@@ -100,17 +100,6 @@ def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str,
             keep = [i for i in range(module.weight.shape[0]) if i not in lost]
             found[target] = _Reader(target, torch.tensor(keep))
     return found
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _order(model: nn.Module, readers: Mapping[str, _Reader], image: Tensor) -> list[str]:
