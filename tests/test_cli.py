@@ -345,3 +345,11 @@ def test_the_package_list_is_complete():
     listed = set(tomllib.loads(project.read_text())["tool"]["setuptools"]["packages"])
     found = {".".join(p.parent.relative_to(root).parts) for p in (root / "robust_prune").rglob("*.py")}
     assert listed == found | {"robust_prune.recipes", "robust_prune.data.sample"}
+
+
+def test_the_demo_goes_with_any_recipe():
+    from robust_prune.commands.common import open_model_for
+    from robust_prune.recipe import load
+
+    recipe = load(None, {"model.arch": "cifar/resnet18"})
+    assert open_model_for("demo", None, recipe, None).spec.arch == "cifar/resnet20_x2"

@@ -104,9 +104,9 @@ def open_model_for(
             "std": data.std,
             "class_names": data.class_names,
         }
-    return open_model(
-        model, arch=arch or recipe.model.arch, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts
-    )
+    # A recipe's architecture is for files that hold only weights; the demo brings its own.
+    known = arch if model == DEMO else arch or recipe.model.arch
+    return open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts)
 
 
 def run_name(model: str) -> str:
