@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.removeprefix(".venv/bin/")
     for block in BLOCKS
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.removeprefix(".venv/bin/").startswith("robust-prune ")
 ]
 
