@@ -12,8 +12,7 @@ from .console import console
 from .data.base import DataBundle
 from .models.artifact import Loaded
 from .recipe import Recipe
-from .report.files import finite
-from .run_dir import RunDir, digest
+from .run_dir import RunDir, digest, finite
 
 
 @dataclass(frozen=True)

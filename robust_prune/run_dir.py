@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def write_text(path: Path, text: str) -> None:
 
 def _plain_write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities as None: JSON has no such numbers and other readers refuse them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

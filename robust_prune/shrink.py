@@ -17,8 +17,7 @@ from .models import artifact
 from .pruning.iterative import compose, remaining_ratio
 from .pruning.plan import render_plan
 from .pruning.types import PruningPlan, Refused
-from .report.files import finite
-from .run_dir import digest, write_json
+from .run_dir import digest, finite, write_json
 from .sensitivity.profile import SensitivityProfile
 
 

@@ -19,11 +19,10 @@ from .models import artifact, registry
 from .pipeline import SAMPLE_NOTE
 from .pruning.counting import count_macs, count_params
 from .recipe import Recipe
-from .report.files import finite
 from .report.files import write as write_report
 from .report.table import headline_table
 from .report.types import ModelRow, RunReport
-from .run_dir import RunDir, claim, digest, write_json, write_text
+from .run_dir import RunDir, claim, digest, finite, write_json, write_text
 
 
 def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport:

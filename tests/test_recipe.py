@@ -76,3 +76,12 @@ def test_every_recipe_value_is_documented():
     for section in Recipe.model_fields.values():
         for name, field in getattr(section.annotation, "model_fields", {}).items():
             assert field.description, name
+
+
+def test_the_recipes_tiers_are_those_that_exist():
+    from typing import get_args
+
+    from robust_prune.evaluation.tiers import TIERS
+    from robust_prune.recipe import Tier
+
+    assert set(get_args(Tier)) == set(TIERS)

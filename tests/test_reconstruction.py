@@ -118,6 +118,17 @@ def test_layers_that_are_not_their_weights_linear_map_are_left_alone(net: Net) -
     assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
 
 
+def test_a_layer_that_runs_twice_is_left_alone(net: Net) -> None:
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(x.flip(3))
+
+    twice = Twice()
+    twice.load_state_dict(net.state_dict())
+    surgery = cut(twice.eval(), {"first": (0, 1)})
+    assert reconstruct(surgery.model, twice, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
+
+
 def test_bad_requests(net: Net) -> None:
     surgery = cut(net, {"first": (0, 1)})
     with pytest.raises(UsageError, match="needs images and a ridge >= 0, got 0 images"):

@@ -80,6 +80,7 @@ def compress(
     from .. import pipeline, shrink
     from ..job import Job, warn
     from ..machine import tune_allocator
+    from ..pruning.plan import render_plan
 
     tune_allocator()
     job = Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
@@ -87,7 +88,7 @@ def compress(
         pipeline.compress(job)
         return
     plan = shrink.make_plan(job)
-    console.print(shrink.render_plan(plan))
+    console.print(render_plan(plan))
     warn(plan.note)
     if resolved.pruning.steps > 1:
         warn(f"this is the first of {resolved.pruning.steps} cuts; the others are planned on the model that it leaves.")

@@ -12,8 +12,8 @@ already repaired, so that errors do not pile up.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +36,6 @@ class _Reached(Exception):
     """The layer has run; what lies behind it is not needed."""
 
 
-@dataclass(frozen=True)
-class _Reader:
-    name: str
-    outputs: Tensor  # positions of the dense layer's outputs that stay
-
-
 @torch.no_grad()
 def reconstruct(
     small: nn.Module,
@@ -55,7 +49,8 @@ def reconstruct(
     """Solves the weights of every ordinary convolution and linear layer of `small` that lost inputs; in place.
 
     Two partial forwards over `images` a layer. Memory: at most 256 MB of unfolded inputs (or one image's) and a square
-    matrix of the layer's inputs times its kernel area. Batch-norm statistics stay; re-estimate them afterwards.
+    matrix of the layer's inputs times its kernel area. Batch-norm statistics stay: they still fit, since what they
+    normalise is brought back to what it was.
 
     Args:
         small: the pruned model; its mode leaves as it came.
@@ -66,8 +61,8 @@ def reconstruct(
         batch_size: images a pass.
 
     Returns:
-        Names of the layers that were solved. Grouped and transposed convolutions and layers whose outputs cannot be
-        matched stay as they were cut.
+        Names of the layers that were solved. Grouped and transposed convolutions, layers that run more than once a pass
+        and layers whose outputs cannot be matched stay as they were cut.
 
     Raises:
         UsageError: no images, or a ridge below 0.
@@ -81,13 +76,14 @@ def reconstruct(
         order = _order(small, readers, images[:1].to(device))
         with track("Reconstruction, least squares", len(order)) as advance:
             for name in order:
-                if _solve(small, dense, readers[name], images, device, ridge, batch_size):
+                if _solve(small, dense, name, readers[name].to(device), images.to(device), ridge, batch_size):
                     solved.append(name)
                 advance()
     return tuple(solved)
 
 
-def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str, _Reader]:
+def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
+    """Layers that lost inputs, each with the positions of its outputs that stay."""
     found = {}
     for target, side, _ in gone:
         if side != "in":
@@ -98,16 +94,16 @@ def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str,
         if plain and getattr(module, "groups", 1) == 1:
             lost = set(gone.get((target, "out", 0), ()))
             keep = [i for i in range(module.weight.shape[0]) if i not in lost]
-            found[target] = _Reader(target, torch.tensor(keep))
+            found[target] = torch.tensor(keep)
     return found
 
 
-def _order(model: nn.Module, readers: Mapping[str, _Reader], image: Tensor) -> list[str]:
-    """Names of `readers` in the order in which they first run."""
-    seen: dict[str, None] = {}
+def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]:
+    """Names of `readers` in the order in which they run, without those that run more than once."""
+    calls: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: seen.setdefault(name)
+        return lambda *_: calls.update([name])
 
     handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in readers]
     try:
@@ -115,15 +111,15 @@ def _order(model: nn.Module, readers: Mapping[str, _Reader], image: Tensor) -> l
     finally:
         for handle in handles:
             handle.remove()
-    return list(seen)
+    return [name for name, count in calls.items() if count == 1]
 
 
-def _calls(model: nn.Module, name: str, x: Tensor, wanted: str) -> list[Tensor]:
-    """Inputs or outputs (`wanted`) of the calls of module `name`; the pass ends with the first of them."""
+def _passed(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output of module `name`, where the pass ends."""
     kept: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        kept.append(inputs[0] if wanted == "input" else output)
+        kept.extend((inputs[0], output))
         raise _Reached
 
     handle = model.get_submodule(name).register_forward_hook(hook)
@@ -133,30 +129,24 @@ def _calls(model: nn.Module, name: str, x: Tensor, wanted: str) -> list[Tensor]:
         pass
     finally:
         handle.remove()
-    return kept
+    return kept[0], kept[1]
 
 
 def _solve(
-    small: nn.Module,
-    dense: nn.Module,
-    reader: _Reader,
-    images: Tensor,
-    device: torch.device,
-    ridge: float,
-    batch_size: int,
+    small: nn.Module, dense: nn.Module, name: str, keep: Tensor, images: Tensor, ridge: float, batch_size: int
 ) -> bool:
-    layer: Any = small.get_submodule(reader.name)
-    keep = reader.outputs.to(device)
+    layer: Any = small.get_submodule(name)
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for x in images.to(device).split(batch_size):
-        (given,), (wanted,) = _calls(small, reader.name, x, "input"), _calls(dense, reader.name, x, "output")
+    for x in images.split(batch_size):
+        (given, found), (_, wanted) = _passed(small, name, x), _passed(dense, name, x)
         some = max(1, _MOST_ELEMENTS // (given[0].numel() * layer.weight[0, 0].numel()))
-        for inputs, outputs in zip(given.split(some), wanted.split(some), strict=True):
-            rows, targets = _rows(layer, inputs), _targets(layer, outputs, keep)
+        parts = zip(given.split(some), found.split(some), wanted.split(some), strict=True)
+        for inputs, now, outputs in parts:
+            rows, targets = _rows(layer, inputs), _targets(layer, outputs)[:, keep]
             if rows is None or targets.shape != (len(rows), len(keep)):
                 return False
-            rest = targets - _targets(layer, layer(inputs), None)
+            rest = targets - _targets(layer, now)
             squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
             gram = squares if gram is None else gram + squares
             moment = products if moment is None else moment + products
@@ -188,6 +178,5 @@ def _rows(layer: Any, x: Tensor) -> Tensor | None:
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
 
-def _targets(layer: Any, y: Tensor, keep: Tensor | None) -> Tensor:
-    rows = y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)
-    return rows if keep is None else rows[:, keep]
+def _targets(layer: Any, y: Tensor) -> Tensor:
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)

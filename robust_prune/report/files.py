@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bench.types import LatencyRow
 from ..evaluation.card import Accuracy
-from ..run_dir import write_json, write_text
+from ..run_dir import finite, write_json, write_text
 from .html import render
 from .table import headline_markdown
 from .types import ModelRow, RunReport
@@ -33,17 +32,6 @@ def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = 
     write_text(folder / "result.csv", to_csv(run))
     write_text(folder / "result.md", to_markdown(run))
     write_text(folder / "report.html", render(run, examples))
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has no such numbers and other readers refuse them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def to_csv(run: RunReport) -> str:
