@@ -144,7 +144,8 @@ def run_arm(
 def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
     """What is missing, seed by seed so that an early stop leaves whole tables."""
     have = {(row["seed"], row["ratio"], row["name"]) for row in done}
-    wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in ARMS]
+    arms = [arm for arm in ARMS if arm.name in args.arms]
+    wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in arms]
     return [(seed, ratio, arm) for seed, ratio, arm in wanted if (seed, ratio, arm.name) not in have]
 
 
@@ -276,6 +277,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.75, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    names = [arm.name for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help=", ".join(names))
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=512, help="for sensitivity, scores and repair")
