@@ -33,12 +33,12 @@ from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
 from robust_prune.models.artifact import Loaded
+from robust_prune.models.layout import has_fast_bf16
 from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
 from robust_prune.run_dir import digest, write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
-from robust_prune.training.precision import has_fast_bf16
 
 RESAMPLES = 4000
 REFERENCE = "mrs"

@@ -71,9 +71,7 @@ def compress(job: Job) -> Compressed:
         command=job.command,
         recipe=recipe.model_dump(mode="json"),
         notes=notes(job, shrunk.plan),
-        models=tuple(
-            replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows
-        ),
+        models=tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows),
         profile=shrunk.profile,
         plan=shrunk.plan,
         rolled_back=shrunk.rolled_back,
@@ -111,9 +109,7 @@ def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path
 
     def make() -> dict[str, Any]:
         console.print(f"Exporting {path.name} and checking it against float64")
-        return stages.export(
-            model, job.loaded.spec, job.data, path, job.recipe.export.opset, job.recipe.seed
-        ).to_json()
+        return stages.export(model, job.loaded.spec, job.data, path, job.recipe.export.opset, job.recipe.seed).to_json()
 
     return OnnxArtifact.from_json(todo.once(f"export-{label}", models_hash(model), make, (path,)))
 

@@ -209,9 +209,7 @@ def finetune(
     checkpoint: Path | None = None,
 ) -> TrainResult:
     """Adversarial training of `model` in place, selected on the validation part."""
-    return train(
-        model, data.train, data.validation, threat, settings, seed=seed, device=device, checkpoint=checkpoint
-    )
+    return train(model, data.train, data.validation, threat, settings, seed=seed, device=device, checkpoint=checkpoint)
 
 
 def parity_images(data: DataBundle) -> Tensor:
@@ -224,9 +222,7 @@ def parity_images(data: DataBundle) -> Tensor:
 def export(model: nn.Module, spec: ModelSpec, data: DataBundle, path: Path, opset: int, seed: int) -> OnnxArtifact:
     """Writes and checks the ONNX file of `model`."""
     manifest = {"model": spec.to_json(), "seed": seed}
-    return export_onnx(
-        model, path, parity_images(data), manifest=manifest, opset=opset, class_names=spec.class_names
-    )
+    return export_onnx(model, path, parity_images(data), manifest=manifest, opset=opset, class_names=spec.class_names)
 
 
 def evaluate_model(

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from sensitivity_models import THREAT, TinyResNet, by_name, loss_value, mean_loss, noise_set, randomised
 from torch import Tensor, nn
 
-from robust_prune.attacks.threat import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.pruning.types import ChannelGroup, GroupSlice
-from robust_prune.sensitivity import estimators, losses, replay
+from robust_prune.sensitivity import estimators, losses
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.display import draw_profile, render_table
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
@@ -22,85 +22,11 @@ from robust_prune.sensitivity.groups import aggregate_groups
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.targets import exchanged, find_targets
 
-THREAT = ThreatModel("linf", 8 / 255)
-
-
-class Block(nn.Module):
-    """Residual block with in-place activations, an in-place sum and an in-place write to its own input."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += self.shortcut(x)
-        return self.relu(out)
-
-
-class Shift(nn.Module):
-    """Changes its input in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.add_(0.2)
-
-
-class TinyResNet(nn.Module):
-    """Blocks, writes in place, a convolution called twice, a weight its parent reads, attention, an unused layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
-        self.layer1 = nn.Sequential(Block(6), Block(6))
-        self.norm, self.shift, self.alias = nn.BatchNorm2d(6), Shift(), nn.Identity()
-        self.shared = nn.Conv2d(6, 6, 3, padding=1, groups=2)
-        self.layer2 = nn.Sequential(Block(6))
-        self.functional = nn.Linear(6, 6)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.unused = nn.Linear(4, 4)
-        self.flatten = nn.Flatten()
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.norm(self.layer1(x))
-        y += x  # writes over what the norm returned
-        self.shift(y)  # works by changing its input
-        z = self.alias(y)
-        z += 0.3  # changes y too
-        x = self.layer2(self.shared(F.relu(self.shared(y + z))))
-        x = F.avg_pool2d(x, 4)
-        tokens = x.flatten(2).transpose(1, 2)
-        tokens = F.linear(tokens, self.functional.weight, self.functional.bias)
-        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return self.head(self.flatten(tokens.mean(1, keepdim=True)))
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low in ((module.weight.data, 0.5), (module.bias.data, -0.3), (module.running_mean, -0.2)):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
-            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-    return model
-
 
 @pytest.fixture
 def resnet() -> nn.Module:
     torch.manual_seed(0)
     return randomised(TinyResNet())
-
-
-def noise_set(shape: tuple[int, ...], classes: int, count: int = 12, seed: int = 0) -> AdversarialSet:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand((count, *shape), generator=generator)
-    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), seed)
 
 
 @pytest.fixture
@@ -117,18 +43,6 @@ def mlp() -> nn.Module:
 @pytest.fixture
 def mlp_adv() -> AdversarialSet:
     return noise_set((3, 2, 2), 4, count=20)
-
-
-def mean_loss(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> Tensor:
-    return F.cross_entropy(model(adv.images.to(dtype)), adv.labels)
-
-
-def loss_value(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> float:
-    return mean_loss(model, adv, dtype).item()
-
-
-def by_name(profile: SensitivityProfile) -> dict[str, float]:
-    return {module.name: module.mrs for module in profile.modules}
 
 
 def snapshot(model: nn.Module) -> list[object]:
@@ -187,7 +101,7 @@ def test_ascent_finds_the_analytic_maximum(rho: float) -> None:
     }
     found = by_name(measure(model, adv, THREAT, estimator="ascent", rho=rho, radii=()))
     for name, value in best.items():
-        assert found[name] == pytest.approx(float(value - F.softplus(-margin)), rel=1e-6)
+        assert found[name] == pytest.approx(float(value - F.softplus(-margin)), rel=1e-5)
 
 
 def test_ascent_reaches_brute_force(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
@@ -213,10 +127,10 @@ def test_ascent_reaches_brute_force(mlp: nn.Module, mlp_adv: AdversarialSet) -> 
 
 def test_estimators_are_ordered(resnet: nn.Module, adv: AdversarialSet) -> None:
     boundary = measure(resnet, adv, THREAT, estimator="boundary")
-    ascent = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=4)
+    ascent = measure(resnet, adv, THREAT, estimator="ascent")
     for low, high in zip(boundary.modules, ascent.modules, strict=True):
         assert low.name == high.name
-        assert high.mrs >= low.mrs - 1e-6
+        assert high.mrs >= low.mrs - 1e-4  # the search runs in bf16 where the hardware has it
         assert list(high.curve) == sorted(high.curve) and list(low.curve) == sorted(low.curve)
         assert min(low.curve) >= 0
 
@@ -242,137 +156,6 @@ def test_unused_module_has_no_sensitivity(resnet: nn.Module, adv: AdversarialSet
     assert profile.modules[-1].curve == (0.0,) * len(profile.radii)
     assert all(module.mrs > 0 for module in profile.modules[:-1])
     assert "attention" in by_name(profile) and "attention.out_proj" in by_name(profile)
-
-
-def plain_boundary(model: nn.Module, adv: AdversarialSet, radii: tuple[float, ...]) -> dict[str, list[float]]:
-    model.eval()
-    rises: dict[str, list[float]] = {}
-    for target in find_targets(model):
-        loss = mean_loss(model, adv)
-        (slope,) = torch.autograd.grad(loss, target.weight, allow_unused=True)
-        rises[target.name] = []
-        for r in radii:
-            rise = 0.0
-            if slope is not None:
-                original = target.weight.detach().clone()
-                with torch.no_grad():
-                    target.weight.add_(r * original.norm() * slope / slope.norm())
-                    rise = loss_value(model, adv) - loss.item()
-                    target.weight.copy_(original)
-            rises[target.name].append(max([rise, 0.0, *rises[target.name][-1:]]))
-    return rises
-
-
-def test_prefix_reuse_changes_nothing(resnet: nn.Module, adv: AdversarialSet) -> None:
-    profile = measure(resnet, adv, THREAT, rho=0.1, radii=(0.3,), batch_size=5)
-    expected = plain_boundary(resnet, adv, (0.1, 0.3))
-    for module in profile.modules:
-        assert module.curve == pytest.approx(expected[module.name], abs=1e-6), module.name
-
-
-def test_every_weight_replays_exactly(resnet: nn.Module, adv: AdversarialSet) -> None:
-    resnet.eval()
-    targets = find_targets(resnet)
-    trace = replay.trace_calls(resnet, adv.images[:2], [t.weight for t in targets])
-    frontiers = {t.name: trace.frontier(t.weight) for t in targets}
-    recording = replay.record(resnet, trace, adv.images, frozenset().union(*frontiers.values()))[1]
-    for target in targets:
-        with torch.no_grad(), exchanged(target, target.weight * 1.5 + 0.1):
-            expected = resnet(adv.images)
-            for _ in range(2):  # a replay that spoiled the recording would show in the second
-                found = replay.replay(resnet, trace, adv.images, recording, frontiers[target.name])
-                assert torch.equal(found, expected), target.name
-    assert not frontiers["stem.0"] and frontiers["functional"]
-    assert resnet.layer1 in [trace.calls[i].module for i in frontiers["shared"]]
-
-
-class Counter:
-    """Counts images through convolutions, by shape of the work."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
-        plain = nn.Conv2d._conv_forward
-
-        def counted(module: nn.Conv2d, *args: Tensor) -> Tensor:
-            self.calls += 1
-            return plain(module, *args)
-
-        monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
-
-
-def chain(depth: int) -> nn.Module:
-    torch.manual_seed(0)
-    convs = [layer for _ in range(depth) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True))]
-    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, adv = chain(6), noise_set((3, 8, 8), 3, count=8)
-    counter = Counter(monkeypatch)
-    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Try the layout, trace; per batch one gradient pass, one recording, and for the i-th of 6 layers the 6 - i behind.
-    assert counter.calls == 6 + 6 + 2 * (6 + 6 + 21)
-    counter.calls = 0
-    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
-    # Layer i records its prefix once per batch (the first has none), then each step runs what follows.
-    assert counter.calls == 6 + 6 + 2 * (6 + (5 * 6 + 3 * 21))
-
-
-class Viewing(nn.Module):
-    """Refuses channels_last features."""
-
-    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.head, self.flatten = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3), flatten
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.flatten(self.conv(x).relu()))
-
-
-def test_models_that_refuse_channels_last_get_contiguous_images() -> None:
-    adv = noise_set((3, 8, 8), 3, count=8)
-    viewing, reshaping = Viewing(lambda h: h.view(len(h), -1)), Viewing(lambda h: h.reshape(len(h), -1))
-    with pytest.raises(RuntimeError, match="view size"):
-        viewing(adv.images.contiguous(memory_format=torch.channels_last))
-    found, wanted = (by_name(measure(model, adv, THREAT)) for model in (viewing, reshaping))
-    for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, rel=1e-4)
-
-
-def test_ascent_without_cache_gives_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
-    kept = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5)
-    plain = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5, cache_bytes=0)
-    assert by_name(kept) == pytest.approx(by_name(plain), abs=1e-6)
-
-
-def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet) -> None:
-    class Fickle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-            self.head = nn.Linear(3, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.b(self.a(x)) if len(x) == 2 else self.a(self.b(x).relu())
-            return self.head(x.mean((2, 3)))
-
-    torch.manual_seed(0)
-    model = Fickle()
-    expected = plain_boundary(model, adv, (0.1,))
-    found = by_name(measure(model, adv, THREAT, rho=0.1, radii=()))
-    assert found == pytest.approx({name: rises[0] for name, rises in expected.items()}, abs=1e-6)
-
-
-def test_tied_weights_move_together(adv: AdversarialSet) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model[2].weight = model[0].weight
-    small = AdversarialSet(adv.images, adv.labels % 3, 0)
-    profile = measure(model, small, THREAT, rho=0.1, radii=())
-    expected = plain_boundary(model, small, (0.1,))
-    assert by_name(profile) == pytest.approx({name: rises[0] for name, rises in expected.items()}, abs=1e-6)
-    assert model[2].weight is model[0].weight
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -24,9 +24,7 @@ from .common import (
 def train(
     *,
     recipe: RecipeFlag = None,
-    arch: Annotated[
-        str | None, Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function.")
-    ] = None,
+    arch: Annotated[str | None, Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function.")] = None,
     data: DataFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/ARCH-DATA by default.")] = None,
     epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,

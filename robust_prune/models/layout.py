@@ -1,4 +1,4 @@
-"""The memory layout in which a model's images are fastest."""
+"""Which memory layout and number format the hardware is fast in."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes bf16 itself; where it does not, emulation is many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False

@@ -102,9 +102,7 @@ def _handler(layer: nn.Module, side: str) -> Any:
     return function.prune_layernorm_out_channels if isinstance(layer, nn.LayerNorm) else None
 
 
-def _with_mean_squares(
-    model: nn.Module, clean: tuple[Tensor, Tensor] | None, device: torch.device
-) -> nn.Module:
+def _with_mean_squares(model: nn.Module, clean: tuple[Tensor, Tensor] | None, device: torch.device) -> nn.Module:
     """A copy in eval mode whose parameters hold, as their gradient, the mean of squared single-image gradients."""
     if clean is None or len(clean[1]) == 0:
         raise UsageError("criterion 'hessian' needs clean images and labels, got none")

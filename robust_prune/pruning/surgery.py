@@ -123,9 +123,7 @@ def _gone(ledger: Ledger) -> dict[Place, frozenset[int]]:
     return {place: frozenset(positions) for place, positions in gone.items() if positions}
 
 
-def _whole_parity(
-    base: nn.Module, small: nn.Module, gone: Mapping[Place, frozenset[int]], example: Tensor
-) -> float:
+def _whole_parity(base: nn.Module, small: nn.Module, gone: Mapping[Place, frozenset[int]], example: Tensor) -> float:
     """Relative error of the pruned model against the masked one, with the model's own weights, after a backward pass.
 
     Raises:

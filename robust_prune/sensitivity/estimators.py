@@ -29,8 +29,9 @@ from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
+from .ascent import ascend, joint_directions
 from .groups import aggregate_groups, check_aggregation
-from .losses import Ray, RobustLoss, ascend, losses_along
+from .losses import Ray, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .replay import NEVER, Trace, trace_calls
 from .targets import Target, find_targets
@@ -38,6 +39,9 @@ from .targets import Target, find_targets
 ESTIMATORS = ("gradient", "boundary", "ascent")
 DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
+SEARCH_IMAGES = 128
+SEARCH_STEPS = 5
+"""Iterates of the search of ``boundary``; more move its ranking no closer to that of ``ascent``."""
 
 
 def measure(
@@ -60,11 +64,15 @@ def measure(
     Estimators, with their cost in passes over the adversarial set for M modules and K radii (`rho` included):
 
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
-    - ``boundary``: the real loss at the ball's boundary along the gradient of the whole set. One forward and backward
-      more than K partial forwards a module; each begins at the module (see `replay`), about half a forward on average.
-    - ``ascent``: the best of at most `ascent_steps` projected ascent steps at `rho`, the first of them the boundary
-      point; it ends where the loss stops rising. Up to 2 `ascent_steps` partial passes a module. Its curve scales the
-      best direction to the other radii rather than climbing again at each.
+    - ``boundary``: the real loss at the ball's boundary, along a direction found on few images (`SEARCH_IMAGES`, in
+      `SEARCH_STEPS` ascent steps at `rho`). One forward and backward more than K partial forwards a module; each begins
+      at the module (see `replay`), about half a forward on average. The search costs the same however large the set.
+    - ``ascent``: the same with the direction found on the whole set, in at most `ascent_steps` steps; it ends where the
+      loss stops rising. Up to 2 `ascent_steps` partial passes a module more.
+
+    The search starts from directions that one pass finds for all modules together, and runs in bf16 where the hardware
+    has it (see `ascent`); losses are measured in the model's own precision. Curves go along the direction found at
+    `rho`, rather than searching again at each radius.
 
     A module that the loss does not depend on, or whose gradient vanishes, has MRS 0. Results are deterministic as far
     as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients and hooks.
@@ -109,10 +117,11 @@ def measure(
         ]
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
-        elif estimator == "boundary":
-            base, rises = _boundary(loss, trace, live, all_radii)
         else:
-            base, rises = _ascent(loss, trace, live, all_radii, float(rho), ascent_steps, cache_bytes, base)
+            part = loss.part(SEARCH_IMAGES).fast()
+            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (loss.fast(), ascent_steps)
+            directions = _directions(search, part, trace, live, float(rho), steps, cache_bytes)
+            base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
     profile = SensitivityProfile(
@@ -166,44 +175,38 @@ def _gradients(loss: RobustLoss, weights: list[nn.Parameter], stages: int) -> tu
     return base, {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
 
 
-def _boundary(
-    loss: RobustLoss, trace: Trace, live: list[tuple[Target, Tensor]], radii: tuple[float, ...]
-) -> tuple[float, dict[int, list[float]]]:
-    rays = [Ray(t, g / g.norm(), tuple(r * _norm(t) for r in radii)) for t, g in live]
-    with track("Sensitivity, boundary", loss.num_batches * len(rays)) as advance:
-        base, losses = losses_along(loss, trace, rays, advance)
-    return base, {id(ray.target.weight): [v - base for v in row] for ray, row in zip(rays, losses, strict=True)}
-
-
-def _ascent(
-    loss: RobustLoss,
+def _directions(
+    search: RobustLoss,
+    part: RobustLoss,
     trace: Trace,
     live: list[tuple[Target, Tensor]],
-    radii: tuple[float, ...],
     rho: float,
     steps: int,
     cache_bytes: int,
-    base: float,
-) -> tuple[float, dict[int, list[float]]]:
-    best: list[tuple[Tensor, float]] = []
-    with track("Sensitivity, ascent", len(live)) as advance:
-        for target, gradient in live:
-            best.append(ascend(loss, trace, target, gradient, rho * _norm(target), steps, cache_bytes, base))
+) -> list[Tensor]:
+    """The steepest direction found for each target: begun together on `part`, each then alone on `search`."""
+    begun = joint_directions(part, [target for target, _ in live], [gradient for _, gradient in live], rho)
+    base = search.value()
+    found = []
+    with track("Sensitivity, directions", len(live)) as advance:
+        for (target, _), direction in zip(live, begun, strict=True):
+            found.append(ascend(search, trace, target, direction, rho * _norm(target), steps, cache_bytes, base))
             advance()
-    others = tuple(r for r in radii if r != rho)
-    losses: list[list[float]] = [[] for _ in live]
-    if others:
-        rays = [
-            Ray(target, delta / delta.norm(), tuple(r * _norm(target) for r in others))
-            for (target, _), (delta, _) in zip(live, best, strict=True)
-        ]
-        with track("Sensitivity, curves", loss.num_batches * len(rays)) as advance:
-            base, losses = losses_along(loss, trace, rays, advance)
-    rises: dict[int, list[float]] = {}
-    for (target, _), row, (_, top) in zip(live, losses, best, strict=True):
-        at = dict(zip(others, row, strict=True)) | {rho: top}
-        rises[id(target.weight)] = [at[r] - base for r in radii]
-    return base, rises
+    return found
+
+
+def _along(
+    loss: RobustLoss,
+    trace: Trace,
+    live: list[tuple[Target, Tensor]],
+    directions: list[Tensor],
+    radii: tuple[float, ...],
+) -> tuple[float, dict[int, list[float]]]:
+    """R, and by target how much it rises at each radius."""
+    rays = [Ray(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)]
+    with track("Sensitivity, losses", loss.num_batches * len(rays)) as advance:
+        base, losses = losses_along(loss, trace, rays, advance)
+    return base, {id(ray.target.weight): [v - base for v in row] for ray, row in zip(rays, losses, strict=True)}
 
 
 def _result(target: Target, rises: list[float] | None, radii: tuple[float, ...], rho: float) -> ModuleSensitivity:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.layout import has_fast_bf16
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -31,15 +33,6 @@ class Precision:
         # Releases of torch disagree about whether this keyword exists in `Module.to`'s type.
         to: Any = model.to
         to(memory_format=self.memory_format)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes bf16 itself; where it does not, emulation is many times slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
 
 
 def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Precision:

@@ -298,9 +298,7 @@ def train(
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
     accelerator = _accelerator(settings, device, checkpoint.parent if checkpoint else Path())
-    run = _Run(
-        model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds
-    )
+    run = _Run(model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds)
     result = run.run()
     if settings.trackers:
         accelerator.end_training()

@@ -1,0 +1,147 @@
+"""Forward passes that skip what cannot have changed: exact, and as few as promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sensitivity_models import THREAT, TinyResNet, by_name, noise_set, plain_boundary, randomised
+from torch import Tensor, nn
+
+from robust_prune.sensitivity import ascent, estimators, replay
+from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.sensitivity.estimators import measure
+from robust_prune.sensitivity.targets import exchanged, find_targets
+
+
+@pytest.fixture
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(TinyResNet())
+
+
+@pytest.fixture
+def adv() -> AdversarialSet:
+    return noise_set((3, 8, 8), 5)
+
+
+@pytest.fixture
+def no_plateau(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascent, "PLATEAU_STEPS", 99)
+
+
+def test_prefix_reuse_changes_nothing(resnet: nn.Module, adv: AdversarialSet, no_plateau: None) -> None:
+    resnet.double()
+    profile = measure(resnet, adv, THREAT, rho=0.1, radii=(0.3,), batch_size=5)
+    expected = plain_boundary(resnet, adv, 0.1, (0.1, 0.3))
+    for module in profile.modules:
+        assert module.curve == pytest.approx(expected[module.name], rel=1e-6, abs=1e-12), module.name
+
+
+def test_every_weight_replays_exactly(resnet: nn.Module, adv: AdversarialSet) -> None:
+    resnet.eval()
+    targets = find_targets(resnet)
+    trace = replay.trace_calls(resnet, adv.images[:2], [t.weight for t in targets])
+    frontiers = {t.name: trace.frontier(t.weight) for t in targets}
+    recording = replay.record(resnet, trace, adv.images, frozenset().union(*frontiers.values()))[1]
+    for target in targets:
+        with torch.no_grad(), exchanged(target, target.weight * 1.5 + 0.1):
+            expected = resnet(adv.images)
+            for _ in range(2):  # a replay that spoiled the recording would show in the second
+                found = replay.replay(resnet, trace, adv.images, recording, frontiers[target.name])
+                assert torch.equal(found, expected), target.name
+    assert not frontiers["stem.0"] and frontiers["functional"]
+    assert resnet.layer1 in [trace.calls[i].module for i in frontiers["shared"]]
+
+
+class Counter:
+    """Counts images through convolutions, by shape of the work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        plain = nn.Conv2d._conv_forward
+
+        def counted(module: nn.Conv2d, *args: Tensor) -> Tensor:
+            self.calls += 1
+            return plain(module, *args)
+
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+
+
+def chain(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    convs = [layer for _ in range(depth) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True))]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
+    model, adv = chain(6), noise_set((3, 8, 8), 3, count=8)
+    counter = Counter(monkeypatch)
+    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
+    # Try the layout, trace; per batch a gradient pass; the joint step and the base of the search; per layer the search
+    # records its prefix once (the first has none) and runs what follows; then recording and what lies behind each.
+    whole, behind, steps = 2 * 6, 2 * 21, estimators.SEARCH_STEPS
+    search = 2 * whole + 5 * whole + steps * behind
+    assert counter.calls == 6 + 6 + whole + search + whole + behind
+    counter.calls = 0
+    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
+    assert counter.calls == 6 + 6 + whole + (2 * whole + 5 * whole + 3 * behind) + whole + behind
+
+
+class Viewing(nn.Module):
+    """Refuses channels_last features."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.flatten = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3), flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flatten(self.conv(x).relu()))
+
+
+def test_models_that_refuse_channels_last_get_contiguous_images() -> None:
+    adv = noise_set((3, 8, 8), 3, count=8)
+    viewing, reshaping = Viewing(lambda h: h.view(len(h), -1)), Viewing(lambda h: h.reshape(len(h), -1))
+    with pytest.raises(RuntimeError, match="view size"):
+        viewing(adv.images.contiguous(memory_format=torch.channels_last))
+    found, wanted = (by_name(measure(model, adv, THREAT)) for model in (viewing, reshaping))
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_ascent_without_cache_gives_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
+    kept = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5)
+    plain = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5, cache_bytes=0)
+    assert by_name(kept) == pytest.approx(by_name(plain), abs=1e-6)
+
+
+def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet, no_plateau: None) -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x)) if len(x) == 2 else self.a(self.b(x).relu())
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Fickle().double()
+    expected = plain_boundary(model, adv, 0.1, (0.1,))
+    found = by_name(measure(model, adv, THREAT, rho=0.1, radii=()))
+    assert found == pytest.approx({name: rises[0] for name, rises in expected.items()}, rel=1e-6)
+
+
+def test_tied_weights_move_together(adv: AdversarialSet, no_plateau: None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.double()
+    model[2].weight = model[0].weight
+    small = AdversarialSet(adv.images, adv.labels % 3, 0)
+    profile = measure(model, small, THREAT, rho=0.1, radii=())
+    expected = plain_boundary(model, small, 0.1, (0.1,))
+    assert by_name(profile) == pytest.approx({name: rises[0] for name, rises in expected.items()}, rel=1e-6)
+    assert model[2].weight is model[0].weight
