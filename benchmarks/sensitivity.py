@@ -8,8 +8,8 @@ convolution and linear weight, ten epochs of SGD ascent at learning rate 1 over 
 weight takes gradients; nothing is cached between steps or modules.
 
 All methods see the same adversarial set and take turns, in a new order each round; times are medians over the rounds,
-ratios their quotients with the smallest and largest over the rounds. Agreement is Spearman's rank correlation over
-modules.
+ratios their quotients with the smallest and largest over the rounds. Processor seconds stand beside them: other work on
+the machine spoils those less. Agreement is Spearman's rank correlation over modules.
 """
 
 from __future__ import annotations
@@ -107,17 +107,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **{name: (lambda name=name: estimate(name)) for name in ESTIMATORS},
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+    processor: dict[str, list[float]] = {name: [] for name in methods}
     values: dict[str, dict[str, float]] = {}
     order = list(methods)
     shuffler = random.Random(0)
     for _ in range(args.rounds):
         shuffler.shuffle(order)
         for name in order:
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             values[name] = methods[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
+            processor[name].append(time.process_time() - used)
             console.print(f"{name}: {seconds[name][-1]:.2f} s", markup=False)
     return {
         "model": models_hash(model.cpu()),
@@ -126,7 +128,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images": len(adv),
         "modules": len(values[REFERENCE]),
         "rho": rho,
+        "threads": torch.get_num_threads(),
         "seconds": seconds,
+        "processor_seconds": processor,
         "mrs": values,
         "environment": snapshot(),
     }
@@ -140,11 +144,12 @@ def table(result: dict[str, Any]) -> str:
     environment = result["environment"]
     lines = [
         f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
-        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, {len(slow)} rounds, torch "
-        f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}). Ratios: median and "
-        "range over the rounds.\n",
-        "| method | seconds (median) | times faster than the reference | Spearman with ascent | mean MRS |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {len(slow)}, torch "
+        f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}, {result['threads']} "
+        "threads). Ratios: median and range over the rounds.\n",
+        "| method | seconds (median) | times faster than the reference | processor seconds | Spearman with ascent | "
+        "mean MRS |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method in (REFERENCE, *reversed(ESTIMATORS)):
         mine = np.array(result["seconds"][method])
@@ -152,7 +157,8 @@ def table(result: dict[str, Any]) -> str:
         faster = f"{np.median(slow) / np.median(mine):.1f} [{ratio.min():.1f}, {ratio.max():.1f}]"
         agreement = spearmanr(mrs[method], mrs["ascent"]).statistic
         lines.append(
-            f"| {method} | {np.median(mine):.2f} | {'' if method == REFERENCE else faster} | {agreement:.3f} | "
+            f"| {method} | {np.median(mine):.2f} | {'' if method == REFERENCE else faster} | "
+            f"{np.median(result['processor_seconds'][method]):.2f} | {agreement:.3f} | "
             f"{mrs[method].mean():.3f} |"
         )
     return "\n".join(lines) + "\n"

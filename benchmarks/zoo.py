@@ -213,10 +213,10 @@ def table(result: dict[str, Any]) -> str:
         "# Architectures: half of the MACs\n",
         f"`benchmarks/zoo.py`, torch {environment['versions']['torch']}, timm {environment['versions']['timm']}, "
         f"torch-pruning {environment['versions']['torch-pruning']} on {environment['cpu']}, one thread. Parity: "
-        "largest difference of the logits to those of the dense model with the same channels zeroed, relative. Backward: "
-        "a training step's gradients are finite. Reload: the artifact gives bit-identical logits. ONNX: the file passes "
-        "the export gate at batch 1, 3 and 8 against float64. The right half is torch-pruning's own pruner at half of "
-        "the channels; equal means parity below 1e-3.\n",
+        "largest difference of the logits to those of the dense model with the same channels zeroed, relative. "
+        "Backward: a training step's gradients are finite. Reload: the artifact gives bit-identical logits. ONNX: the "
+        "file passes the export gate at batch 1, 3 and 8 against float64. The right half is torch-pruning's own pruner "
+        "at half of the channels; equal means parity below 1e-3.\n",
         "| model | input | groups cut | MACs kept | params kept | parity | backward | reload | ONNX | seconds | "
         "plain: groups | MACs kept | runs | equal | ONNX |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",

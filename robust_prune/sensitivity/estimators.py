@@ -65,8 +65,8 @@ def measure(
 
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
     - ``boundary``: the real loss at the ball's boundary, along a direction found on few images (`SEARCH_IMAGES`, in
-      `SEARCH_STEPS` ascent steps at `rho`). One forward and backward more than K partial forwards a module; each begins
-      at the module (see `replay`), about half a forward on average. The search costs the same however large the set.
+      `SEARCH_STEPS` ascent steps at `rho`). One forward more than K partial forwards a module; each begins at the
+      module (see `replay`), about half a forward on average. The search costs the same however large the set.
     - ``ascent``: the same with the direction found on the whole set, in at most `ascent_steps` steps; it ends where the
       loss stops rising. Up to 2 `ascent_steps` partial passes a module more.
 
@@ -74,8 +74,9 @@ def measure(
     has it (see `ascent`); losses are measured in the model's own precision. Curves go along the direction found at
     `rho`, rather than searching again at each radius.
 
-    A module that the loss does not depend on, or whose gradient vanishes, has MRS 0. Results are deterministic as far
-    as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients and hooks.
+    A module that the loss does not depend on, or whose gradient vanishes on the search's images, has MRS 0. Results
+    are deterministic as far as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients
+    and hooks.
 
     Args:
         model: maps [0, 1] images to logits; already on `device`.
@@ -107,7 +108,8 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
-        base, gradients = _gradients(loss, weights, 1 + (estimator != "gradient"))
+        part = loss.part(SEARCH_IMAGES)
+        base, gradients = _gradients(loss if estimator == "gradient" else part, weights)
         live = [
             (target, gradient)
             for target in {id(t.weight): t for t in targets}.values()
@@ -118,9 +120,8 @@ def measure(
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
-            part = loss.part(SEARCH_IMAGES).fast()
-            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (loss.fast(), ascent_steps)
-            directions = _directions(search, part, trace, live, float(rho), steps, cache_bytes)
+            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (loss, ascent_steps)
+            directions = _directions(search.fast(), part.fast(), trace, live, float(rho), steps, cache_bytes)
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
@@ -162,12 +163,11 @@ def _norm(target: Target) -> float:
     return float(target.weight.detach().norm())
 
 
-def _gradients(loss: RobustLoss, weights: list[nn.Parameter], stages: int) -> tuple[float, dict[int, Tensor | None]]:
+def _gradients(loss: RobustLoss, weights: list[nn.Parameter]) -> tuple[float, dict[int, Tensor | None]]:
     for weight in weights:
         weight.requires_grad_(True)
-    label = "Sensitivity, gradients" if stages > 1 else "Sensitivity"
     try:
-        with track(label, loss.num_batches) as advance:
+        with track("Sensitivity, gradients", loss.num_batches) as advance:
             base, found = loss.gradients(weights, advance)
     finally:
         for weight in weights:
