@@ -19,6 +19,7 @@ from .evaluation.examples import make_examples
 from .evaluation.hashing import images_hash, models_hash
 from .export.types import OnnxArtifact
 from .job import Job, StageLog
+from .latency_budget import missed
 from .pruning.counting import count_macs, count_params
 from .pruning.types import PruningPlan
 from .report.files import write as write_report
@@ -70,7 +71,7 @@ def compress(job: Job) -> Compressed:
         title=f"{job.name} compressed: {100 * recipe.pruning.ratio:.0f} % of {_unit(recipe.pruning.of)} removed",
         command=job.command,
         recipe=recipe.model_dump(mode="json"),
-        notes=notes(job, shrunk.plan),
+        notes=notes(job, shrunk.plan, table),
         models=tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows),
         profile=shrunk.profile,
         plan=shrunk.plan,
@@ -167,11 +168,14 @@ def _bench(job: Job, onnx: dict[str, OnnxArtifact], todo: StageLog, folder: Path
     return LatencyTable.from_json(stored)
 
 
-def notes(job: Job, plan: PruningPlan | None = None) -> tuple[str, ...]:
+def notes(job: Job, plan: PruningPlan | None = None, table: LatencyTable | None = None) -> tuple[str, ...]:
     """Sentences that the reader of a report must know."""
     found = [SAMPLE_NOTE] if job.data.sample else []
     if plan is not None and plan.note:
         found.append(plan.note)
+    section = job.recipe.pruning
+    if table is not None and section.of == "latency" and (sentence := missed(table, job.recipe.bench, section.ratio)):
+        found.append(sentence)
     return tuple(found)
 
 
@@ -184,4 +188,4 @@ def show(report: RunReport, folder: Path) -> None:
 
 
 def _unit(of: str) -> str:
-    return {"macs": "MACs", "params": "parameters", "channels": "channels"}[of]
+    return {"macs": "MACs", "params": "parameters", "channels": "channels", "latency": "the latency"}[of]

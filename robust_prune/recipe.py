@@ -95,8 +95,9 @@ class PruningSection(Section):
 
     ratio: FractionNumber = Field(0.5, gt=0, lt=1)
     """Share of `of` to remove."""
-    of: Literal["macs", "params", "channels"] = "macs"
-    """What the ratio counts."""
+    of: Literal["macs", "params", "channels", "latency"] = "macs"
+    """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
+    and `bench.threads`: candidates are timed until one lands within 5 %."""
     allocation: Literal["mrs", "rank", "global", "uniform"] = "mrs"
     """How the budget is spread over groups."""
     criterion: Criterion = "adversarial_taylor"

@@ -13,6 +13,7 @@ from .console import console
 from .evaluation.card import ResultCard
 from .evaluation.hashing import models_hash
 from .job import Job, StageLog, warn
+from .latency_budget import plan_for_latency
 from .models import artifact
 from .pruning.iterative import compose, remaining_ratio
 from .pruning.plan import render_plan
@@ -77,8 +78,11 @@ def shrink(job: Job, log: StageLog, folder: Path) -> Shrunk:
 
 def _plan(job: Job, model: nn.Module, before: tuple[PruningPlan, ...]) -> tuple[SensitivityProfile, PruningPlan]:
     recipe, section = job.recipe, job.recipe.pruning
-    ratio = remaining_ratio(before, section.ratio, section.of, section.steps)
     analysis = stages.analyse(model, job.loaded.spec, job.data.train, recipe, stages.device_of(recipe))
+    if section.of == "latency":
+        wanted = (1 - section.ratio) ** ((len(before) + 1) / section.steps)
+        return analysis.profile, plan_for_latency(job, model, analysis, wanted)
+    ratio = remaining_ratio(before, section.ratio, section.of, section.steps)
     return analysis.profile, stages.plan_cut(analysis, section.model_copy(update={"ratio": ratio}))
 
 

@@ -31,7 +31,7 @@ def compress(
     model: str,
     *,
     ratio: Annotated[str | None, Parameter(help="Share to remove, between 0 and 1.")] = None,
-    of: Annotated[str | None, Parameter(help="What the ratio counts: macs, params or channels.")] = None,
+    of: Annotated[str | None, Parameter(help="What the ratio counts: macs, params, channels or latency.")] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,

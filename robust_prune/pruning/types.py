@@ -80,7 +80,7 @@ class PruningPlan:
 
     Attributes:
         ratio: share of `of` to remove, in (0, 1).
-        of: ``macs``, ``params`` or ``channels``.
+        of: ``macs``, ``params``, ``channels`` or ``latency``.
         macs_before .. params_after: for one image, closed form over channel counts.
         note: empty when the budget was met within 1 %, else which budget is nearest and why.
     """
