@@ -7,6 +7,11 @@ adversarial fine-tuning, and is measured twice: right after the cut on held-out 
 images that nothing was chosen by. Arms differ in where channels go (allocation) and which ones (criterion). The two
 last arms are the default method with a weaker repair after the cut.
 
+    python benchmarks/criteria.py runs/cifar10-resnet20x2/model.safetensors --data cifar10 --ablation --ratios 0.9
+
+`--ablation` compares readings of MRS instead (the exponent on it), with held-out training images in place of test
+images, because the default is chosen by it.
+
 Results are written after every arm; the same command goes on with what is missing. `--report` only draws the tables.
 """
 
@@ -34,6 +39,7 @@ from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
 from robust_prune.models.artifact import Loaded
 from robust_prune.models.layout import has_fast_bf16
+from robust_prune.pruning.allocation import MRS_EXPONENT
 from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
@@ -52,6 +58,7 @@ class Arm:
     allocation: str
     criterion: str
     compensation: str = "least_squares"
+    exponent: float = MRS_EXPONENT
 
 
 ARMS = (
@@ -67,6 +74,13 @@ ARMS = (
     Arm("uniform, random", "uniform", "random"),
     Arm("mrs, batch-norm repair only", "mrs", "adversarial_taylor", "batchnorm"),
     Arm("mrs, no repair", "mrs", "adversarial_taylor", "none"),
+)
+ABLATION = (
+    Arm("mrs", "mrs", "adversarial_taylor"),
+    *(Arm(f"mrs, exponent {e:g}", "mrs", "adversarial_taylor", exponent=e) for e in (1, 0.5, 0)),
+    Arm("rank", "rank", "adversarial_taylor"),
+    Arm("global", "global", "adversarial_taylor"),
+    Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
 )
 
 
@@ -102,6 +116,7 @@ def run_arm(
         "allocation": arm.allocation,
         "criterion": arm.criterion,
         "compensation": arm.compensation,
+        "mrs_exponent": arm.exponent,
     }
     recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
     threat = stages.threat_of(recipe)
@@ -144,7 +159,7 @@ def run_arm(
 def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
     """What is missing, seed by seed so that an early stop leaves whole tables."""
     have = {(row["seed"], row["ratio"], row["name"]) for row in done}
-    arms = [arm for arm in ARMS if arm.name in args.arms]
+    arms = [arm for arm in (ABLATION if args.ablation else ARMS) if not args.arms or arm.name in args.arms]
     wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in arms]
     return [(seed, ratio, arm) for seed, ratio, arm in wanted if (seed, ratio, arm.name) not in have]
 
@@ -165,11 +180,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, None)
     data = replace(data, train=random_subset(data.train, args.train_images, 0))
+    if args.ablation:
+        data = replace(data, test=data.validation)
     device = stages.device_of(recipe)
     settings = {
         "model": models_hash(loaded.model),
         "arch": loaded.spec.arch,
         "data": data.name,
+        "split": "held-out training" if args.ablation else "test",
         "train_images": len(data.train),
         "recipe": recipe.model_dump(mode="json", exclude={"seed", "device", "training"}),
     }
@@ -228,8 +246,8 @@ def tables(result: dict[str, Any]) -> str:
         f"({environment['device']}). Fine-tuning: {fine['loss']}, {fine['epochs']} epochs of "
         f"{settings['train_images']:,} images. Before: PGD-{settings['recipe']['evaluation']['steps']} on "
         f"{rows[0]['before']['robust']['total']} held-out training images. After: {rows[0]['after']['attack']}, on "
-        f"{rows[0]['after']['robust']['total']:,} test images; brackets: 95 % bootstrap intervals over images of the "
-        f"mean over seeds; the last column is paired with `{REFERENCE}` image by image.\n",
+        f"{rows[0]['after']['robust']['total']:,} {settings['split']} images; brackets: 95 % bootstrap intervals over "
+        f"images of the mean over seeds; the last column is paired with `{REFERENCE}` image by image.\n",
     ]
     for ratio in sorted({row["ratio"] for row in rows}):
         text += [
@@ -238,7 +256,8 @@ def tables(result: dict[str, Any]) -> str:
             f"robust against {REFERENCE} [95 %] |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        by_arm = {arm.name: [r for r in rows if r["ratio"] == ratio and r["name"] == arm.name] for arm in ARMS}
+        names = dict.fromkeys(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:]))
+        by_arm = {name: [r for r in rows if r["ratio"] == ratio and r["name"] == name] for name in names}
         for name, mine in by_arm.items():
             if mine:
                 text.append(_line(name, mine, by_arm[REFERENCE]))
@@ -277,16 +296,19 @@ def main() -> None:
     parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.75, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    names = [arm.name for arm in ARMS]
-    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help=", ".join(names))
+    names = list(dict.fromkeys(arm.name for arm in (*ARMS, *ABLATION)))
+    parser.add_argument("--arms", nargs="+", choices=names, metavar="ARM", help=", ".join(names))
+    parser.add_argument("--ablation", action="store_true", help="compare readings of MRS on held-out images")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=512, help="for sensitivity, scores and repair")
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "criteria.json")
+    parser.add_argument("--out", type=Path, help="results/criteria.json or results/allocation.json by default")
     parser.add_argument("--report", action="store_true", help="draw the tables of what is stored, measure nothing")
     args = parser.parse_args()
+    name = "allocation.json" if args.ablation else "criteria.json"
+    args.out = args.out or Path(__file__).parent / "results" / name
     tune_allocator()
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.report else measure(args)
     text = tables(result)

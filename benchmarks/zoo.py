@@ -8,7 +8,7 @@ layers are drawn so that nothing is zero or one and no softmax is uniform, or ev
 are real images at the size in the list. Widths are uniform shares by magnitude, since nothing here is about accuracy.
 
 Results are written after every model; the same command goes on with what is missing. `--report` only draws the table,
-and `--only` measures some models again.
+`--readme` puts the short one into the README, and `--only` measures some models again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from robust_prune.run_dir import write_json, write_text
 RATIO = 0.5
 ARMS = ("ours", "plain")
 IMAGES = 9
+EQUAL = 1e-3
+BEGIN, MARK, END = "<!-- support -->", "<!-- from zoo.md -->", "<!-- /support -->"
+README = Path(__file__).parent.parent / "README.md"
 CLASSES = 1000
 
 _TIMM = {
@@ -144,11 +147,11 @@ def _plain(model: Any, classes: int, images: Any, dtype: Any) -> dict[str, Any]:
 
 def _trains(model: Any, images: Any) -> bool:
     """Whether a training step's backward pass reaches every parameter with finite gradients."""
-    import copy
-
     import torch
 
-    twin = copy.deepcopy(model).train()
+    from robust_prune.pruning.twin import copy_model
+
+    twin = copy_model(model).train()
     twin(images).square().mean().backward()
     return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in twin.parameters())
 
@@ -206,17 +209,51 @@ def _summary(half: dict[str, Any]) -> str:
     )
 
 
+def support(result: dict[str, Any]) -> str:
+    """The short table that the README shows."""
+    lines = [
+        "| architecture | groups cut | MACs kept | params kept | equal to masked | ONNX | torch-pruning alone |",
+        "| --- | ---: | ---: | ---: | --- | --- | --- |",
+    ]
+    for arch, row in result["rows"].items():
+        ours, plain = row["ours"], row["plain"]
+        alone = "equal" if _sound(plain) else "runs, not equal" if plain.get("runs") else "does not run"
+        cells = "failed | | | | " if "failed" in ours else " | ".join(_ours_cells(ours).split(" | ")[:3])
+        proof = "" if "failed" in ours else f"{_yes(ours['parity'] < EQUAL)} | {_yes(ours['onnx'])}"
+        lines.append(f"| {arch} | {cells} | {proof} | {alone} |")
+    return "\n".join(lines) + "\n"
+
+
+def in_readme(readme: str, result: dict[str, Any]) -> str:
+    """`readme` with its table and the count above it made anew."""
+    rows = result["rows"].values()
+    ours = sum("failed" not in row["ours"] and row["ours"]["onnx"] for row in rows)
+    plain = sum(_sound(row["plain"]) for row in rows)
+    said = (
+        f"{ours} of {len(rows)} architectures come out smaller, equal and exportable; with torch-pruning's own pruner "
+        f"{plain} run and are equal."
+    )
+    block = f"{BEGIN}\n\n<details><summary>{said}</summary>\n\n{MARK}\n\n{support(result)}\n</details>\n\n{END}"
+    before, _, rest = readme.partition(BEGIN)
+    return before + block + rest.partition(END)[2]
+
+
+def _sound(plain: dict[str, Any]) -> bool:
+    return plain.get("parity") is not None and plain["parity"] < EQUAL
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown of every column, and the reasons below."""
     environment = result["environment"]
     lines = [
         "# Architectures: half of the MACs\n",
+        support(result),
         f"`benchmarks/zoo.py`, torch {environment['versions']['torch']}, timm {environment['versions']['timm']}, "
         f"torch-pruning {environment['versions']['torch-pruning']} on {environment['cpu']}, one thread. Parity: "
         "largest difference of the logits to those of the dense model with the same channels zeroed, relative. "
         "Backward: a training step's gradients are finite. Reload: the artifact gives bit-identical logits. ONNX: the "
         "file passes the export gate at batch 1, 3 and 8 against float64. The right half is torch-pruning's own pruner "
-        "at half of the channels; equal means parity below 1e-3.\n",
+        f"at half of the channels; equal means parity below {EQUAL:g}.\n",
         "| model | input | groups cut | MACs kept | params kept | parity | backward | reload | ONNX | seconds | "
         "plain: groups | MACs kept | runs | equal | ONNX |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
@@ -247,9 +284,9 @@ def _ours_cells(half: dict[str, Any]) -> str:
 def _plain_cells(half: dict[str, Any]) -> str:
     if "failed" in half:
         return f"{'too slow' if 'not done' in half['failed'] else 'failed'} | | no | no | no"
-    equal = "no" if half["parity"] is None else _yes(half["parity"] < 1e-3)
     macs = f"{half['macs_kept']:.1%}" if "macs_kept" in half else ""
-    return f"{half['groups'] or ''} | {macs} | {_yes(half['runs'])} | {equal} | {_yes(half.get('onnx', False))}"
+    proofs = (half["runs"], _sound(half), half.get("onnx", False))
+    return f"{half['groups'] or ''} | {macs} | " + " | ".join(map(_yes, proofs))
 
 
 def _yes(value: bool) -> str:
@@ -262,6 +299,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(models()), metavar="ARCH", help="measure these (again)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "zoo.json")
     parser.add_argument("--report", action="store_true", help="draw the table of what is stored, measure nothing")
+    parser.add_argument("--readme", action="store_true", help="write the short table into the README too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -271,6 +309,8 @@ def main() -> None:
         return
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.report else run(args)
     write_text(args.out.with_suffix(".md"), table(result))
+    if args.readme:
+        write_text(README, in_readme(README.read_text(encoding="utf-8"), result))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ class PruningSection(Section):
     """Channel score inside a group."""
     align: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
+    mrs_exponent: float = Field(0.25, ge=0, le=1)
+    """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone."""
     min_keep: float = Field(0.1, gt=0, le=1)
     """Smallest share of a group's channels that stays."""
     steps: int = Field(1, ge=1, le=100)

@@ -164,6 +164,7 @@ def plan_cut(analysis: Analysis, section: PruningSection) -> PruningPlan:
         criterion=section.criterion,
         align=section.align,
         min_keep=section.min_keep,
+        exponent=section.mrs_exponent,
     )
 
 

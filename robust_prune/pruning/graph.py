@@ -49,11 +49,13 @@ class BoundedGraph(DependencyGraph):
 
     Attributes:
         outputs: the nodes whose values are the model's outputs.
+        widest: most positions along one dimension of any weight; an index beyond it has run away.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.outputs: list[Any] = []
+        self.widest = 0
         # REGISTERED_PRUNERS is this graph's own copy, so other users of torch-pruning see no change.
         self.REGISTERED_PRUNERS[ops.OPTYPE.LN] = OrderedLayerNormPruner()
         pruners = [p for p in self.REGISTERED_PRUNERS.values() if p is not None]
@@ -69,6 +71,7 @@ class BoundedGraph(DependencyGraph):
         self.verbose = False
         self.model = model
         self.ignored_params: list[nn.Parameter] = []
+        self.widest = max((size for p in model.parameters() for size in p.shape), default=1)
         self._module2name = {module: name for name, module in model.named_modules()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         with torch.enable_grad(), warnings.catch_warnings():
@@ -203,7 +206,7 @@ def _check_range(graph: BoundedGraph, dependency: Any, arrived: list[Any]) -> No
     out = graph.is_out_channel_pruning_fn(dependency.handler)
     size = graph.get_out_channels(node) if out else graph.get_in_channels(node)
     if node.type == ops.OPTYPE.OUTPUT or size is None:
-        size = 10**6  # operations without a channel count of their own: only a runaway mapping gets here
+        size = graph.widest  # operations without a channel count of their own: only a runaway mapping gets here
     if any(not 0 <= item.idx < size for item in arrived):
         raise BrokenMapping(f"the index mapping at {_label(node)} points outside its {size} channels")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..sensitivity.profile import SensitivityProfile
-from .allocation import allocate
+from .allocation import MRS_EXPONENT, allocate
 from .budget import TOLERANCE, floor_of
 from .cost import CostModel
 from .importance import removal_order
@@ -47,6 +47,7 @@ def make_plan(
     criterion: str,
     align: int = 8,
     min_keep: float = 0.1,
+    exponent: float = MRS_EXPONENT,
 ) -> PruningPlan:
     """Plans the removal of `ratio` of the model's cost; the lowest-scored channels of each group go.
 
@@ -65,6 +66,7 @@ def make_plan(
         criterion: what the scores are, for the record.
         align: widths are multiples of this where possible.
         min_keep: floor as a share of each group, in [0, 1).
+        exponent: of MRS, for ``mrs`` allocation.
 
     Raises:
         UsageError: a value out of range, no group to cut, or an input that the allocation lacks.
@@ -86,6 +88,7 @@ def make_plan(
         removed_fraction,
         align=align,
         min_keep=min_keep,
+        exponent=exponent,
     )
     mrs = {} if profile is None else {s.name: s.mrs for s in profile.groups}
     planned = tuple(
