@@ -45,11 +45,10 @@ CONTRACT = {
     "timm/convnext_tiny": 64,
     "timm/densenet121": 64,
     "timm/hgnetv2_b0": 64,
-    "timm/deit_tiny_distilled_patch16_224": 224,
+    "timm/deit_tiny_distilled_patch16_224": 64,
     "timm/levit_128s": 224,
-    "timm/mixer_s16_224": 224,
+    "timm/mixer_s16_224": 64,
     "torchvision/shufflenet_v2_x1_0": 64,
-    "torchvision/swin_t": 64,
 }
 
 
