@@ -76,7 +76,7 @@ def chain(depth: int) -> nn.Module:
 
 
 def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
-    model, adv = chain(6), noise_set((3, 8, 8), 3, count=8)
+    model, adv = chain(6).double(), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
     # Try the layout, trace; per batch a gradient pass; the joint step and the base of the search; per layer the search

@@ -41,7 +41,8 @@ DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
 SEARCH_IMAGES = 128
 SEARCH_STEPS = 5
-"""Iterates of the search of ``boundary``; more move its ranking no closer to that of ``ascent``."""
+FINE_BELOW = 0.05
+"""Rises of the loss, in nats, below which bf16 is not fine enough: its rounding moves a mean loss by up to 0.001."""
 
 
 def measure(
@@ -70,9 +71,9 @@ def measure(
     - ``ascent``: the same with the direction found on the whole set, in at most `ascent_steps` steps; it ends where the
       loss stops rising. Up to 2 `ascent_steps` partial passes a module more.
 
-    The search starts from directions that one pass finds for all modules together, and runs in bf16 where the hardware
-    has it (see `ascent`); losses are measured in the model's own precision. Curves go along the direction found at
-    `rho`, rather than searching again at each radius.
+    The search starts from directions that one pass finds for all modules together (see `ascent`). Search and losses are
+    computed in bf16 where the hardware has it, and small losses again in the model's own precision. Curves go along the
+    direction found at `rho`, rather than searching again at each radius.
 
     A module that the loss does not depend on, or whose gradient vanishes on the search's images, has MRS 0. Results
     are deterministic as far as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients
@@ -204,9 +205,23 @@ def _along(
 ) -> tuple[float, dict[int, list[float]]]:
     """R, and by target how much it rises at each radius."""
     rays = [Ray(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)]
-    with track("Sensitivity, losses", loss.num_batches * len(rays)) as advance:
+    fast = loss.fast()
+    base, rises = _rises(fast, trace, rays, "Sensitivity, losses")
+    if fast.bf16:
+        small = [[k for k, rise in enumerate(row) if abs(rise) < FINE_BELOW] for row in rises]
+        rows = [i for i, found in enumerate(small) if found]
+        again = [replace(rays[i], lengths=tuple(rays[i].lengths[k] for k in small[i])) for i in rows]
+        base, exact = _rises(loss, trace, again, "Sensitivity, small losses")
+        for i, values in zip(rows, exact, strict=True):
+            for k, value in zip(small[i], values, strict=True):
+                rises[i][k] = value
+    return base, {id(ray.target.weight): row for ray, row in zip(rays, rises, strict=True)}
+
+
+def _rises(loss: RobustLoss, trace: Trace, rays: list[Ray], label: str) -> tuple[float, list[list[float]]]:
+    with track(label, loss.num_batches * len(rays)) as advance:
         base, losses = losses_along(loss, trace, rays, advance)
-    return base, {id(ray.target.weight): [v - base for v in row] for ray, row in zip(rays, losses, strict=True)}
+    return base, [[value - base for value in row] for row in losses]
 
 
 def _result(target: Target, rises: list[float] | None, radii: tuple[float, ...], rho: float) -> ModuleSensitivity:

@@ -152,7 +152,7 @@ def losses_along(
     keep = frozenset[int]().union(*frontiers)
     base = 0.0
     sums = [[0.0] * len(ray.lengths) for ray in rays]
-    with torch.no_grad():
+    with torch.no_grad(), loss.autocast():
         for x, y in loss.batches():
             logits, recording = record(loss.model, trace, x, keep)
             base += finite(cross_entropy_sum(logits, y).item(), "at the given weights")
