@@ -41,6 +41,8 @@ DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
 SEARCH_IMAGES = 128
 SEARCH_STEPS = 5
+BF16_RHO = 0.03
+"""Relative radius below which bf16 would round a perturbation of the weights away, so that the search is not in it."""
 FINE_BELOW = 0.05
 """Rises of the loss, in nats, below which bf16 is not fine enough: its rounding moves a mean loss by up to 0.001."""
 
@@ -121,8 +123,9 @@ def measure(
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
-            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (loss, ascent_steps)
-            directions = _directions(search.fast(), part.fast(), trace, live, float(rho), steps, cache_bytes)
+            part, whole = (part.fast(), loss.fast()) if rho >= BF16_RHO else (part, loss)
+            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (whole, ascent_steps)
+            directions = _directions(search, part, trace, live, float(rho), steps, cache_bytes)
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
