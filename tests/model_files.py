@@ -1,0 +1,61 @@
+"""Facts, a user's file and weights that the tests of models share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from robust_prune.models import registry
+from robust_prune.models.spec import ModelSpec
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+FACTS: dict[str, Any] = {"num_classes": 7, "input_size": (3, 32, 32), "mean": MEAN, "std": STD}
+SMALL = "cifar/resnet20_x0.25"
+
+USER_FILE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, width=8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+def make_model(num_classes, width=8):
+    return Net(num_classes, width)
+
+def fixed():
+    return Net(7)
+
+def broken(num_classes):
+    missing = {}
+    return missing["key"]
+
+def tuple_out(num_classes):
+    class Pair(Net):
+        def forward(self, x):
+            return super().forward(x), 1
+    return Pair(num_classes)
+
+def not_a_module():
+    return 3
+"""
+
+
+def make_spec(arch: str, **changes: Any) -> ModelSpec:
+    return registry.make_spec(arch, **(FACTS | changes))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Norm layers away from their neutral start, so that equal outputs mean equal networks."""
+    generator = torch.Generator().manual_seed(3)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.2)
+    return model.eval()
