@@ -117,7 +117,7 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     assert (results / "zoo.md").read_text(encoding="utf-8") == zoo.table(stored)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert zoo.in_readme(readme, stored) == readme
-    assert set(stored["rows"]) == set(zoo.models())
+    assert set(stored["rows"]) <= set(zoo.models())
 
 
 def test_a_model_that_dies_or_takes_too_long_is_a_row():
