@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from model_files import randomised
 from torch import nn
 
 from robust_prune.attacks.threat import ThreatModel
@@ -34,14 +35,6 @@ def make(num_classes, ran=None):
         open(ran, "w").close()
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 """
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.2)
-    return model.eval()
 
 
 def make(arch: str = "cifar/resnet20_x0.25", **kwargs: Any) -> tuple[NormalizedClassifier, ModelSpec]:
