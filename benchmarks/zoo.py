@@ -197,7 +197,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ordered = {name: rows[name] for name in models() if name in rows}
         write_json(args.out, {"ratio": RATIO, "limit": args.limit, "environment": snapshot(), "rows": ordered})
         console.print(f"{position}/{len(wanted)} {arch}: {_summary(row['ours'])}", markup=False)
-    return {**json.loads(args.out.read_text(encoding="utf-8"))}
+    result: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
+    return result
 
 
 def _summary(half: dict[str, Any]) -> str:
@@ -227,7 +228,7 @@ def support(result: dict[str, Any]) -> str:
 def in_readme(readme: str, result: dict[str, Any]) -> str:
     """`readme` with its table and the count above it made anew."""
     rows = result["rows"].values()
-    ours = sum("failed" not in row["ours"] and row["ours"]["onnx"] for row in rows)
+    ours = sum(_kept_whole(row["ours"]) for row in rows)
     plain = sum(_sound(row["plain"]) for row in rows)
     said = (
         f"{ours} of {len(rows)} architectures come out smaller, equal and exportable; with torch-pruning's own pruner "
@@ -236,6 +237,10 @@ def in_readme(readme: str, result: dict[str, Any]) -> str:
     block = f"{BEGIN}\n\n<details><summary>{said}</summary>\n\n{MARK}\n\n{support(result)}\n</details>\n\n{END}"
     before, _, rest = readme.partition(BEGIN)
     return before + block + rest.partition(END)[2]
+
+
+def _kept_whole(ours: dict[str, Any]) -> bool:
+    return "failed" not in ours and ours["parity"] < EQUAL and ours["reload"] and ours["onnx"]
 
 
 def _sound(plain: dict[str, Any]) -> bool:

@@ -6,24 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sensitivity_models import THREAT, TinyResNet, by_name, noise_set, plain_boundary, randomised
+from sensitivity_models import THREAT, by_name, noise_set, plain_boundary
 from torch import Tensor, nn
 
 from robust_prune.sensitivity import ascent, estimators, replay
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.estimators import measure
 from robust_prune.sensitivity.targets import exchanged, find_targets
-
-
-@pytest.fixture
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(TinyResNet())
-
-
-@pytest.fixture
-def adv() -> AdversarialSet:
-    return noise_set((3, 8, 8), 5)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from sensitivity_models import THREAT, TinyResNet, by_name, loss_value, mean_loss, noise_set, randomised
+from sensitivity_models import THREAT, by_name, loss_value, mean_loss, noise_set
 from torch import Tensor, nn
 
 from robust_prune.data.base import TensorImages
@@ -21,17 +21,6 @@ from robust_prune.sensitivity.estimators import ESTIMATORS, measure
 from robust_prune.sensitivity.groups import aggregate_groups
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.targets import exchanged, find_targets
-
-
-@pytest.fixture
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(TinyResNet())
-
-
-@pytest.fixture
-def adv() -> AdversarialSet:
-    return noise_set((3, 8, 8), 5)
 
 
 @pytest.fixture
