@@ -39,12 +39,12 @@ from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
 from robust_prune.models.artifact import Loaded
 from robust_prune.models.layout import has_fast_bf16
-from robust_prune.pruning.allocation import MRS_EXPONENT
 from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
 from robust_prune.run_dir import digest, write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.sensitivity.groups import MRS_EXPONENT
 
 RESAMPLES = 4000
 REFERENCE = "mrs"
@@ -256,7 +256,9 @@ def tables(result: dict[str, Any]) -> str:
             f"robust against {REFERENCE} [95 %] |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        names = dict.fromkeys(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:]))
+        names = dict.fromkeys(
+            (*(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:])), *(row["name"] for row in rows))
+        )
         by_arm = {name: [r for r in rows if r["ratio"] == ratio and r["name"] == name] for name in names}
         for name, mine in by_arm.items():
             if mine:

@@ -171,9 +171,8 @@ def test_mrs_trades_loss_per_cost_not_loss():
     budget = 0.5 * cost.macs({})
 
     def keep(mrs):
-        return allocate(
-            "mrs", groups, cost, budget, "macs", profile_of(groups, mrs, [2, 2]), None, fractions, align=1, exponent=1
-        )
+        profile = profile_of(groups, mrs, [2, 2])
+        return allocate("mrs", groups, cost, budget, "macs", profile, None, fractions, align=1)
 
     even = keep([1.0, 1.0])
     assert even["g0"] == 64 > even["g1"]  # equally sensitive: the dear group pays
@@ -187,12 +186,8 @@ def test_kept_energy_grows_with_the_root_of_sensitivity_per_cost():
     """For a quadratic curve the loss is m x/(1-x), x the share cut, so the optimum keeps sqrt(m / cost)."""
     groups, cost = parallel([1.0, 1.0, 1.0])
     profile = profile_of(groups, [1.0, 4.0, 9.0], [2, 2, 2])
-    keep = allocate("mrs", groups, cost, 60, "macs", profile, None, equal_channels(groups), align=1, min_keep=0,
-                    exponent=1)  # fmt: skip
+    keep = allocate("mrs", groups, cost, 60, "macs", profile, None, equal_channels(groups), align=1, min_keep=0)
     assert list(keep.values()) == [10, 20, 30]
-    halved = allocate("mrs", groups, cost, 60, "macs", profile_of(groups, [1.0, 16.0, 81.0], [2, 2, 2]), None,
-                      equal_channels(groups), align=1, min_keep=0, exponent=0.5)  # fmt: skip
-    assert halved == keep
 
 
 def test_heavy_tails_do_not_empty_the_insensitive():
@@ -218,7 +213,7 @@ def test_losses_follow_the_measured_curve():
     group = ChannelGroup("g0", 6, ())
     profile = profile_of([group], [0.5], [4.0])
     fraction = torch.tensor([0.0, 0.0, *RADII], dtype=torch.float64)
-    loss = cut_losses([group], profile, {"g0": fraction}, exponent=1)[0][::-1]
+    loss = cut_losses([group], profile, {"g0": fraction})[0][::-1]
     assert loss[1] == 0
     assert loss[2:] == pytest.approx(profile.groups[0].curve)
 

@@ -19,7 +19,7 @@ from robust_prune.pruning.importance import channel_scores, removed_fraction_cur
 from robust_prune.pruning.plan import make_plan, render_plan
 from robust_prune.pruning.surgery import apply
 from robust_prune.pruning.types import ChannelGroup, GroupSlice, PruningPlan, Refused
-from robust_prune.sensitivity.profile import GroupSensitivity, SensitivityProfile
+from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 
 
 class Net(nn.Module):
@@ -48,7 +48,12 @@ FOUND = GroupSearch(GROUPS, (Refused("odd", "its index mapping is broken"),))
 def profile_of(groups, mrs):
     radii = (0.1, 0.4)
     found = tuple(GroupSensitivity(g.name, m, (m, 6 * m)) for g, m in zip(groups, mrs, strict=True))
-    return SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 64, 0, {}, (), found)
+    modules = tuple(
+        ModuleSensitivity(producer, "conv", s.mrs, 1.0, s.curve)
+        for g, s in zip(groups, found, strict=True)
+        for producer in g.producers
+    )
+    return SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 64, 0, {}, modules, found)
 
 
 def plan_for(ratio=0.5, **options):

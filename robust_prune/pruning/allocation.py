@@ -16,10 +16,6 @@ Our reading of the curve (neither paper fixes it):
   is replaced by the largest function below it that grows at least with the square of the size: linear in log-log
   between the measured radii, quadratic outside them. (The plain curve is concave in k for small cuts, and the optimum
   then is to cut some groups to a quarter and leave the others whole.)
-- The curve is raised to `MRS_EXPONENT` first. Sensitivities span three orders of magnitude and are those of the worst
-  perturbation, before any repair and recovery, while the cut is none of these: taken at their word they spend all on
-  the few most sensitive layers and leave bottlenecks that no fine-tuning mends. Their order is worth having:
-  `benchmarks/results/allocation.md` compares exponents on held-out images.
 - As a function of k the outcome is replaced by its lower convex hull, so that each further channel costs at least as
   much as the one before and one multiplier settles all groups.
 
@@ -49,8 +45,6 @@ ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
-MRS_EXPONENT = 0.25
-"""On held-out images at 90 % better than 1 (MRS at its word) and 0 (costs alone); not told apart from 1/2."""
 
 _ORDER = 2
 _LEAST_KEPT_ENERGY = 1e-6
@@ -71,7 +65,6 @@ def allocate(
     *,
     align: int = 8,
     min_keep: float = 0.1,
-    exponent: float = MRS_EXPONENT,
 ) -> dict[str, int]:
     """Chooses the widths: within `budget` by at most 1 % of the dense cost below (or, failing that, above).
 
@@ -93,7 +86,6 @@ def allocate(
         removed_fraction: per group, ρ_g(k) for k = 0..channels, [channels + 1], ascending.
         align: widths are multiples of this where possible.
         min_keep: floor as a share of each group, in [0, 1).
-        exponent: for ``mrs``, see `cut_losses`.
 
     Returns:
         Channels to keep by group name: the floors if the budget is below what they cost, everything if it is above
@@ -114,7 +106,7 @@ def allocate(
         return form.value(keep)
 
     if allocation == "mrs":
-        losses = cut_losses(groups, _needed("mrs", "a sensitivity profile", profile), removed_fraction, exponent)
+        losses = cut_losses(groups, _needed("mrs", "a sensitivity profile", profile), removed_fraction)
         wished = _equal_prices(losses, floors, cost.dense, form.gradient, costs, budget)
     else:
         wish = _one_scalar(allocation, groups, profile, scores)
@@ -128,15 +120,13 @@ def cut_losses(
     groups: Sequence[ChannelGroup],
     profile: SensitivityProfile,
     removed_fraction: Mapping[str, Tensor] | None,
-    exponent: float = MRS_EXPONENT,
 ) -> list[Floats]:
-    """What each group is expected to cost at each kept count, the objective of ``mrs``: robust loss to the `exponent`.
+    """What each group is expected to cost at each kept count, the objective of ``mrs``.
 
     Args:
         groups: all of them in `profile` and `removed_fraction`.
         profile: with curves over at least one radius.
         removed_fraction: per group, ρ_g(k), [channels + 1].
-        exponent: of the MRS curves, in [0, 1]: 1 takes nats at their word, 0 leaves sizes and costs alone.
 
     Returns:
         Per group [channels + 1], indexed by the number of channels *kept*: convex, not increasing, 0 at the end.
@@ -154,7 +144,7 @@ def cut_losses(
         if removed.shape != (group.channels + 1,):
             raise UsageError(f"group {group.name!r} needs {group.channels + 1} removed fractions, got {removed.shape}")
         radii = _tangent(np.array(profile.radii, dtype=np.float64))
-        loss = _curve_at(_tangent(removed), radii, np.array(curves[group.name], dtype=np.float64) ** exponent)
+        loss = _curve_at(_tangent(removed), radii, np.array(curves[group.name], dtype=np.float64))
         losses.append(_lower_hull(loss)[::-1].copy())
     return losses
 

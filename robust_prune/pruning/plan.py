@@ -10,8 +10,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ..errors import UsageError
+from ..sensitivity.groups import MRS_EXPONENT, damped
 from ..sensitivity.profile import SensitivityProfile
-from .allocation import MRS_EXPONENT, allocate
+from .allocation import allocate
 from .budget import TOLERANCE, floor_of
 from .cost import CostModel
 from .importance import removal_order
@@ -66,7 +67,7 @@ def make_plan(
         criterion: what the scores are, for the record.
         align: widths are multiples of this where possible.
         min_keep: floor as a share of each group, in [0, 1).
-        exponent: of MRS, for ``mrs`` allocation.
+        exponent: on MRS, for ``mrs`` allocation: see `damped`.
 
     Raises:
         UsageError: a value out of range, no group to cut, or an input that the allocation lacks.
@@ -83,12 +84,11 @@ def make_plan(
         cost,
         (1 - ratio) * before,
         of,
-        profile,
+        damped(profile, found.groups, exponent) if profile and allocation == "mrs" else profile,
         scores,
         removed_fraction,
         align=align,
         min_keep=min_keep,
-        exponent=exponent,
     )
     mrs = {} if profile is None else {s.name: s.mrs for s in profile.groups}
     planned = tuple(
