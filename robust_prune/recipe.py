@@ -30,7 +30,7 @@ Criterion = Literal[
     "adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", "fpgm", "hessian", "lamp"
 ]
 """Channel criteria; `pruning.importance` says what each is."""
-Tier = Literal["pgd"]
+Tier = Literal["pgd", "apgd", "aa-fast", "standard"]
 """Strengths of evaluation; `evaluation.tiers` says what each runs."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Loggers that accelerate writes to."""
@@ -166,7 +166,9 @@ class EvaluationSection(Section):
     steps: int = Field(20, ge=1)
     """PGD steps."""
     restarts: int = Field(2, ge=1)
-    """Random restarts; an image is robust only if it survives all of them."""
+    """Random restarts of PGD; an image is robust only if it survives all of them."""
+    sweep: tuple[FractionNumber, ...] = ()
+    """Other radii to measure by PGD on the first 256 images; fractions such as 4/255 are welcome."""
     images: int | None = Field(None, ge=1)
     """Test images; all of them by default."""
     batch_size: int = Field(250, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from .evaluation.evaluate import Evaluation, evaluate_with_twin
 from .evaluation.onnx_scores import OnnxTwin
 from .export.onnx import export_onnx
 from .export.types import OnnxArtifact
+from .models.layout import has_fast_bf16
 from .models.spec import ModelSpec
 from .pruning.compensation import reestimate_batchnorm
-from .pruning.cost import CostModel, cost_model
+from .pruning.cost import CostModel, cost_model, count_macs, count_params
 from .pruning.groups import GroupSearch, find_groups
 from .pruning.importance import channel_scores, removed_fraction_curve
 from .pruning.plan import make_plan
@@ -238,8 +239,11 @@ def evaluate_model(
     onnx: Path | None = None,
     state_path: Path | None = None,
 ) -> Evaluation:
-    """Clean and robust accuracy on test images; with `onnx`, also those of the exported file."""
-    return evaluate_with_twin(
+    """Clean and robust accuracy on test images; with `onnx`, also those of the exported file.
+
+    The card names MACs and parameters too. Gradients are in bf16 where the hardware is fast at it.
+    """
+    found = evaluate_with_twin(
         model,
         first(data.test, section.images),
         threat,
@@ -252,8 +256,13 @@ def evaluate_model(
         seed=seed,
         device=device,
         state_path=state_path,
+        precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+        sweep=section.sweep,
         twin=OnnxTwin(onnx) if onnx is not None else None,
     )
+    few, _ = data.test.get(torch.arange(1))
+    macs = count_macs(model.cpu(), torch.zeros(few.shape))
+    return replace(found, card=replace(found.card, macs=macs, params=count_params(model)))
 
 
 def score_before_finetune(
@@ -267,7 +276,6 @@ def score_before_finetune(
         model_name="pruned, before fine-tuning",
         data_name=data.name,
         split="validation",
-        tier=section.tier,
         steps=section.steps,
         restarts=1,
         batch_size=section.batch_size,

@@ -148,7 +148,7 @@ def test_points_outside_the_ball_are_refused(
 # --- resume ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calls", [14, 40, 75])
+@pytest.mark.parametrize("calls", [45, 60, 95])
 def test_a_killed_run_resumes_to_the_same_card(trained: Tiny, images: TensorImages, tmp_path: Path, calls: int) -> None:
     state = tmp_path / "deep" / "state.npz"
     model = DiesAfter(trained).eval()

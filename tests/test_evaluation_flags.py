@@ -131,8 +131,8 @@ def test_non_finite_logits_never_count_as_right() -> None:
 
 
 def test_unknown_tier_lists_those_that_exist(trained: Tiny, images: TensorImages) -> None:
-    with pytest.raises(UsageError, match="unknown evaluation tier 'standard'") as caught:
-        evaluate(trained, images, THREAT, **NAMES, tier="standard")
+    with pytest.raises(UsageError, match="unknown evaluation tier 'strongest'") as caught:
+        evaluate(trained, images, THREAT, **NAMES, tier="strongest")
     assert all(name in str(caught.value) for name in TIERS)
 
 

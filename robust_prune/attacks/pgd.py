@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .objectives import Objective, cross_entropy
 from .projections import ascent_step, project, random_start
 from .threat import ThreatModel
-
-Objective = Callable[[Tensor], Tensor]
 
 
 def default_step_size(threat: ThreatModel, steps: int) -> float:
@@ -38,7 +34,7 @@ def cross_entropy_objective(y: Tensor) -> Objective:
     """Per-sample cross-entropy to labels `y`, in nats."""
 
     def objective(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, reduction="none")
+        return cross_entropy(logits, y)
 
     return objective
 

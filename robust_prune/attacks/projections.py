@@ -10,13 +10,14 @@ from .threat import ThreatModel
 TINY = 1e-12
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values [N] shaped so that they broadcast over samples [N, ...]."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def l2_norm(delta: Tensor) -> Tensor:
     """Euclidean norm of each sample ([N, ...] -> [N, 1, ...])."""
-    return _per_sample(delta.flatten(1).norm(dim=1), delta)
+    return per_sample(delta.flatten(1).norm(dim=1), delta)
 
 
 def project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
@@ -41,10 +42,10 @@ def random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | No
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
     radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype).to(x.device)
     radius = radius ** (1 / x[0].numel())
-    return (x + threat.epsilon * _per_sample(radius, x) * noise / l2_norm(noise).clamp_min(TINY)).clamp_(0, 1)
+    return (x + threat.epsilon * per_sample(radius, x) * noise / l2_norm(noise).clamp_min(TINY)).clamp_(0, 1)
 
 
-def ascent_step(x_adv: Tensor, gradient: Tensor, step_size: float, threat: ThreatModel) -> Tensor:
+def ascent_step(x_adv: Tensor, gradient: Tensor, step_size: float | Tensor, threat: ThreatModel) -> Tensor:
     """One steepest-ascent step of length `step_size` in the threat's norm, not yet projected."""
     if threat.norm == "linf":
         return x_adv + step_size * gradient.sign()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -25,6 +26,11 @@ from .common import (
     run_name,
 )
 
+if TYPE_CHECKING:
+    from ..evaluation.card import ResultCard
+
+FEWEST_OF_A_CLASS = 20
+
 
 def evaluate(
     model: str,
@@ -32,9 +38,11 @@ def evaluate(
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     onnx: Annotated[Path | None, Parameter(help="The exported file of this model, scored on the same images.")] = None,
+    tier: Annotated[str | None, Parameter(help="Strength: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,
     steps: Annotated[int | None, Parameter(help="PGD steps.")] = None,
-    restarts: Annotated[int | None, Parameter(help="Random restarts.")] = None,
+    restarts: Annotated[int | None, Parameter(help="Random restarts of PGD.")] = None,
     epsilon: Annotated[str | None, Parameter(help="Radius, e.g. 8/255.")] = None,
+    sweep: Annotated[str | None, Parameter(help="Other radii for PGD, e.g. 2/255,4/255,16/255.")] = None,
     images: ImagesFlag = None,
     out: Annotated[Path | None, Parameter(help="Result card, a .json file; its neighbour keeps the progress.")] = None,
     arch: ArchFlag = None,
@@ -51,6 +59,8 @@ def evaluate(
         A model file, or "demo" for the embedded one.
     """
     flags = {
+        "evaluation.tier": tier,
+        "evaluation.sweep": None if sweep is None else [part.strip() for part in sweep.split(",") if part.strip()],
         "evaluation.steps": steps,
         "evaluation.restarts": restarts,
         "evaluation.images": images,
@@ -65,6 +75,7 @@ def evaluate(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
     from .. import stages
+    from ..environment import snapshot
     from ..job import warn
     from ..machine import tune_allocator
     from ..pipeline import SAMPLE_NOTE
@@ -84,9 +95,30 @@ def evaluate(
     if found.twin_clean and found.twin_robust:
         console.print(f"ONNX clean       {found.twin_clean}", markup=False)
         console.print(f"ONNX robust      {found.twin_robust}   at the same adversarial images", markup=False)
+    for line in _details(card, bundle.class_names):
+        console.print(line, markup=False)
     for flag in card.flags:
         warn(flag)
     warn(SAMPLE_NOTE if bundle.sample else "")
     if out is not None and state is not None:
-        write_json(out, card.to_json())
+        write_json(out, {**card.to_json(), "environment": snapshot()})
         state.unlink(missing_ok=True)
+
+
+def _details(card: ResultCard, class_names: Sequence[str]) -> Iterator[str]:
+    """What the headline does not say: each attack's part, other radii, and the classes that fare best and worst."""
+    from ..attacks import ThreatModel
+
+    total = card.robust.total
+    if len(card.breakdown) > 1:
+        yield "standing after   " + ", ".join(f"{name} {left / total:.2%}" for name, left in card.breakdown.items())
+    if card.sweep:
+        radii = (f"{ThreatModel(card.threat['norm'], radius)} {found}" for radius, found in card.sweep)
+        yield "other radii      " + "; ".join(radii) + "   by PGD"
+    if len(card.per_class) > 1 and min(part.total for part in card.per_class) >= FEWEST_OF_A_CLASS:
+        ranked = sorted(card.per_class, key=lambda part: part.robust / part.total)
+        worst, best = (
+            f"{class_names[part.label]} {part.robust / part.total:.1%} of {part.total}"
+            for part in (ranked[0], ranked[-1])
+        )
+        yield f"robust by class  from {worst} to {best}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -45,6 +45,16 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class ClassAccuracy:
+    """Correct predictions on the images of one class."""
+
+    label: int
+    total: int
+    clean: int
+    robust: int
+
+
+@dataclass(frozen=True)
 class ResultCard:
     """Clean and robust accuracy of one model on one split.
 
@@ -54,11 +64,16 @@ class ResultCard:
         tier: strength of the attack, e.g. ``pgd`` (PGD-20).
         attack: one line naming steps, restarts and loss.
         threat: the threat model as JSON.
-        clean, robust: counts; robust is the point-wise worst case over restarts.
+        clean, robust: counts; robust is the point-wise worst case over all attacks.
         flags: sentences that warn that a figure may not be trusted; empty is good.
         forwards, backwards: image passes that the attack spent.
         seconds: wall time of the evaluation.
         seed: seed of the random starts.
+        breakdown: images still right after each attack, in the order in which they ran.
+        per_class: the counts by class.
+        sweep: accuracy at other radii, by PGD on the first images, the radius in [0, 1] pixel units first.
+        model_hash, images_hash: SHA-256 of the model and of (a sample of) the images.
+        macs, params: of the model; None where nobody counted them.
     """
 
     model: str
@@ -74,6 +89,13 @@ class ResultCard:
     backwards: int
     seconds: float
     seed: int
+    breakdown: dict[str, int] = field(default_factory=dict)
+    per_class: tuple[ClassAccuracy, ...] = ()
+    sweep: tuple[tuple[float, Accuracy], ...] = ()
+    model_hash: str = ""
+    images_hash: str = ""
+    macs: int | None = None
+    params: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values, rates and intervals included."""
@@ -89,4 +111,7 @@ class ResultCard:
         for key in ("clean", "robust"):
             data[key] = Accuracy(data[key]["correct"], data[key]["total"])
         data["flags"] = tuple(data["flags"])
-        return cls(**data)
+        data["per_class"] = tuple(ClassAccuracy(**counts) for counts in data.get("per_class", ()))
+        data["sweep"] = tuple((radius, Accuracy(**counts)) for radius, counts in data.get("sweep", ()))
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: part for key, part in data.items() if key in known})

@@ -1,44 +1,31 @@
-"""Clean and robust accuracy of a model: the attack, the bookkeeping that survives a kill, and the result card."""
+"""Clean and robust accuracy of a model: the attacks, the bookkeeping that survives a kill, and the result card."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel, frozen_eval
-from ..console import console, track
+from ..console import console
 from ..data.base import ImageSet
 from ..errors import UsageError
 from ..models.layout import fastest_layout
-from ..run_dir import digest
-from .card import Accuracy, ResultCard
-from .flags import BUFFERS_MOVED, behaviour_flags, mode_flags, twin_flags
+from .card import Accuracy, ClassAccuracy, ResultCard
+from .flags import BUFFERS_MOVED, behaviour_flags, black_box_flags, gap_flags, mode_flags, sweep_flags, twin_flags
 from .hashing import buffers_hash, images_hash, models_hash
-from .scoring import Precision, full_precision, score
+from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, clean_pass, sweep_pass
+from .scoring import Precision, full_precision
+from .standard import check_classes
 from .state import EvalState, load_state
-from .tiers import Tier, find_tier
-from .worst_case import worst_points
+from .tiers import find_tier
 
-
-class Twin(Protocol):
-    """Another form of the same model, such as its ONNX file, that is scored on the very same images."""
-
-    @property
-    def key(self) -> str:
-        """A hash of it: results stored for another twin are not reused."""
-        ...
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Classes [N] (int64, on the CPU) of float32 images [N, C, H, W] in [0, 1]."""
-        ...
+FIRST_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -48,44 +35,13 @@ class Evaluation:
     Attributes:
         card: clean and robust accuracy of the model.
         twin_clean: accuracy of the twin without an attack.
-        twin_robust: images that the twin gets right both as they are and at the worst point found on the model.
+        twin_robust: images that the model gets right as they are, and the twin as they are, at the worst points found
+            on the model, and after the black-box check on the twin itself.
     """
 
     card: ResultCard
     twin_clean: Accuracy | None = None
     twin_robust: Accuracy | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    model: nn.Module
-    images: ImageSet
-    threat: ThreatModel
-    name: str
-    tier: Tier
-    steps: int
-    restarts: int
-    batch_size: int
-    seed: int
-    device: torch.device
-    precision: Precision
-    twin: Twin | None
-    state_path: Path | None
-    layout: torch.memory_format
-
-    @property
-    def key(self) -> str:
-        settings = [self.threat.to_json(), self.tier.name, self.steps, self.restarts, self.batch_size, self.seed]
-        identity = [models_hash(self.model), images_hash(self.images), self.twin.key if self.twin else ""]
-        return digest([settings, self.precision, identity])
-
-    def save(self, state: EvalState) -> None:
-        if self.state_path is not None:
-            state.save(self.state_path)
-
-    def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = self.images.get(indices)
-        return (x.to(self.device).float() / 255).contiguous(memory_format=self.layout), y.to(self.device)
 
 
 def evaluate(
@@ -104,11 +60,13 @@ def evaluate(
     device: str | torch.device = "cpu",
     state_path: Path | None = None,
     precision: Precision = "fp32",
+    sweep: Sequence[float] = (),
 ) -> ResultCard:
     """Clean and robust accuracy of `model`; see `evaluate_with_twin`, of which this is the card."""
     return evaluate_with_twin(
         model, images, threat, model_name=model_name, data_name=data_name, split=split, tier=tier, steps=steps,
         restarts=restarts, batch_size=batch_size, seed=seed, device=device, state_path=state_path, precision=precision,
+        sweep=sweep,
     ).card  # fmt: skip
 
 
@@ -128,14 +86,16 @@ def evaluate_with_twin(
     device: str | torch.device = "cpu",
     state_path: Path | None = None,
     precision: Precision = "fp32",
+    sweep: Sequence[float] = (),
     twin: Twin | None = None,
 ) -> Evaluation:
-    """Attacks every image that the model classifies rightly, and counts those that survive all restarts.
+    """Attacks every image that the model classifies rightly, and counts those that survive all attacks of the tier.
 
-    An image counts as robust only if it is right as it is and at every point the attack tried (point-wise worst
-    case). Successes are scored again in fp32 before they count, and every attacked image is proven to lie inside the
-    threat model. Random starts depend on the seed, the batch and the restart alone, so that a run which was killed and
-    resumed gives the counts of one that was not.
+    An image counts as robust only if it is right as it is and at every point the attacks returned (point-wise worst
+    case). In the tiers above ``pgd`` a black-box attack then tries a few survivors. Successes are scored again in fp32
+    before they count, and every attacked image is proven to lie inside the threat model. Random starts depend on the
+    seed, the attack and the batch alone, so that a run which was killed and resumed gives the counts of one that was
+    not.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K]; float32. It leaves as it came.
@@ -143,48 +103,59 @@ def evaluate_with_twin(
         threat: norm and radius; with epsilon 0 the robust accuracy is the clean one.
         model_name, data_name, split: for the card.
         tier: a name of `TIERS`.
-        steps: gradient steps of each restart.
-        restarts: random starts; each attacks only what survived those before.
+        steps: gradient steps of PGD.
+        restarts: random starts of PGD; each attacks only what survived those before.
         batch_size: images a batch.
         seed: of the random starts.
         device: where to run; the model comes back to where it was.
         state_path: file that keeps the progress; written after every batch.
-        precision: of the attack's gradients. ``bf16`` is faster where the hardware has it.
+        precision: of the attacks' gradients. ``bf16`` is faster where the hardware has it. The ensemble of the
+            ``standard`` tier stays in fp32.
+        sweep: other radii to measure, by PGD with one start on the first images.
         twin: the exported form of the model, scored on the clean images and on the worst points found.
 
     Raises:
-        UsageError: unknown tier, no images, labels beyond the logits, weights that are not float32.
+        UsageError: unknown tier or one that so few classes do not allow, no images, labels beyond the logits, weights
+            that are not float32.
         QualityGateError: the attack returned a point outside the threat model.
     """
     chosen = find_tier(tier)
-    _check_request(model, images, steps, restarts, batch_size)
+    _check_request(model, images, steps, restarts, batch_size, sweep)
     where = torch.device(device)
     flags = mode_flags(model)
     with frozen_eval(model), _moved(model, where), _kept_buffers(model):
         few, _ = images.get(torch.arange(min(2, len(images))))
-        job = _Job(
-            model=model, images=images, threat=threat, name=model_name, tier=chosen, steps=steps, restarts=restarts,
-            batch_size=batch_size, seed=seed, device=where, precision=precision, twin=twin, state_path=state_path,
-            layout=fastest_layout(model, few.to(where).float() / 255),
+        few = few.to(where).float() / 255
+        job = Job(
+            model=model, images=images, threat=threat, name=model_name, tier=chosen,
+            steps=steps, restarts=restarts, sweep=tuple(sweep), batch_size=batch_size, seed=seed, device=where,
+            precision=precision, twin=twin, state_path=state_path, layout=fastest_layout(model, few),
         )  # fmt: skip
         state = _begin(job)
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
         if state.counters.clean_done == 0:
-            state.counters.flags = _union(state.counters.flags, _first_look(job))
-        _clean_pass(job, state)
-        _attack_pass(job, state)
+            state.counters.classes = _classes(job, few)
+            state.counters.flags = _union(state.counters.flags, _first_look(job, state.counters.classes))
+        clean_pass(job, state)
+        attack_pass(job, state)
+        black_box_pass(job, state)
+        sweep_pass(job, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
     return _result(job, state, data_name, split)
 
 
-def _check_request(model: nn.Module, images: ImageSet, steps: int, restarts: int, batch_size: int) -> None:
+def _check_request(
+    model: nn.Module, images: ImageSet, steps: int, restarts: int, batch_size: int, sweep: Sequence[float]
+) -> None:
     if len(images) == 0:
         raise UsageError("there are no images to evaluate on. Check the data set and --limit.")
     for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
+    for radius in sweep:
+        ThreatModel("linf", radius)
     odd = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if odd:
         raise UsageError(f"evaluation needs float32 weights, found {', '.join(sorted(odd))}. Call model.float() first.")
@@ -212,7 +183,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(copy)
 
 
-def _begin(job: _Job) -> EvalState:
+def _begin(job: Job) -> EvalState:
     if job.state_path is None:
         return EvalState.fresh("", len(job.images))
     state, note = load_state(job.state_path, job.key, len(job.images))
@@ -225,90 +196,81 @@ def _union(known: list[str], more: list[str]) -> list[str]:
     return list(dict.fromkeys([*known, *more]))
 
 
-def _first_look(job: _Job) -> list[str]:
-    x, y = job.get(torch.arange(min(64, len(job.images))))
-    with torch.no_grad():
-        logits = job.model(x)
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise UsageError(f"the model must return logits [{len(x)}, K], it returned {tuple(logits.shape)}.")
-    if int(y.max()) >= logits.shape[1]:
-        raise UsageError(f"label {int(y.max())} found, but the model has {logits.shape[1]} outputs. Is the data right?")
+@torch.no_grad()
+def _classes(job: Job, few: Tensor) -> int:
+    logits = job.model(few)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"the model must return logits [{len(few)}, K], it returned {found}.")
+    if job.tier.name == "standard":
+        check_classes(logits.shape[1])
+    return int(logits.shape[1])
+
+
+def _first_look(job: Job, classes: int) -> list[str]:
+    x, y = job.get(torch.arange(min(FIRST_IMAGES, len(job.images))))
+    if int(y.max()) >= classes:
+        raise UsageError(f"label {int(y.max())} found, but the model has {classes} outputs. Is the data right?")
     with full_precision():
         return behaviour_flags(job.model, x, y)
 
 
-def _clean_pass(job: _Job, state: EvalState) -> None:
-    total = len(job.images)
-    counters = state.counters
-    with track(f"{job.name}: clean accuracy", total, counters.clean_done) as advance:
-        for start in range(counters.clean_done, total, job.batch_size):
-            begin = time.monotonic()
-            stop = min(start + job.batch_size, total)
-            x, y = job.get(torch.arange(start, stop))
-            predicted, _ = score(job.model, x, y)
-            state.clean[start:stop] = (predicted == y).cpu().numpy()
-            if job.twin is not None:
-                twin = job.twin.predict(x.cpu())
-                state.twin_clean[start:stop] = (twin == y.cpu()).numpy()
-                counters.twin_mismatch += int((twin != predicted.cpu()).sum())
-            counters.clean_done = stop
-            counters.seconds += time.monotonic() - begin
-            job.save(state)
-            advance(stop - start, f"clean {state.clean[:stop].mean():.1%}")
-
-
-def _attack_pass(job: _Job, state: EvalState) -> None:
-    active = torch.from_numpy(np.flatnonzero(state.clean))
-    if job.threat.epsilon == 0:
-        state.robust[:] = state.clean
-        state.twin_robust[:] = state.twin_clean
-        return
-    counters = state.counters
-    label = f"{job.name}: PGD-{job.steps}, {job.restarts} restart{'s' if job.restarts != 1 else ''}"
-    with track(label, len(active), counters.attacked) as advance:
-        for start in range(counters.attacked, len(active), job.batch_size):
-            begin = time.monotonic()
-            indices = active[start : start + job.batch_size]
-            _attack_batch(job, state, indices, start)
-            counters.attacked = start + len(indices)
-            counters.seconds += time.monotonic() - begin
-            job.save(state)
-            # Images wrong without an attack are wrong under it: the rate so far is over their share as well.
-            so_far = state.robust.sum() / counters.attacked * state.clean.mean()
-            advance(len(indices), f"robust about {so_far:.1%}")
-
-
-def _attack_batch(job: _Job, state: EvalState, indices: Tensor, start: int) -> None:
-    x, y = job.get(indices)
-    right, worst, counted = worst_points(
-        job.model, x, y, job.threat, steps=job.steps, restarts=job.restarts, seed=job.seed, batch=start,
-        precision=job.precision,
-    )  # fmt: skip
-    state.robust[indices.numpy()] = right.cpu().numpy()
-    state.counters.forwards += counted.forwards
-    state.counters.backwards += counted.backwards
-    if job.twin is not None:
-        survives = (job.twin.predict(worst.cpu()) == y.cpu()).numpy()
-        state.twin_robust[indices.numpy()] = survives & state.twin_clean[indices.numpy()]
-
-
-def _result(job: _Job, state: EvalState, data_name: str, split: str) -> Evaluation:
+def _result(job: Job, state: EvalState, data_name: str, split: str) -> Evaluation:
     total, counters = len(job.images), state.counters
-    flags = list(counters.flags)
     clean, robust = Accuracy(int(state.clean.sum()), total), Accuracy(int(state.robust.sum()), total)
+    breakdown = _breakdown(job, state)
+    sweep = {float(radius): Accuracy(*counts) for radius, counts in sorted(counters.sweep.items(), key=_radius)}
+    flags = [*counters.flags, *sweep_flags({radius: accuracy.value for radius, accuracy in sweep.items()})]
+    if "pgd" in breakdown:
+        flags += gap_flags(breakdown["pgd"], robust.correct, total)
+    if counters.black_box is not None:
+        flags += black_box_flags("the model", *counters.black_box)
     twin_clean = twin_robust = None
     if job.twin is not None:
         twin_clean = Accuracy(int(state.twin_clean.sum()), total)
         twin_robust = Accuracy(int(state.twin_robust.sum()), total)
         flags += twin_flags(counters.twin_mismatch, total, robust.correct, twin_robust.correct)
-    attack = job.tier.attack_line(job.steps, job.restarts)
+        if counters.twin_black_box is not None:
+            flags += black_box_flags("its torch model", *counters.twin_black_box)
+    attack = job.tier.attack_line(counters.classes, job.steps, job.restarts)
     if job.threat.epsilon == 0:
         attack = "none: epsilon is 0"
-    elif job.precision == "bf16":
+    elif job.precision == "bf16" and job.tier.name != "standard":
         attack += ", bf16 gradients"
     card = ResultCard(
         model=job.name, data=data_name, split=split, tier=job.tier.name, attack=attack, threat=job.threat.to_json(),
-        clean=clean, robust=robust, flags=tuple(flags), forwards=counters.forwards, backwards=counters.backwards,
-        seconds=counters.seconds, seed=job.seed,
+        clean=clean, robust=robust, flags=tuple(dict.fromkeys(flags)), forwards=counters.forwards,
+        backwards=counters.backwards, seconds=counters.seconds, seed=job.seed, breakdown=breakdown,
+        per_class=_per_class(job, state), sweep=tuple(sweep.items()), model_hash=models_hash(job.model),
+        images_hash=images_hash(job.images),
     )  # fmt: skip
     return Evaluation(card, twin_clean, twin_robust)
+
+
+def _radius(item: tuple[str, list[int]]) -> float:
+    return float(item[0])
+
+
+def _breakdown(job: Job, state: EvalState) -> dict[str, int]:
+    """Images still right after each attack; stages of one name count together."""
+    found = {}
+    names = [stage.name for stage in job.stages(state)]
+    if state.counters.black_box is not None:
+        names.append(BLACK_BOX)
+    for index, name in enumerate(names):
+        found[name] = int((state.clean & ((state.fell < 0) | (state.fell > index))).sum())
+    return found
+
+
+def _per_class(job: Job, state: EvalState) -> tuple[ClassAccuracy, ...]:
+    parts = torch.arange(len(job.images)).split(job.batch_size)
+    labels = np.concatenate([job.images.get(part)[1].cpu().numpy() for part in parts])
+    return tuple(
+        ClassAccuracy(
+            int(label),
+            int((labels == label).sum()),
+            int(state.clean[labels == label].sum()),
+            int(state.robust[labels == label].sum()),
+        )
+        for label in np.unique(labels)
+    )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks import ThreatModel, pgd
+from ..attacks.projections import ascent_step
 from ..errors import UsageError
 from .hashing import buffers_hash
 
@@ -17,6 +22,12 @@ BLANK_SHARE = 0.5
 PROBABILITY_SLACK = 1e-3
 TWIN_CLEAN_SHARE = 0.005
 TWIN_ROBUST_POINTS = 1.0
+DOWNHILL_SHARE = 0.1
+DOWNHILL_STEP = 1 / 255
+LARGE_RADIUS, LARGE_STEPS, LARGE_SHARE = 0.5, 10, 0.1
+BLACK_BOX_BROKEN = 1
+PGD_GAP_POINTS, PGD_GAP_IMAGES = 6.0, 100
+MONOTONE_POINTS = 1.0
 BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers depend on what it saw before."
 
 
@@ -46,7 +57,7 @@ def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     flags += composition_flags(model, x, logits)
     if buffers_hash(model) != before:
         flags.append(BUFFERS_MOVED)
-    return flags + gradient_flags(model, x, y)
+    return flags + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
 
 
 def non_finite_flag(logits: Tensor) -> list[str]:
@@ -106,6 +117,85 @@ def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
             f"On {100 * blank:.1f} % of images (limit 1 %) most of the input gradient is zero or not finite: "
             "the model may hide its gradients, and stronger attacks may find it weaker."
         ]
+    with torch.no_grad():
+        before = F.cross_entropy(model(x).float(), y, reduction="none")
+        ahead = ascent_step(x, gradient, DOWNHILL_STEP, ThreatModel("linf", DOWNHILL_STEP)).clamp(0, 1)
+        downhill = (F.cross_entropy(model(ahead).float(), y, reduction="none") < before).float().mean().item()
+    if downhill > DOWNHILL_SHARE:
+        return [
+            f"On {100 * downhill:.1f} % of images (limit 10 %) a step along the input gradient lowers the loss: the "
+            "gradient does not belong to the outputs, and attacks that follow it find nothing."
+        ]
+    return []
+
+
+def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """More than 10 % of images survive a ball so large that it holds a grey image for every one of them."""
+    threat = ThreatModel("linf", LARGE_RADIUS)
+    with torch.no_grad():
+        right = model(x).argmax(dim=1) == y
+    if not bool(right.any()):
+        return []
+    points = pgd(model, x, y, threat, steps=LARGE_STEPS, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        share = (right & (model(points).argmax(dim=1) == y)).float().mean().item()
+    if share > LARGE_SHARE:
+        return [
+            f"{100 * share:.1f} % of images (limit 10 %) survive PGD at Linf 0.5, where any image can become any "
+            "other: the attack does not see this model's gradients."
+        ]
+    return []
+
+
+def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
+    """Stronger attacks broke more than 6 points of what PGD had left; sound models lose 2 to 7, masked ones twice that.
+
+    Below 100 images a few of them would be as much.
+
+    Args:
+        after_pgd: images that survive PGD.
+        robust: images that survive all attacks.
+        total: images.
+    """
+    gap = 100 * (after_pgd - robust) / total
+    if gap > PGD_GAP_POINTS and total >= PGD_GAP_IMAGES:
+        return [
+            f"Stronger attacks found {gap:.1f} points that PGD missed (limit 6): the model makes gradients hard to "
+            "follow, and its figures under PGD flatter it."
+        ]
+    return []
+
+
+def black_box_flags(what: str, checked: int, broken: int) -> list[str]:
+    """A search without gradients broke more than one of the images that the gradient attacks had left.
+
+    Args:
+        what: whose gradients were followed.
+        checked: survivors that were tried.
+        broken: those that fell.
+    """
+    if broken > BLACK_BOX_BROKEN:
+        return [
+            f"A black-box attack broke {broken} of {checked} images that the gradient attacks on {what} had left "
+            "(limit 1): its gradients mislead, and the true robust accuracy is lower."
+        ]
+    return []
+
+
+def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
+    """Robust accuracy that rises by more than a point as the ball grows.
+
+    Args:
+        accuracy: by radius, in [0, 1].
+    """
+    ordered = sorted(accuracy)
+    for small, large in pairwise(ordered):
+        rise = 100 * (accuracy[large] - accuracy[small])
+        if rise > MONOTONE_POINTS:
+            return [
+                f"Robust accuracy rises by {rise:.1f} points from radius {small:.4g} to {large:.4g} (limit 1), though "
+                "the larger ball holds the smaller one: the attack fails on this model."
+            ]
     return []
 
 

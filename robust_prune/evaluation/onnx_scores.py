@@ -35,11 +35,14 @@ class OnnxTwin:
         self._input = self._session.get_inputs()[0].name
         self.key = file_sha256(self.path)
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Classes [N] of float32 images [N, C, H, W] in [0, 1]; -1 where a logit is not finite."""
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [N, K] (float32) of images [N, C, H, W] in [0, 1]."""
         array = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
-        logits = self._session.run(None, {self._input: array})[0]
-        return classify(torch.from_numpy(logits).float())
+        return torch.from_numpy(self._session.run(None, {self._input: array})[0]).float()
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Classes [N] of the same; -1 where a logit is not finite."""
+        return classify(self.logits(images))
 
 
 def _session(path: Path) -> Any:

@@ -21,28 +21,42 @@ class Counters:
     """What an evaluation has spent and found so far.
 
     Attributes:
+        classes: number of logits; 0 until the model has answered.
         clean_done: images whose clean prediction is known (a prefix of the set).
-        attacked: images attacked so far (a prefix of those that are right without an attack).
+        stage: attacks of the tier that are over.
+        attacked: images that the present one has attacked (a prefix of those that stood when it began).
         forwards, backwards: image passes spent by the attack and by the scoring of its results.
         twin_mismatch: clean images on which model and twin predict different classes.
         seconds: wall time, earlier interrupted runs included.
         flags: warnings raised so far.
+        black_box, twin_black_box: survivors that the black-box check tried and broke; None until it has run.
+        sweep: images that survive, and images tried, by the radius as a string.
     """
 
+    classes: int = 0
     clean_done: int = 0
+    stage: int = 0
     attacked: int = 0
     forwards: int = 0
     backwards: int = 0
     twin_mismatch: int = 0
     seconds: float = 0.0
     flags: list[str] = field(default_factory=list)
+    black_box: list[int] | None = None
+    twin_black_box: list[int] | None = None
+    sweep: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
 class EvalState:
-    """Per-image outcomes (bool [N] each, in the order of the image set) and the counters.
+    """Per-image outcomes ([N] each, in the order of the image set) and the counters.
 
-    `robust` and `twin_robust` are False until an image has survived its attacks.
+    Attributes:
+        key: hash of what they depend on.
+        clean, twin_clean: right without an attack (bool).
+        robust, twin_robust: right so far (bool).
+        fell: which attack broke an image (int8): its position in the tier, -1 for none.
+        counters: the rest.
     """
 
     key: str
@@ -50,12 +64,14 @@ class EvalState:
     robust: Flags
     twin_clean: Flags
     twin_robust: Flags
+    fell: NDArray[np.int8]
     counters: Counters
 
     @classmethod
     def fresh(cls, key: str, total: int) -> EvalState:
         """The state before the first of `total` images."""
-        return cls(key=key, counters=Counters(), **{name: np.zeros(total, dtype=np.bool_) for name in ARRAYS})
+        flags = {name: np.zeros(total, dtype=np.bool_) for name in ARRAYS}
+        return cls(key=key, counters=Counters(), fell=np.full(total, -1, dtype=np.int8), **flags)
 
     def save(self, path: Path) -> None:
         """Writes the state atomically."""
@@ -63,7 +79,7 @@ class EvalState:
 
         def write(part: Path) -> None:
             with part.open("wb") as stream:
-                np.savez(stream, head=head, **{name: getattr(self, name) for name in ARRAYS})
+                np.savez(stream, head=head, fell=self.fell, **{name: getattr(self, name) for name in ARRAYS})
 
         atomic_write(path, write)
 
@@ -80,13 +96,15 @@ def load_state(path: Path, key: str, total: int) -> tuple[EvalState, str]:
         with np.load(path, allow_pickle=False) as stored:
             head = json.loads(stored["head"].tobytes().decode())
             arrays = {name: np.array(stored[name]) for name in ARRAYS}
+            fell = np.array(stored["fell"])
         found = head.pop("key")
         counters = Counters(**head)
         whole = all(a.shape == (total,) and a.dtype == np.bool_ for a in arrays.values())
+        whole = whole and fell.shape == (total,) and fell.dtype == np.int8
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         return EvalState.fresh(key, total), f"{path} is damaged ({type(error).__name__}): the evaluation starts over."
     if found != key:
         return EvalState.fresh(key, total), f"{path} belongs to another model or other settings: starting over."
     if not whole:
         return EvalState.fresh(key, total), f"{path} is damaged (wrong shapes): the evaluation starts over."
-    return EvalState(key=key, counters=counters, **arrays), ""
+    return EvalState(key=key, counters=counters, fell=fell, **arrays), ""

@@ -1,14 +1,93 @@
-"""The worst points that an attack finds for one batch of images."""
+"""The worst points that the attacks of a tier find for one batch of images."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, pgd
-from .scoring import CountedModel, Precision, WorstPoint, check_points, score
+from ..attacks import ThreatModel, apgd, pgd
+from .scoring import CountedModel, Precision, WorstPoint, check_points, full_precision, score
+from .standard import StandardEnsemble
+from .tiers import APGD_STEPS, Stage
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """Runs the stages of a tier on batches of images.
+
+    Attributes:
+        model: in eval mode with frozen parameters (`frozen_eval`).
+        threat: norm and radius, > 0.
+        classes: number of logits.
+        steps, restarts: of PGD.
+        seed: of the random starts.
+        precision: of the gradients; verdicts are in fp32. The standard's ensemble is always in fp32.
+    """
+
+    model: nn.Module
+    threat: ThreatModel
+    classes: int
+    steps: int
+    restarts: int
+    seed: int
+    precision: Precision = "fp32"
+
+    def run(self, stage: Stage, x: Tensor, y: Tensor, batch: int) -> tuple[Tensor, Tensor, CountedModel]:
+        """One stage on one batch.
+
+        Args:
+            stage: of a tier.
+            x, y: images [N, C, H, W] in [0, 1] and labels [N], all classified rightly.
+            batch: position of the batch in the stage; with the seed and the stage it seeds the random numbers.
+
+        Returns:
+            survives (bool [N]); the worst point of each image ([N, C, H, W]): a misclassified one where the stage
+            found it; and the counters of passes.
+
+        Raises:
+            QualityGateError: the attack returned a point outside the threat model.
+        """
+        if stage.kind == "pgd":
+            return worst_points(
+                self.model, x, y, self.threat, steps=self.steps, restarts=self.restarts, seed=self.seed, batch=batch,
+                precision=self.precision,
+            )  # fmt: skip
+        counted = CountedModel(self.model, self.precision if stage.kind != "ensemble" else "fp32")
+        judge = CountedModel(self.model)
+        if stage.kind == "ensemble":
+            ensemble = StandardEnsemble(counted, self.threat, self.classes, self.seed, x.device)
+            points = ensemble.points(stage.name, x, y)
+        else:
+            points = self._apgd(stage, counted, judge, x, y, batch)
+        check_points(points, x, self.threat)
+        survives = score(judge, points, y)[0] == y
+        counted.forwards += judge.forwards
+        return survives, points, counted
+
+    def _apgd(
+        self, stage: Stage, counted: CountedModel, judge: CountedModel, x: Tensor, y: Tensor, batch: int
+    ) -> Tensor:
+        def exact(images: Tensor) -> Tensor:
+            with full_precision():
+                logits: Tensor = judge(images)
+                return logits
+
+        target = None
+        if stage.kind == "apgd-t":
+            with torch.no_grad():
+                others = exact(x).scatter(1, y[:, None], -torch.inf)
+            target = others.argsort(dim=1, descending=True)[:, stage.rank - 1]
+        return apgd(
+            counted, x, y, self.threat,
+            loss="ce" if stage.kind == "apgd-ce" else "dlr",
+            target=target,
+            steps=APGD_STEPS,
+            generator=torch.Generator().manual_seed(start_seed(self.seed, batch, f"{stage.name} {stage.rank}")),
+            judge=exact if self.precision == "bf16" or x.is_cuda else None,
+        )  # fmt: skip
 
 
 def worst_points(
@@ -23,7 +102,7 @@ def worst_points(
     batch: int = 0,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, CountedModel]:
-    """Attacks images that are right as they are; each restart works only on the survivors of those before.
+    """PGD on images that are right as they are; each restart works only on the survivors of those before.
 
     Args:
         model: in eval mode with frozen parameters (`frozen_eval`).
@@ -59,7 +138,7 @@ def worst_points(
     return right, worst, attack
 
 
-def start_seed(seed: int, batch: int, restart: int) -> int:
-    """Seed of one restart of one batch: a 63-bit hash, so that neighbours share no random numbers."""
+def start_seed(seed: int, batch: int, restart: int | str) -> int:
+    """Seed of one restart, or one stage, of one batch: a 63-bit hash, so that neighbours share no random numbers."""
     text = f"{seed}/{batch}/{restart}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

@@ -11,6 +11,8 @@ from ..evaluation.card import Accuracy, ResultCard
 MINUS = "\u2212"
 TIMES = "\u00d7"
 NONE = "\u2013"
+ATTACK_NAMES = {"apgd": "APGD", "aa-fast": "AA-fast", "standard": "AutoAttack"}
+"""Short names of the tiers that run more than one attack."""
 
 
 def quantity(value: float) -> str:
@@ -81,7 +83,9 @@ def speedup(ratio: Ratio | None) -> str:
 
 
 def attack_name(card: ResultCard) -> str:
-    """The attack's short name, e.g. ``PGD-20``."""
+    """The attack's short name, e.g. ``PGD-20`` or ``AutoAttack``."""
+    if card.tier in ATTACK_NAMES:
+        return ATTACK_NAMES[card.tier]
     return card.attack.split(",")[0].split(":")[0]
 
 
