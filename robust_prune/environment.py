@@ -31,6 +31,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "numpy",
+    "pyautoattack",
 )
 IMPORTED = ("torch", "torchvision", "timm", "torch_pruning", "onnx", "onnxscript")
 MIN_PYTHON = (3, 11)

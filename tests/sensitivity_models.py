@@ -129,19 +129,21 @@ def plain_boundary(
         put(i, first[i], 0.0)
     rises = {t.name: [0.0] * len(radii) for t in find_targets(model)}
     for i in live:
-        direction = joint[i]
-        tried = []
-        for _ in range(estimators.SEARCH_STEPS):
-            put(i, direction, rho)
-            value, found = slopes()
-            tried.append((value, direction))
-            moved = (
-                weights[i].detach()
-                - originals[i]
-                + ascent.STRIDE * rho * originals[i].norm() * (found[i] / found[i].norm())
-            )
-            direction = moved
-        best = max(tried, key=lambda pair: pair[0])[1]
+        sides = []
+        for steps in estimators.SEARCH_STEPS:
+            direction = -sides[0][1] if sides else joint[i]
+            tried = []
+            for _ in range(steps):
+                put(i, direction, rho)
+                value, found = slopes()
+                tried.append((value, direction))
+                direction = (
+                    weights[i].detach()
+                    - originals[i]
+                    + ascent.STRIDE * rho * originals[i].norm() * (found[i] / found[i].norm())
+                )
+            sides.append(max(tried, key=lambda pair: pair[0]))
+        best = max(sides, key=lambda pair: pair[0])[1]
         top = 0.0
         for k, radius in enumerate(radii):
             put(i, best, radius)

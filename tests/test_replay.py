@@ -70,12 +70,12 @@ def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_pla
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
     # Try the layout, trace; per batch a gradient pass; the joint step and the base of the search; per layer the search
     # records its prefix once (the first has none) and runs what follows; then recording and what lies behind each.
-    whole, behind, steps = 2 * 6, 2 * 21, estimators.SEARCH_STEPS
-    search = 2 * whole + 5 * whole + steps * behind
+    whole, behind = 2 * 6, 2 * 21
+    search = 2 * whole + 5 * whole + sum(estimators.SEARCH_STEPS) * behind
     assert counter.calls == 6 + 6 + whole + search + whole + behind
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
-    assert counter.calls == 6 + 6 + whole + (2 * whole + 5 * whole + 3 * behind) + whole + behind
+    assert counter.calls == 6 + 6 + whole + search + (whole + 5 * whole + 3 * behind) + whole + behind
 
 
 class Viewing(nn.Module):

@@ -39,8 +39,9 @@ from .targets import Target, find_targets
 ESTIMATORS = ("gradient", "boundary", "ascent")
 DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
+JOINT_IMAGES = 512
 SEARCH_IMAGES = 128
-SEARCH_STEPS = 5
+SEARCH_STEPS = (4, 3)
 BF16_RHO = 0.03
 """Relative radius below which bf16 would round a perturbation of the weights away, so that the search is not in it."""
 FINE_BELOW = 0.05
@@ -68,12 +69,14 @@ def measure(
 
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
     - ``boundary``: the real loss at the ball's boundary, along a direction found on few images (`SEARCH_IMAGES`, in
-      `SEARCH_STEPS` ascent steps at `rho`). One forward more than K partial forwards a module; each begins at the
-      module (see `replay`), about half a forward on average. The search costs the same however large the set.
-    - ``ascent``: the same with the direction found on the whole set, in at most `ascent_steps` steps; it ends where the
-      loss stops rising. Up to 2 `ascent_steps` partial passes a module more.
+      `SEARCH_STEPS` ascent steps at `rho`, one count a side). One forward more than K partial forwards a module; each
+      begins at the module (see `replay`), about half a forward on average. The search costs the same however large the
+      set.
+    - ``ascent``: the same, and then up to `ascent_steps` steps more on the whole set; it ends where the loss stops
+      rising. Up to 2 `ascent_steps` partial passes a module more.
 
-    The search starts from directions that one pass finds for all modules together (see `ascent`). Search and losses are
+    The search starts from directions that one pass over `JOINT_IMAGES` finds for all modules together (see `ascent`).
+    Search and losses are
     computed in bf16 where the hardware has it, and small losses again in the model's own precision. Curves go along the
     direction found at `rho`, rather than searching again at each radius.
 
@@ -111,8 +114,7 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
-        part = loss.part(SEARCH_IMAGES)
-        base, gradients = _gradients(loss if estimator == "gradient" else part, weights)
+        base, gradients = _gradients(loss if estimator == "gradient" else loss.part(SEARCH_IMAGES), weights)
         live = [
             (target, gradient)
             for target in {id(t.weight): t for t in targets}.values()
@@ -123,9 +125,9 @@ def measure(
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
-            part, whole = (part.fast(), loss.fast()) if rho >= BF16_RHO else (part, loss)
-            search, steps = (part, SEARCH_STEPS) if estimator == "boundary" else (whole, ascent_steps)
-            directions = _directions(search, part, trace, live, float(rho), steps, cache_bytes)
+            whole = loss.fast() if rho >= BF16_RHO else loss
+            steps = ascent_steps if estimator == "ascent" else 0
+            directions = _directions(whole, trace, live, float(rho), steps, cache_bytes)
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
@@ -180,21 +182,26 @@ def _gradients(loss: RobustLoss, weights: list[nn.Parameter]) -> tuple[float, di
 
 
 def _directions(
-    search: RobustLoss,
-    part: RobustLoss,
+    whole: RobustLoss,
     trace: Trace,
     live: list[tuple[Target, Tensor]],
     rho: float,
     steps: int,
     cache_bytes: int,
 ) -> list[Tensor]:
-    """The steepest direction found for each target: begun together on `part`, each then alone on `search`."""
-    begun = joint_directions(part, [target for target, _ in live], [gradient for _, gradient in live], rho)
-    base = search.value()
+    """The steepest direction found for each target, in up to `steps` steps on the whole set after the short search."""
+    targets = [target for target, _ in live]
+    begun = joint_directions(whole.part(JOINT_IMAGES), targets, [gradient for _, gradient in live], rho)
+    part = whole.part(SEARCH_IMAGES)
+    base_of_part, base = part.value(), whole.value() if steps else math.nan
     found = []
     with track("Sensitivity, directions", len(live)) as advance:
-        for (target, _), direction in zip(live, begun, strict=True):
-            found.append(ascend(search, trace, target, direction, rho * _norm(target), steps, cache_bytes, base))
+        for target, direction in zip(targets, begun, strict=True):
+            radius = rho * _norm(target)
+            best = ascend(part, trace, target, direction, radius, SEARCH_STEPS, cache_bytes, base_of_part)
+            if steps:
+                best = ascend(whole, trace, target, best, radius, (steps,), cache_bytes, base)
+            found.append(best)
             advance()
     return found
 
