@@ -26,6 +26,7 @@ _COMMANDS = {
     "evaluate": "Measure clean and robust accuracy of a model.",
     "export": "Write a model as an ONNX file, checked against a float64 reference.",
     "bench": "Time ONNX files side by side.",
+    "report": "Draw the report of finished runs again, or several side by side.",
     "doctor": "Check this machine and name repairs.",
 }
 for _name, _help in _COMMANDS.items():

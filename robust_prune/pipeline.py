@@ -14,6 +14,7 @@ from .bench.latency import run as measure_latency
 from .bench.types import LatencyTable
 from .console import console
 from .environment import snapshot
+from .evaluation.card import Accuracy, ResultCard
 from .evaluation.evaluate import Evaluation
 from .evaluation.examples import make_examples
 from .evaluation.hashing import images_hash, models_hash
@@ -59,14 +60,14 @@ def compress(job: Job) -> Compressed:
 
     shrunk = shrink(job, todo, folder)
     models = {"dense": dense.cpu().eval(), "pruned": shrunk.model.cpu().eval()}
-    onnx = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
-    cards = {label: _evaluate(job, model, label, todo, folder, onnx[label]) for label, model in models.items()}
-    rows = [_row(job, label, model, cards[label], onnx[label]) for label, model in models.items()]
+    files = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
+    cards = {label: _evaluate(job, model, label, todo, folder, files[label]) for label, model in models.items()}
+    rows = [row for label, model in models.items() for row in _rows(job, label, model, cards[label], files[label])]
     examples = make_examples(
         {label: model.to(device) for label, model in models.items()},
         data.test, threat, data.class_names, attacked="pruned", seed=recipe.seed, device=device,
     )  # fmt: skip
-    table = _bench(job, onnx, todo, folder)
+    table = _bench(job, rows, todo)
     report = RunReport(
         title=f"{job.name} compressed: {100 * recipe.pruning.ratio:.0f} % of {_unit(recipe.pruning.of)} removed",
         command=job.command,
@@ -105,18 +106,31 @@ def claim_folder(job: Job) -> tuple[str, Path]:
     return key, folder
 
 
-def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path) -> OnnxArtifact:
+def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path) -> dict[str, OnnxArtifact]:
+    """The files of one model by precision; lower ones of the pruned model only."""
     path = folder / ("model.onnx" if label == "pruned" else f"{label}.onnx")
+    section, identity = job.recipe.export, models_hash(model)
 
     def make() -> dict[str, Any]:
         console.print(f"Exporting {path.name} and checking it against float64")
-        return stages.export(model, job.loaded.spec, job.data, path, job.recipe.export.opset, job.recipe.seed).to_json()
+        return stages.export(model, job.loaded.spec, job.data, path, section.opset, job.recipe.seed).to_json()
 
-    return OnnxArtifact.from_json(todo.once(f"export-{label}", models_hash(model), make, (path,)))
+    files = {"fp32": OnnxArtifact.from_json(todo.once(f"export-{label}", identity, make, (path,)))}
+    if label != "pruned" or not section.precisions:
+        return files
+
+    def reduce() -> dict[str, Any]:
+        console.print(f"Exporting it in {' and '.join(section.precisions)}")
+        found = stages.export_precisions(model, job.data, path, section)
+        return {precision: artifact.to_json() for precision, artifact in found.items()}
+
+    paths = tuple(stages.reduced_path(path, precision) for precision in section.precisions)
+    reduced = todo.once(f"export-{label}-reduced", [identity, files["fp32"].sha256], reduce, paths)
+    return files | {precision: OnnxArtifact.from_json(value) for precision, value in reduced.items()}
 
 
 def _evaluate(
-    job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path, onnx: OnnxArtifact
+    job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path, files: dict[str, OnnxArtifact]
 ) -> dict[str, Any]:
     name = f"evaluate-{label}"
 
@@ -124,39 +138,44 @@ def _evaluate(
         found: Evaluation = stages.evaluate_model(
             model, job.data, stages.threat_of(job.recipe), job.recipe.evaluation,
             name=label, seed=job.recipe.seed, device=stages.device_of(job.recipe),
-            onnx=Path(onnx.path), state_path=folder / name / "state.npz",
+            onnx={precision: Path(file.path) for precision, file in files.items()},
+            state_path=folder / name / "state.npz",
         )  # fmt: skip
         return {
             "card": found.card.to_json(),
-            "onnx_clean": asdict(found.twin_clean) if found.twin_clean else None,
-            "onnx_robust": asdict(found.twin_robust) if found.twin_robust else None,
+            "files": {precision: asdict(twin) for precision, twin in found.twins.items()},
         }
 
-    return todo.once(name, [models_hash(model), onnx.sha256], make)
+    return todo.once(name, [models_hash(model), [file.sha256 for file in files.values()]], make)
 
 
-def _row(job: Job, label: str, model: nn.Module, found: dict[str, Any], onnx: OnnxArtifact) -> ModelRow:
-    row = ModelRow.from_json(
-        {
-            "label": label,
-            "macs": count_macs(model.cpu(), stages.blank_image(job.loaded.spec)),
-            "params": count_params(model),
-            "file_bytes": onnx.bytes,
-            "onnx": None,
-            "latency": [],
-            **found,
-        }
-    )
-    return replace(row, onnx=onnx)
+def _rows(
+    job: Job, label: str, model: nn.Module, found: dict[str, Any], files: dict[str, OnnxArtifact]
+) -> list[ModelRow]:
+    """A row for the model with its fp32 file, and one for each file of lower precision."""
+    macs, params = count_macs(model.cpu(), stages.blank_image(job.loaded.spec)), count_params(model)
+    return [
+        ModelRow(
+            label=label if precision == "fp32" else f"{label} {precision}",
+            macs=macs,
+            params=params,
+            file_bytes=file.bytes,
+            card=ResultCard.from_json(found["card"]) if precision == "fp32" else None,
+            onnx_clean=Accuracy(**found["files"][precision]["clean"]),
+            onnx_robust=Accuracy(**found["files"][precision]["robust"]),
+            onnx=file,
+        )
+        for precision, file in files.items()
+    ]
 
 
-def _bench(job: Job, onnx: dict[str, OnnxArtifact], todo: StageLog, folder: Path) -> LatencyTable:
+def _bench(job: Job, rows: list[ModelRow], todo: StageLog) -> LatencyTable:
     section = job.recipe.bench
-    files = [(label, Path(found.path)) for label, found in onnx.items()]
+    files = [(row.label, row.onnx) for row in rows if row.onnx is not None]
 
     def make() -> dict[str, Any]:
         return measure_latency(
-            files,
+            [(label, Path(file.path)) for label, file in files],
             batches=section.batches,
             threads=section.threads,
             provider=section.provider,
@@ -164,8 +183,7 @@ def _bench(job: Job, onnx: dict[str, OnnxArtifact], todo: StageLog, folder: Path
             seed=job.recipe.seed,
         ).to_json()
 
-    stored = todo.once("bench", [found.sha256 for found in onnx.values()], make)
-    return LatencyTable.from_json(stored)
+    return LatencyTable.from_json(todo.once("bench", [file.sha256 for _, file in files], make))
 
 
 def notes(job: Job, plan: PruningPlan | None = None, table: LatencyTable | None = None) -> tuple[str, ...]:

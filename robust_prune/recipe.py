@@ -180,6 +180,10 @@ class ExportSection(Section):
 
     opset: int = Field(18, ge=18)
     """ONNX operator set version, 18 or newer."""
+    precisions: tuple[Literal["fp16", "int8"], ...] = ()
+    """Files of the smaller model to write beside the fp32 one; each is scored and timed as well."""
+    calibration_images: int = Field(128, ge=9)
+    """Training images that int8 takes the ranges of its activations from, and that both are checked on."""
 
 
 class BenchSection(Section):

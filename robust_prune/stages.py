@@ -13,9 +13,10 @@ from .attacks import ThreatModel
 from .data.base import DataBundle, ImageSet, first, random_subset
 from .errors import EnvironmentProblem
 from .evaluation.card import ResultCard
-from .evaluation.evaluate import Evaluation, evaluate_with_twin
+from .evaluation.evaluate import Evaluation, evaluate_with_twins
 from .evaluation.onnx_scores import OnnxTwin
 from .export.onnx import export_onnx
+from .export.precision import Precision, export_reduced
 from .export.types import OnnxArtifact
 from .models.layout import has_fast_bf16
 from .models.spec import ModelSpec
@@ -27,7 +28,7 @@ from .pruning.plan import make_plan
 from .pruning.reconstruction import reconstruct
 from .pruning.surgery import Surgery, apply
 from .pruning.types import PruningPlan
-from .recipe import EvaluationSection, PruningSection, Recipe, SensitivitySection, TrainSettings
+from .recipe import EvaluationSection, ExportSection, PruningSection, Recipe, SensitivitySection, TrainSettings
 from .sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from .sensitivity.estimators import measure
 from .sensitivity.profile import SensitivityProfile
@@ -214,10 +215,9 @@ def finetune(
     return train(model, data.train, data.validation, threat, settings, seed=seed, device=device, checkpoint=checkpoint)
 
 
-def parity_images(data: DataBundle) -> Tensor:
+def parity_images(data: DataBundle, count: int = PARITY_IMAGES) -> Tensor:
     """A few training images [N, C, H, W] in [0, 1] for the export's parity gate."""
-    count = min(PARITY_IMAGES, len(data.train))
-    x, _ = data.train.get(torch.arange(count))
+    x, _ = data.train.get(torch.arange(min(count, len(data.train))))
     return x.float() / 255
 
 
@@ -225,6 +225,22 @@ def export(model: nn.Module, spec: ModelSpec, data: DataBundle, path: Path, opse
     """Writes and checks the ONNX file of `model`."""
     manifest = {"model": spec.to_json(), "seed": seed}
     return export_onnx(model, path, parity_images(data), manifest=manifest, opset=opset, class_names=spec.class_names)
+
+
+def export_precisions(
+    model: nn.Module, data: DataBundle, source: Path, section: ExportSection
+) -> dict[Precision, OnnxArtifact]:
+    """The files of lower precision that the recipe wants, beside the fp32 file at `source`."""
+    images = parity_images(data, section.calibration_images)
+    return {
+        precision: export_reduced(source, reduced_path(source, precision), precision, model, images)
+        for precision in section.precisions
+    }
+
+
+def reduced_path(source: Path, precision: Precision) -> Path:
+    """Where a file of lower precision lies: ``model.int8.onnx`` beside ``model.onnx``."""
+    return source.with_name(f"{source.stem}.{precision}{source.suffix or '.onnx'}")
 
 
 def evaluate_model(
@@ -236,14 +252,14 @@ def evaluate_model(
     name: str,
     seed: int,
     device: str,
-    onnx: Path | None = None,
+    onnx: Mapping[str, Path] | None = None,
     state_path: Path | None = None,
 ) -> Evaluation:
-    """Clean and robust accuracy on test images; with `onnx`, also those of the exported file.
+    """Clean and robust accuracy on test images; with `onnx`, also those of exported files by name.
 
     The card names MACs and parameters too. Gradients are in bf16 where the hardware is fast at it.
     """
-    found = evaluate_with_twin(
+    found = evaluate_with_twins(
         model,
         first(data.test, section.images),
         threat,
@@ -258,7 +274,7 @@ def evaluate_model(
         state_path=state_path,
         precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
         sweep=section.sweep,
-        twin=OnnxTwin(onnx) if onnx is not None else None,
+        twins={name: OnnxTwin(path) for name, path in (onnx or {}).items()},
     )
     few, _ = data.test.get(torch.arange(1))
     macs = count_macs(model.cpu(), torch.zeros(few.shape))
@@ -269,7 +285,7 @@ def score_before_finetune(
     model: nn.Module, data: DataBundle, threat: ThreatModel, section: EvaluationSection, seed: int, device: str
 ) -> ResultCard:
     """Accuracy right after the cut, on held-out training images: the test split waits for the final figure."""
-    return evaluate_with_twin(
+    return evaluate_with_twins(
         model,
         first(data.validation, BEFORE_FINETUNE_IMAGES),
         threat,

@@ -117,9 +117,9 @@ def test_training_mode_is_flagged_and_comes_back(trained: Tiny, images: TensorIm
 
 
 def test_twin_flags_have_their_limits() -> None:
-    assert twin_flags(5, 1000, 500, 510) == []
-    assert "0.6 %" in twin_flags(6, 1000, 500, 500)[0]
-    assert "1.1 points" in twin_flags(0, 1000, 500, 511)[0]
+    assert twin_flags("fp32", 5, 1000, 500, 510) == []
+    assert "0.6 %" in twin_flags("fp32", 6, 1000, 500, 500)[0]
+    assert "1.1 points" in twin_flags("fp32", 0, 1000, 500, 511)[0]
 
 
 def test_non_finite_logits_never_count_as_right() -> None:

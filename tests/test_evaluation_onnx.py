@@ -22,7 +22,7 @@ from torch import Tensor
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.evaluation.card import Accuracy
-from robust_prune.evaluation.evaluate import evaluate_with_twin
+from robust_prune.evaluation.evaluate import evaluate_with_twins
 from robust_prune.evaluation.examples import make_examples
 from robust_prune.evaluation.onnx_scores import OnnxTwin, score_onnx
 
@@ -56,32 +56,33 @@ def test_the_file_is_scored_on_the_worst_points_of_its_model(
 ) -> None:
     twin = OnnxTwin(onnx_file)
     settings = {**NAMES, "steps": 5, "batch_size": 64}
-    result = evaluate_with_twin(trained, images, THREAT, **settings, twin=twin)
-    assert result.twin_clean == result.card.clean
-    assert result.twin_robust is not None
-    assert abs(result.twin_robust.correct - result.card.robust.correct) <= 1
+    result = evaluate_with_twins(trained, images, THREAT, **settings, twins={"fp32": twin})
+    assert result.twins["fp32"].clean == result.card.clean
+    assert abs(result.twins["fp32"].robust.correct - result.card.robust.correct) <= 1
     assert result.card.flags == ()
 
     class Backwards(OnnxTwin):
         def predict(self, images: Tensor) -> Tensor:
             return (super().predict(images) + 1) % CLASSES
 
-    wrong = evaluate_with_twin(trained, images, THREAT, **settings, twin=Backwards(onnx_file))
-    assert any("disagree on 100.0 % of clean images" in flag for flag in wrong.card.flags)
-    assert wrong.twin_robust == Accuracy(0, 150) or wrong.twin_robust.value < 0.5
+    twins = {"fp32": twin, "int8": Backwards(onnx_file)}
+    wrong = evaluate_with_twins(trained, images, THREAT, **settings, twins=twins)
+    assert "The int8 file and the torch model disagree on 100.0 % of clean images (limit 0.5 %)." in wrong.card.flags
+    assert not any("fp32" in flag for flag in wrong.card.flags)
+    assert wrong.twins["int8"].robust.value < 0.5 and wrong.twins["fp32"] == result.twins["fp32"]
 
 
 def test_twin_figures_survive_a_kill(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
-    settings = {**NAMES, "steps": 5, "batch_size": 32, "twin": OnnxTwin(onnx_file)}
+    settings = {**NAMES, "steps": 5, "batch_size": 32, "twins": {"fp32": OnnxTwin(onnx_file)}}
     model = DiesAfter(trained).eval()
-    whole = evaluate_with_twin(model, images, THREAT, **settings)
+    whole = evaluate_with_twins(model, images, THREAT, **settings)
     model.calls[0] = 60
     with pytest.raises(KilledError):
-        evaluate_with_twin(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+        evaluate_with_twins(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
     model.calls[0] = 10**9
-    resumed = evaluate_with_twin(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+    resumed = evaluate_with_twins(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
     assert same_but_for_time(whole.card, resumed.card)
-    assert (whole.twin_clean, whole.twin_robust) == (resumed.twin_clean, resumed.twin_robust)
+    assert whole.twins == resumed.twins
 
 
 def test_score_onnx_counts_and_refuses(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:

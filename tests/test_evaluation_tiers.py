@@ -25,7 +25,7 @@ from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, UsageError
 from robust_prune.evaluation.card import ResultCard
-from robust_prune.evaluation.evaluate import evaluate, evaluate_with_twin
+from robust_prune.evaluation.evaluate import evaluate, evaluate_with_twins
 from robust_prune.evaluation.flags import black_box_flags, gap_flags, sweep_flags
 from robust_prune.evaluation.tiers import TIERS
 
@@ -217,13 +217,12 @@ class Mirrored:
 def test_a_twin_is_attacked_directly_as_well(
     trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {**NAMES, **QUICK, "tier": "apgd", "twin": Mirrored(trained)}
-    attacked = evaluate_with_twin(trained, images, THREAT, **run)
+    run = {**NAMES, **QUICK, "tier": "apgd", "twins": {"fp32": Mirrored(trained)}}
+    attacked = evaluate_with_twins(trained, images, THREAT, **run)
     monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 1)
-    spared = evaluate_with_twin(trained, images, THREAT, **run)
-    assert attacked.twin_robust is not None and spared.twin_robust is not None
-    assert attacked.twin_robust.correct < spared.twin_robust.correct
-    assert any("gradient attacks on its torch model" in flag for flag in attacked.card.flags)
+    spared = evaluate_with_twins(trained, images, THREAT, **run)
+    assert attacked.twins["fp32"].robust.correct < spared.twins["fp32"].robust.correct
+    assert any("gradient attacks on the fp32 file's torch model" in flag for flag in attacked.card.flags)
     assert attacked.card.robust == spared.card.robust
 
 

@@ -21,6 +21,7 @@ from report_sample import card, latency, sample_examples, sample_run
 from rich.console import Console
 
 from robust_prune.bench.types import Ratio
+from robust_prune.evaluation.card import Accuracy
 from robust_prune.report import (
     ModelRow,
     RunReport,
@@ -140,14 +141,21 @@ def test_markdown_holds_the_same_figures() -> None:
     assert run.command in page and run.notes[0] in page
 
 
-def test_three_models_show_their_changes_in_the_cells() -> None:
+def test_many_models_stand_below_each_other() -> None:
     run = sample_run()
-    third = replace(run.models[1], label="int8", macs=80_050_000)
-    shown = headline_markdown(replace(run, models=(*run.models, third)))
-    assert "| pruned | int8 |" in shown.splitlines()[0]
-    assert "change" not in shown.splitlines()[0]
-    assert shown.count("(−50.0 %)") == 2
-    Page(render(replace(run, models=(*run.models, third))))
+    rows = (latency("pruned int8", 1, 0.61, Ratio(5.11, 5.0, 5.2, "faster")),)
+    third = replace(run.models[1], label="pruned int8", card=None, onnx_robust=Accuracy(180, 500), latency=rows)
+    run = replace(run, models=(*run.models, third))
+    lines = headline_markdown(run).splitlines()
+    assert lines[0] == "| model | MACs | params | file | b1, ms | b32, ms | clean, % | robust, % |"
+    assert lines[4].startswith("| pruned int8 | 80.05 M | 512 k | 2.11 MB | 0.610 (5.11× [5.00, 5.20]) | – | 72.2 [")
+    assert "| 36.0 [31.9, 40.3] |" in lines[4]
+    shown = [line for line in printed(run, 80).splitlines() if line.startswith("|")]
+    assert len(shown) == 2 + 3, "a line was wrapped"
+    assert all(figure in shown[-1] for figure in ("pruned int8", "0.610 5.11×", "36.0 [31.9, 40.3]"))
+    page = Page(render(run))
+    assert page is not None and "5.11 times as fast as the dense one" in " ".join(words.summary(run))
+    assert "The pruned model does 50" in words.summary(run)[0]
 
 
 def test_speed_inside_the_noise_floor_is_no_difference() -> None:
@@ -289,8 +297,14 @@ def test_tradeoff_needs_two_models_with_both_figures() -> None:
     drawn = charts.tradeoff(run)
     assert drawn.count("<circle") == 2 and "pruned" in drawn
     assert charts.tradeoff(replace(run, models=run.models[:1])) == ""
-    assert charts.tradeoff(replace(run, models=(run.models[0], replace(run.models[1], card=None)))) == ""
+    bare = replace(run.models[1], card=None, onnx_robust=None)
+    assert charts.tradeoff(replace(run, models=(run.models[0], bare))) == ""
     assert charts.speedups(replace(run, models=run.models[:1])) == ""
+
+
+def test_the_front_holds_what_no_other_model_beats() -> None:
+    assert charts.pareto([(3.0, 0.5), (1.0, 0.3), (2.0, 0.2), (2.5, 0.4), (3.5, 0.5)]) == [1, 3, 0]
+    assert charts.pareto([(1.0, 0.3), (1.0, 0.4)]) == [1] and charts.pareto([]) == []
 
 
 def test_curves_skip_what_is_not_finite() -> None:

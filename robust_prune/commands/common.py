@@ -63,6 +63,11 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text!r}: the value is not valid YAML") from error
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The parts of a flag that takes several values, separated by commas; None for a flag that was not given."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
 def check_model_path(model: str) -> None:
     """Raises `UsageError` early, before slow imports and data, when a model file is not there."""
     if model != DEMO and "/" not in model and not Path(model).exists():

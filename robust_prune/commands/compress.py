@@ -20,6 +20,7 @@ from .common import (
     TrustFlag,
     check_model_path,
     command_line,
+    listed,
     open_data,
     open_model_for,
     resolve,
@@ -47,6 +48,10 @@ def compress(
         ),
     ] = None,
     steps: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
+    tier: Annotated[str | None, Parameter(help="Evaluation: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,
+    precision: Annotated[
+        str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
+    ] = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Print the plan; write nothing.")] = False,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
@@ -69,6 +74,8 @@ def compress(
         "data.name": data,
         "finetune.epochs": epochs,
         "evaluation.images": images,
+        "evaluation.tier": tier,
+        "export.precisions": listed(precision),
         "seed": seed,
         "device": device,
     }

@@ -20,6 +20,7 @@ from .common import (
     SetFlag,
     TrustFlag,
     check_model_path,
+    listed,
     open_data,
     open_model_for,
     resolve,
@@ -60,7 +61,7 @@ def evaluate(
     """
     flags = {
         "evaluation.tier": tier,
-        "evaluation.sweep": None if sweep is None else [part.strip() for part in sweep.split(",") if part.strip()],
+        "evaluation.sweep": listed(sweep),
         "evaluation.steps": steps,
         "evaluation.restarts": restarts,
         "evaluation.images": images,
@@ -86,15 +87,16 @@ def evaluate(
     state = out.with_suffix(".state.npz") if out is not None else None
     found = stages.evaluate_model(
         loaded.model, bundle, threat, resolved.evaluation,
-        name=run_name(model), seed=resolved.seed, device=where, onnx=onnx, state_path=state,
+        name=run_name(model), seed=resolved.seed, device=where, onnx={"exported": onnx} if onnx else {},
+        state_path=state,
     )  # fmt: skip
     card = found.card
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)
-    if found.twin_clean and found.twin_robust:
-        console.print(f"ONNX clean       {found.twin_clean}", markup=False)
-        console.print(f"ONNX robust      {found.twin_robust}   at the same adversarial images", markup=False)
+    for twin in found.twins.values():
+        console.print(f"ONNX clean       {twin.clean}", markup=False)
+        console.print(f"ONNX robust      {twin.robust}   at the same adversarial images", markup=False)
     for line in _details(card, bundle.class_names):
         console.print(line, markup=False)
     for flag in card.flags:

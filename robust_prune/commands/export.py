@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -16,10 +16,14 @@ from .common import (
     SetFlag,
     TrustFlag,
     check_model_path,
+    listed,
     open_data,
     open_model_for,
     resolve,
 )
+
+if TYPE_CHECKING:
+    from ..export.types import OnnxArtifact
 
 
 def export(
@@ -29,6 +33,9 @@ def export(
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     opset: Annotated[int | None, Parameter(help="ONNX operator set, 18 or newer.")] = None,
+    precision: Annotated[
+        str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
+    ] = None,
     arch: ArchFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
@@ -40,7 +47,7 @@ def export(
     model
         A model file, or "demo" for the embedded one.
     """
-    flags = {"export.opset": opset, "data.name": data}
+    flags = {"export.opset": opset, "export.precisions": listed(precision), "data.name": data}
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
     bundle = open_data(resolved)
@@ -49,10 +56,16 @@ def export(
     from .. import stages
 
     found = stages.export(loaded.model, loaded.spec, bundle, out, resolved.export.opset, resolved.seed)
+    _say(found)
+    for reduced in stages.export_precisions(loaded.model, bundle, out, resolved.export).values():
+        _say(reduced)
+
+
+def _say(found: OnnxArtifact) -> None:
     parity = found.parity
     console.print(
-        f"{out}: {found.bytes / 1e6:.2f} MB, opset {found.opset}; largest logit error {parity.onnx_error:.2g} "
-        f"(torch fp32: {parity.torch_error:.2g}) against float64 on {parity.images} images, "
+        f"{found.path}: {found.precision}, {found.bytes / 1e6:.2f} MB, opset {found.opset}; largest logit error "
+        f"{parity.onnx_error:.2g} (torch fp32: {parity.torch_error:.2g}) against float64 on {parity.images} images, "
         f"classes agree on {100 * parity.argmax_agreement:.0f} %",
         markup=False,
     )

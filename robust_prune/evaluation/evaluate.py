@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +29,25 @@ FIRST_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A result card, and the twin's figures where there was one.
+class TwinAccuracy:
+    """What a twin gets right.
 
     Attributes:
-        card: clean and robust accuracy of the model.
-        twin_clean: accuracy of the twin without an attack.
-        twin_robust: images that the model gets right as they are, and the twin as they are, at the worst points found
-            on the model, and after the black-box check on the twin itself.
+        clean: images without an attack.
+        robust: images that the model gets right as they are, and the twin as they are, at the worst points found on
+            the model, and after the black-box check on the twin itself.
     """
 
+    clean: Accuracy
+    robust: Accuracy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result card, and the figures of the twins by name."""
+
     card: ResultCard
-    twin_clean: Accuracy | None = None
-    twin_robust: Accuracy | None = None
+    twins: dict[str, TwinAccuracy] = field(default_factory=dict)
 
 
 def evaluate(
@@ -62,15 +68,15 @@ def evaluate(
     precision: Precision = "fp32",
     sweep: Sequence[float] = (),
 ) -> ResultCard:
-    """Clean and robust accuracy of `model`; see `evaluate_with_twin`, of which this is the card."""
-    return evaluate_with_twin(
+    """Clean and robust accuracy of `model`; see `evaluate_with_twins`, of which this is the card."""
+    return evaluate_with_twins(
         model, images, threat, model_name=model_name, data_name=data_name, split=split, tier=tier, steps=steps,
         restarts=restarts, batch_size=batch_size, seed=seed, device=device, state_path=state_path, precision=precision,
         sweep=sweep,
     ).card  # fmt: skip
 
 
-def evaluate_with_twin(
+def evaluate_with_twins(
     model: nn.Module,
     images: ImageSet,
     threat: ThreatModel,
@@ -87,7 +93,7 @@ def evaluate_with_twin(
     state_path: Path | None = None,
     precision: Precision = "fp32",
     sweep: Sequence[float] = (),
-    twin: Twin | None = None,
+    twins: Mapping[str, Twin] | None = None,
 ) -> Evaluation:
     """Attacks every image that the model classifies rightly, and counts those that survive all attacks of the tier.
 
@@ -112,7 +118,7 @@ def evaluate_with_twin(
         precision: of the attacks' gradients. ``bf16`` is faster where the hardware has it. The ensemble of the
             ``standard`` tier stays in fp32.
         sweep: other radii to measure, by PGD with one start on the first images.
-        twin: the exported form of the model, scored on the clean images and on the worst points found.
+        twins: exported forms of the model by name, scored on the clean images and on the worst points found.
 
     Raises:
         UsageError: unknown tier or one that so few classes do not allow, no images, labels beyond the logits, weights
@@ -129,7 +135,7 @@ def evaluate_with_twin(
         job = Job(
             model=model, images=images, threat=threat, name=model_name, tier=chosen,
             steps=steps, restarts=restarts, sweep=tuple(sweep), batch_size=batch_size, seed=seed, device=where,
-            precision=precision, twin=twin, state_path=state_path, layout=fastest_layout(model, few),
+            precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
         )  # fmt: skip
         state = _begin(job)
         buffers = buffers_hash(model)
@@ -185,8 +191,8 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 def _begin(job: Job) -> EvalState:
     if job.state_path is None:
-        return EvalState.fresh("", len(job.images))
-    state, note = load_state(job.state_path, job.key, len(job.images))
+        return EvalState.fresh("", len(job.images), len(job.twins))
+    state, note = load_state(job.state_path, job.key, len(job.images), len(job.twins))
     if note:
         console.print(note, markup=False)
     return state
@@ -225,13 +231,13 @@ def _result(job: Job, state: EvalState, data_name: str, split: str) -> Evaluatio
         flags += gap_flags(breakdown["pgd"], robust.correct, total)
     if counters.black_box is not None:
         flags += black_box_flags("the model", *counters.black_box)
-    twin_clean = twin_robust = None
-    if job.twin is not None:
-        twin_clean = Accuracy(int(state.twin_clean.sum()), total)
-        twin_robust = Accuracy(int(state.twin_robust.sum()), total)
-        flags += twin_flags(counters.twin_mismatch, total, robust.correct, twin_robust.correct)
-        if counters.twin_black_box is not None:
-            flags += black_box_flags("its torch model", *counters.twin_black_box)
+    twins = {}
+    for index, name in enumerate(job.twins):
+        right = (Accuracy(int(found[index].sum()), total) for found in (state.twin_clean, state.twin_robust))
+        twins[name] = TwinAccuracy(*right)
+        flags += twin_flags(name, counters.twin_mismatch[index], total, robust.correct, twins[name].robust.correct)
+        if counters.twin_black_box:
+            flags += black_box_flags(f"the {name} file's torch model", *counters.twin_black_box[index])
     attack = job.tier.attack_line(counters.classes, job.steps, job.restarts)
     if job.threat.epsilon == 0:
         attack = "none: epsilon is 0"
@@ -244,7 +250,7 @@ def _result(job: Job, state: EvalState, data_name: str, split: str) -> Evaluatio
         per_class=_per_class(job, state), sweep=tuple(sweep.items()), model_hash=models_hash(job.model),
         images_hash=images_hash(job.images),
     )  # fmt: skip
-    return Evaluation(card, twin_clean, twin_robust)
+    return Evaluation(card, twins)
 
 
 def _radius(item: tuple[str, list[int]]) -> float:

@@ -199,10 +199,11 @@ def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
     return []
 
 
-def twin_flags(mismatch: int, total: int, robust: int, twin_robust: int) -> list[str]:
+def twin_flags(name: str, mismatch: int, total: int, robust: int, twin_robust: int) -> list[str]:
     """The exported file and the torch model disagree on more than 0.5 % of clean images or 1 point of robustness.
 
     Args:
+        name: of the file, such as its precision.
         mismatch: clean images that the two classify differently.
         total: images.
         robust, twin_robust: images on which each survives the same adversarial points.
@@ -210,8 +211,8 @@ def twin_flags(mismatch: int, total: int, robust: int, twin_robust: int) -> list
     flags = []
     if mismatch > TWIN_CLEAN_SHARE * total:
         share = 100 * mismatch / total
-        flags.append(f"The exported file and the torch model disagree on {share:.1f} % of clean images (limit 0.5 %).")
+        flags.append(f"The {name} file and the torch model disagree on {share:.1f} % of clean images (limit 0.5 %).")
     gap = 100 * abs(robust - twin_robust) / total
     if gap > TWIN_ROBUST_POINTS:
-        flags.append(f"The exported file's robust accuracy is {gap:.1f} points off the torch model's (limit 1).")
+        flags.append(f"The {name} file's robust accuracy is {gap:.1f} points off the torch model's (limit 1).")
     return flags

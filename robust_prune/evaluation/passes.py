@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Job:
     seed: int
     device: torch.device
     precision: Precision
-    twin: Twin | None
+    twins: Mapping[str, Twin]
     state_path: Path | None
     layout: torch.memory_format
 
@@ -74,7 +74,8 @@ class Job:
     def key(self) -> str:
         """Hash of what the outcome depends on."""
         settings = [self.threat.to_json(), self.tier.name, self.steps, self.restarts, self.sweep, self.batch_size]
-        identity = [models_hash(self.model), images_hash(self.images), self.twin.key if self.twin else ""]
+        twins = {name: twin.key for name, twin in self.twins.items()}
+        identity = [models_hash(self.model), images_hash(self.images), twins]
         return digest([settings, self.seed, self.precision, identity])
 
     def stages(self, state: EvalState) -> tuple[Stage, ...]:
@@ -113,11 +114,11 @@ def clean_pass(job: Job, state: EvalState) -> None:
                 predicted, _ = score(job.model, x, y)
                 state.clean[start:stop] = (predicted == y).cpu().numpy()
                 state.robust[start:stop] = state.clean[start:stop]
-                if job.twin is not None:
-                    twin = job.twin.predict(x.cpu())
-                    state.twin_clean[start:stop] = (twin == y.cpu()).numpy()
-                    state.twin_robust[start:stop] = state.twin_clean[start:stop] & state.clean[start:stop]
-                    counters.twin_mismatch += int((twin != predicted.cpu()).sum())
+                for index, twin in enumerate(job.twins.values()):
+                    other = twin.predict(x.cpu())
+                    state.twin_clean[index, start:stop] = (other == y.cpu()).numpy()
+                    state.twin_robust[index, start:stop] = state.twin_clean[index, start:stop] & state.clean[start:stop]
+                    counters.twin_mismatch[index] += int((other != predicted.cpu()).sum())
                 counters.clean_done = stop
             advance(stop - start, f"clean {state.clean[:stop].mean():.1%}")
 
@@ -162,12 +163,16 @@ def _attack_batch(
     state.fell[rows[~survives]] = index
     state.counters.forwards += counted.forwards
     state.counters.backwards += counted.backwards
-    if job.twin is not None:
-        state.twin_robust[rows] &= (job.twin.predict(worst.cpu()) == y.cpu()).numpy()
+    _show_twins(job, state, rows, worst, y)
+
+
+def _show_twins(job: Job, state: EvalState, rows: NDArray[np.int64], points: Tensor, y: Tensor) -> None:
+    for index, twin in enumerate(job.twins.values()):
+        state.twin_robust[index, rows] &= (twin.predict(points.cpu()) == y.cpu()).numpy()
 
 
 def black_box_pass(job: Job, state: EvalState) -> None:
-    """Square on a few survivors, of the model and of its twin directly: what it breaks, the gradients had hidden."""
+    """Square on a few survivors, of the model and of its twins directly: what it breaks, the gradients had hidden."""
     if not (job.tier.black_box and job.threat.epsilon):
         return
     counters = state.counters
@@ -180,24 +185,30 @@ def black_box_pass(job: Job, state: EvalState) -> None:
                 return logits
 
         with _timed(job, state):
-            checked, broken = _black_box(job, state.robust, exact, f"{job.name}: Square on survivors")
-            state.robust[broken] = False
-            state.fell[broken] = len(job.stages(state))
+            rows, points, y, fallen = _black_box(job, state.robust, exact, f"{job.name}: Square on survivors")
+            state.robust[rows[fallen]] = False
+            state.fell[rows[fallen]] = len(job.stages(state))
+            _show_twins(job, state, rows, points, y)
             counters.forwards += counted.forwards
-            counters.black_box = [checked, len(broken)]
-    if job.twin is not None and counters.twin_black_box is None:
+            counters.black_box = [len(rows), int(fallen.sum())]
+    for index, (name, twin) in enumerate(job.twins.items()):
+        if index < len(counters.twin_black_box):
+            continue
+        label = f"{job.name}: Square on its file ({name})"
         with _timed(job, state):
-            checked, broken = _black_box(job, state.twin_robust, job.twin.logits, f"{job.name}: Square on its file")
-            state.twin_robust[broken] = False
-            counters.twin_black_box = [checked, len(broken)]
+            rows, _, _, fallen = _black_box(job, state.twin_robust[index], twin.logits, label)
+            state.twin_robust[index, rows[fallen]] = False
+            counters.twin_black_box.append([len(rows), int(fallen.sum())])
 
 
-def _black_box(job: Job, survivors: Flags, predict: Predict, label: str) -> tuple[int, NDArray[np.int64]]:
-    """How many survivors were tried, and the positions of those that fell."""
+def _black_box(
+    job: Job, survivors: Flags, predict: Predict, label: str
+) -> tuple[NDArray[np.int64], Tensor, Tensor, Flags]:
+    """Positions of the survivors that were tried, their points and labels, and which of them fell."""
     rows = np.flatnonzero(survivors)[:CHECK_IMAGES]
-    if len(rows) == 0:
-        return 0, rows
     x, y = job.get(torch.from_numpy(rows))
+    if len(rows) == 0:
+        return rows, x, y, np.zeros(0, dtype=np.bool_)
     with track(label, BLACK_BOX_QUERIES) as advance:
 
         def shown(images: Tensor) -> Tensor:
@@ -208,8 +219,8 @@ def _black_box(job: Job, survivors: Flags, predict: Predict, label: str) -> tupl
         points = square(shown, x, y, job.threat, queries=BLACK_BOX_QUERIES, generator=generator)
     check_points(points, x, job.threat)
     with torch.no_grad():
-        wrong = misclassified(predict(points).to(y.device), y).cpu().numpy()
-    return len(rows), rows[wrong]
+        fallen = misclassified(predict(points).to(y.device), y).cpu().numpy()
+    return rows, points, y, fallen
 
 
 def sweep_pass(job: Job, state: EvalState) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ..run_dir import atomic_write
 
 Flags = NDArray[np.bool_]
-ARRAYS = ("clean", "robust", "twin_clean", "twin_robust")
+ARRAYS = ("clean", "robust")
+TWIN_ARRAYS = ("twin_clean", "twin_robust")
 
 
 @dataclass
@@ -26,10 +27,11 @@ class Counters:
         stage: attacks of the tier that are over.
         attacked: images that the present one has attacked (a prefix of those that stood when it began).
         forwards, backwards: image passes spent by the attack and by the scoring of its results.
-        twin_mismatch: clean images on which model and twin predict different classes.
+        twin_mismatch: by twin, clean images on which it and the model predict different classes.
         seconds: wall time, earlier interrupted runs included.
         flags: warnings raised so far.
-        black_box, twin_black_box: survivors that the black-box check tried and broke; None until it has run.
+        black_box: survivors that the black-box check tried and broke; None until it has run.
+        twin_black_box: the same for each twin that it has run on.
         sweep: images that survive, and images tried, by the radius as a string.
     """
 
@@ -39,17 +41,17 @@ class Counters:
     attacked: int = 0
     forwards: int = 0
     backwards: int = 0
-    twin_mismatch: int = 0
+    twin_mismatch: list[int] = field(default_factory=list)
     seconds: float = 0.0
     flags: list[str] = field(default_factory=list)
     black_box: list[int] | None = None
-    twin_black_box: list[int] | None = None
+    twin_black_box: list[list[int]] = field(default_factory=list)
     sweep: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
 class EvalState:
-    """Per-image outcomes ([N] each, in the order of the image set) and the counters.
+    """Per-image outcomes ([N], for twins [T, N], in the order of the image set) and the counters.
 
     Attributes:
         key: hash of what they depend on.
@@ -68,10 +70,12 @@ class EvalState:
     counters: Counters
 
     @classmethod
-    def fresh(cls, key: str, total: int) -> EvalState:
+    def fresh(cls, key: str, total: int, twins: int = 0) -> EvalState:
         """The state before the first of `total` images."""
         flags = {name: np.zeros(total, dtype=np.bool_) for name in ARRAYS}
-        return cls(key=key, counters=Counters(), fell=np.full(total, -1, dtype=np.int8), **flags)
+        flags |= {name: np.zeros((twins, total), dtype=np.bool_) for name in TWIN_ARRAYS}
+        counters = Counters(twin_mismatch=[0] * twins)
+        return cls(key=key, counters=counters, fell=np.full(total, -1, dtype=np.int8), **flags)
 
     def save(self, path: Path) -> None:
         """Writes the state atomically."""
@@ -79,32 +83,37 @@ class EvalState:
 
         def write(part: Path) -> None:
             with part.open("wb") as stream:
-                np.savez(stream, head=head, fell=self.fell, **{name: getattr(self, name) for name in ARRAYS})
+                np.savez(
+                    stream, head=head, fell=self.fell, **{name: getattr(self, name) for name in (*ARRAYS, *TWIN_ARRAYS)}
+                )
 
         atomic_write(path, write)
 
 
-def load_state(path: Path, key: str, total: int) -> tuple[EvalState, str]:
+def load_state(path: Path, key: str, total: int, twins: int = 0) -> tuple[EvalState, str]:
     """The stored state if it was made under `key`, else a fresh one.
 
     Returns:
         The state, and a sentence saying why a stored file was not used (empty otherwise).
     """
     if not path.exists():
-        return EvalState.fresh(key, total), ""
+        return EvalState.fresh(key, total, twins), ""
     try:
         with np.load(path, allow_pickle=False) as stored:
             head = json.loads(stored["head"].tobytes().decode())
-            arrays = {name: np.array(stored[name]) for name in ARRAYS}
+            arrays = {name: np.array(stored[name]) for name in (*ARRAYS, *TWIN_ARRAYS)}
             fell = np.array(stored["fell"])
         found = head.pop("key")
         counters = Counters(**head)
-        whole = all(a.shape == (total,) and a.dtype == np.bool_ for a in arrays.values())
+        shapes = {**dict.fromkeys(ARRAYS, (total,)), **dict.fromkeys(TWIN_ARRAYS, (twins, total))}
+        whole = all(a.shape == shapes[name] and a.dtype == np.bool_ for name, a in arrays.items())
         whole = whole and fell.shape == (total,) and fell.dtype == np.int8
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        return EvalState.fresh(key, total), f"{path} is damaged ({type(error).__name__}): the evaluation starts over."
+        return EvalState.fresh(
+            key, total, twins
+        ), f"{path} is damaged ({type(error).__name__}): the evaluation starts over."
     if found != key:
-        return EvalState.fresh(key, total), f"{path} belongs to another model or other settings: starting over."
+        return EvalState.fresh(key, total, twins), f"{path} belongs to another model or other settings: starting over."
     if not whole:
-        return EvalState.fresh(key, total), f"{path} is damaged (wrong shapes): the evaluation starts over."
+        return EvalState.fresh(key, total, twins), f"{path} is damaged (wrong shapes): the evaluation starts over."
     return EvalState(key=key, counters=counters, fell=fell, **arrays), ""

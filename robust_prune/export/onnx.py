@@ -128,8 +128,8 @@ def _manifest_text(manifest: dict[str, Any], images: Tensor, class_names: Sequen
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the exporter, whose advice is for those who write its converters."""
+def quiet() -> Iterator[None]:
+    """Silences exporters and converters, whose advice is for those who write them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -142,7 +142,7 @@ def _quiet() -> Iterator[None]:
 
 def _trace(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 (example,),

@@ -37,6 +37,7 @@ class OnnxArtifact:
         sha256: of the file.
         flushed_subnormals: weights that were subnormal and are now zero.
         parity: outcome of the gate.
+        precision: ``fp32``, ``fp16`` or ``int8``.
     """
 
     path: str
@@ -45,6 +46,7 @@ class OnnxArtifact:
     sha256: str
     flushed_subnormals: int
     parity: Parity
+    precision: str = "fp32"
 
     def to_json(self) -> dict[str, Any]:
         """The artifact as plain JSON values."""

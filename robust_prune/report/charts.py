@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -20,22 +21,28 @@ LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
 
 
 def tradeoff(run: RunReport) -> Markup:
-    """Robust accuracy over median latency, with both 95 % intervals; empty unless two models have both figures."""
+    """Robust accuracy over median latency, with both 95 % intervals; empty unless two models have both figures.
+
+    A line joins two models, and the Pareto front of more: those that no other is both faster and more robust than. A
+    file's own accuracy is taken where it was measured.
+    """
     keys = latency_keys(run)
     if not keys:
         return Markup("")
     found = []
     for model in run.models:
         row = find_latency(model, keys[0])
-        if row is not None and model.card is not None and model.card.robust.total:
-            found.append((model.label, row, model.card.robust))
+        robust = model.onnx_robust or (model.card.robust if model.card is not None else None)
+        if row is not None and robust is not None and robust.total:
+            found.append((model.label, row, robust))
     if len(found) < 2:
         return Markup("")
     x = svg.axis([0.0, *(row.p50_high for _, row, _ in found)], LEFT, RIGHT)
     y = svg.axis([100 * bound for _, _, robust in found for bound in robust.interval], BOTTOM, TOP)
     parts = svg.frame(x, y, f"median latency in ms, batch {keys[0][2]} (left is faster)", "robust accuracy in %")
     places = [(x(row.p50_ms), y(100 * robust.value)) for _, row, robust in found]
-    parts += [svg.line(*places[0], *place, "link") for place in places[1:]]
+    front = pareto([(row.p50_ms, robust.value) for _, row, robust in found]) if len(found) > 2 else [0, 1]
+    parts += [svg.line(*places[a], *places[b], "link") for a, b in pairwise(front)]
     for position, (name, row, robust) in enumerate(found):
         css = "base" if position == 0 else "main"
         low, high = robust.interval
@@ -49,6 +56,15 @@ def tradeoff(run: RunReport) -> Markup:
         drop = 18 if position and py > places[0][1] else -9
         parts.append(svg.label(px + shift, py + drop, name, f"name {css}", anchor))
     return svg.figure(WIDTH, HEIGHT, "Robust accuracy against latency", parts)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points (cost, value) that no other point beats in both, by rising cost."""
+    front: list[int] = []
+    for position in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[position][1] > points[front[-1]][1]:
+            front.append(position)
+    return front
 
 
 def speedups(run: RunReport) -> Markup:

@@ -14,6 +14,7 @@ from . import text
 from .types import ModelRow, RunReport
 
 MAX_LATENCY_LINES = 3
+SIDE_BY_SIDE = 2
 LatencyKey = tuple[str, str, int, int]
 
 
@@ -111,11 +112,16 @@ def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Li
         digits = text.decimals(row.p50_ms)
         change = text.speedup(row.speedup) if position else ""
         cells.append(Cell(f"{row.p50_ms:.{digits}f}", text.span(row.p50_low, row.p50_high, digits), change))
+    detail = f"median, batch {batch}, {_threads(threads)}, {provider.removesuffix('ExecutionProvider')}, {kind}"
+    return Line(f"Latency {_short_latency(key, keys)}, ms", "Latency", detail, " ms", tuple(cells))
+
+
+def _short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
+    """What tells one measurement from the others, e.g. ``b32 t2``."""
+    _, kind, batch, threads = key
     many_threads = len({k[3] for k in keys}) > 1
     many_kinds = len({k[1] for k in keys}) > 1
-    short = f"Latency b{batch}" + (f" t{threads}" if many_threads else "") + (f" {kind}" if many_kinds else "")
-    detail = f"median, batch {batch}, {_threads(threads)}, {provider.removesuffix('ExecutionProvider')}, {kind}"
-    return Line(f"{short}, ms", "Latency", detail, " ms", tuple(cells))
+    return f"b{batch}" + (f" t{threads}" if many_threads else "") + (f" {kind}" if many_kinds else "")
 
 
 def _threads(count: int) -> str:
@@ -156,13 +162,70 @@ def caption(run: RunReport) -> str:
     return " ".join(sentences)
 
 
+def is_wide(run: RunReport) -> bool:
+    """Whether there are so many models that they stand below each other rather than side by side."""
+    return len(run.models) > SIDE_BY_SIDE
+
+
+def wide_heads(run: RunReport, brief: bool = False) -> list[str]:
+    """Column heads of the table with a line a model."""
+    keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
+    times = [f"{_short_latency(key, keys)}, ms" for key in keys]
+    sizes = ["MACs", "file"] if brief else ["MACs", "params", "file"]
+    return ["model", *sizes, *times, *(["clean", "robust"] if brief else ["clean, %", "robust, %"])]
+
+
+def wide_rows(run: RunReport, brief: bool = False) -> list[list[Cell]]:
+    """A line a model: its name, size, latencies with speed-up, and the accuracies of its file, else of the model.
+
+    Args:
+        run: what to show.
+        brief: as much as 80 columns hold.
+    """
+    keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
+    rows = []
+    for position, model in enumerate(run.models):
+        row = [Cell(model.label), Cell(text.quantity(model.macs))]
+        row += [] if brief else [Cell(text.quantity(model.params))]
+        row.append(Cell(text.file_size(model.file_bytes)))
+        for key in keys:
+            found = find_latency(model, key)
+            if found is None:
+                row.append(Cell(text.NONE))
+                continue
+            digits = text.decimals(found.p50_ms)
+            faster = text.short_speedup(found.speedup) if brief else text.speedup(found.speedup)
+            row.append(Cell(f"{found.p50_ms:.{digits}f}", "", faster if position else ""))
+        row += [_accuracy_cell(model.onnx_clean or (model.card.clean if model.card else None))]
+        row += [_accuracy_cell(model.onnx_robust or (model.card.robust if model.card else None))]
+        rows.append(row)
+    return rows
+
+
+def _accuracy_cell(accuracy: Accuracy | None) -> Cell:
+    if accuracy is None or not accuracy.total:
+        return Cell(text.NONE)
+    return Cell(f"{100 * accuracy.value:.1f}", text.accuracy_span(accuracy))
+
+
+def _with_change(cell: Cell) -> str:
+    return cell.plain + (f" ({cell.change})" if cell.change else "")
+
+
 def headline_table(run: RunReport) -> Table:
     """The headline table for a terminal; its lines are Markdown, so that it can be pasted into a report."""
     table = Table(box=box.MARKDOWN, caption=caption(run), caption_justify="left", title=None)
+    if is_wide(run):
+        for position, head in enumerate(wide_heads(run, brief=True)):
+            table.add_column(head, justify="right" if position else "left", overflow="fold")
+        for row in wide_rows(run, brief=True):
+            *others, clean, robust = row
+            table.add_row(*(f"{c.value} {c.change}".strip() for c in others), clean.value, robust.plain)
+        return table
     table.add_column("")
     for model in run.models:
         table.add_column(model.label, justify="right")
-    pair = len(run.models) == 2
+    pair = len(run.models) == SIDE_BY_SIDE
     if pair:
         table.add_column("change", justify="right")
     for line in headline_lines(run):
@@ -171,17 +234,20 @@ def headline_table(run: RunReport) -> Table:
 
 
 def _plain_cells(line: Line, pair: bool) -> list[str]:
-    if pair:
-        return [cell.plain for cell in line.cells] + [line.cells[-1].change]
-    return [cell.plain + (f" ({cell.change})" if cell.change else "") for cell in line.cells]
+    return [cell.plain for cell in line.cells] + ([line.cells[-1].change] if pair else [])
 
 
 def headline_markdown(run: RunReport) -> str:
     """The headline table as Markdown."""
-    pair = len(run.models) == 2
-    heads = ["", *(_cell_text(m.label) for m in run.models), *(["change"] if pair else [])]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-    lines += [_row([line.short, *_plain_cells(line, pair)]) for line in headline_lines(run)]
+    if is_wide(run):
+        heads = wide_heads(run)
+        body = [[_with_change(cell) for cell in row] for row in wide_rows(run)]
+    else:
+        pair = len(run.models) == SIDE_BY_SIDE
+        heads = ["", *(m.label for m in run.models), *(["change"] if pair else [])]
+        body = [[line.short, *_plain_cells(line, pair)] for line in headline_lines(run)]
+    lines = [_row([_cell_text(head) for head in heads]), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [_row([_cell_text(cell) for cell in cells]) for cells in body]
     return "\n".join(lines) + f"\n\n{caption(run)}\n"
 
 

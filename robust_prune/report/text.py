@@ -82,6 +82,13 @@ def speedup(ratio: Ratio | None) -> str:
     return f"no difference, {text}" if ratio.verdict == "no difference" else text
 
 
+def short_speedup(ratio: Ratio | None) -> str:
+    """Speed-up without its interval; ``=`` inside the noise floor."""
+    if ratio is None:
+        return ""
+    return "=" if ratio.verdict == "no difference" else f"{ratio.value:.3g}{TIMES}"
+
+
 def attack_name(card: ResultCard) -> str:
     """The attack's short name, e.g. ``PGD-20`` or ``AutoAttack``."""
     if card.tier in ATTACK_NAMES:

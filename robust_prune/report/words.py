@@ -19,10 +19,10 @@ class Tile:
 
 
 def tiles(run: RunReport) -> list[Tile]:
-    """The last model against the first: compute, size, speed, robustness."""
+    """The second model against the first: compute, size, speed, robustness."""
     if len(run.models) < 2:
         return []
-    before, after = run.models[0], run.models[-1]
+    before, after = run.models[0], run.models[1]
     found = [
         Tile("Compute", text.relative(after.macs, before.macs), _from_to(before.macs, after.macs) + " MACs"),
         Tile("Parameters", text.relative(after.params, before.params), _from_to(before.params, after.params)),
@@ -47,8 +47,10 @@ def summary(run: RunReport) -> list[str]:
     """Two or three sentences that a reader without the tables understands."""
     if len(run.models) < 2:
         return [_alone(run.models[0])] if run.models and run.models[0].card else []
-    before, after = run.models[0], run.models[-1]
-    return [s for s in (_size(before, after), _speed(run, before, after), _accuracy(before, after)) if s]
+    before, after = run.models[0], run.models[1]
+    found = [_size(before, after), _speed(run, before, after), _accuracy(before, after)]
+    found += [_reduced(run, model) for model in run.models[2:] if model.card is None]
+    return [sentence for sentence in found if sentence]
 
 
 def _alone(model: ModelRow) -> str:
@@ -82,6 +84,19 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
     return (
         f"It is {row.speedup.value:.2f} times as fast {where} "
         f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f})."
+    )
+
+
+def _reduced(run: RunReport, model: ModelRow) -> str:
+    """A file of lower precision, whose accuracy is its own."""
+    keys = latency_keys(run)
+    row = find_latency(model, keys[0]) if keys else None
+    robust = model.onnx_robust
+    if row is None or row.speedup is None or robust is None:
+        return ""
+    return (
+        f"The {model.label} file is {row.speedup.value:.2f} times as fast as the {run.models[0].label} one at batch "
+        f"{row.batch} and right on {text.percent(robust.value)} of the images even when each one is attacked."
     )
 
 

@@ -1,0 +1,37 @@
+"""robust-prune report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..console import console
+from ..errors import UsageError
+from .common import command_line
+
+
+def report(
+    *runs: Path,
+    out: Annotated[Path, Parameter(help="Folder for report.html, result.json and the tables.")] = Path("runs/report"),
+) -> None:
+    """Draw the report of finished runs again, several of them in one table and one Pareto plot.
+
+    Parameters
+    ----------
+    runs
+        Run folders.
+    """
+    if not runs:
+        raise UsageError("no run given. Try: robust-prune report runs/one runs/two --out runs/both")
+
+    from ..report.compare import compare, load_run, run_names
+    from ..report.files import write
+    from ..report.table import headline_table
+
+    loaded = dict(zip(run_names(runs), map(load_run, runs), strict=True))
+    joint = compare(loaded, command_line()) if len(loaded) > 1 else next(iter(loaded.values()))
+    write(joint, out)
+    console.print(headline_table(joint))
+    console.print(f"{out / 'report.html'}", markup=False)

@@ -1,0 +1,109 @@
+"""Several runs in one report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import UsageError
+from .types import ModelRow, RunReport
+
+RESULT = "result.json"
+
+
+def load_run(path: str | Path) -> RunReport:
+    """The report of a run folder, or of its ``result.json``.
+
+    Raises:
+        UsageError: there is none, or it is no result of robust-prune.
+    """
+    path = Path(path)
+    file = path / RESULT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{path} holds no {RESULT}. Give the folder of a finished run.")
+    try:
+        return RunReport.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UsageError(f"{file} is not a result of robust-prune ({type(error).__name__}: {error}).") from error
+
+
+def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
+    """One report over the models of several runs.
+
+    Runs that start from the same dense file, evaluated in the same way, share its row, the first run's; others bring
+    their own. Latencies were measured run by run: every ratio is against the dense file of its own run, in which the
+    two were interleaved, and is the figure to compare across runs.
+
+    Args:
+        runs: by the name that their models carry in the tables; two or more.
+        command: what repeats the report.
+
+    Raises:
+        UsageError: fewer than two runs, a run without models, or runs whose robust accuracies differ in threat model,
+            tier, data or number of images and so cannot stand in one table.
+    """
+    if len(runs) < 2:
+        raise UsageError(f"a comparison needs at least two runs, got {len(runs)}.")
+    _check_comparable(runs)
+    models: list[ModelRow] = []
+    known: dict[object, str] = {}
+    for name, run in runs.items():
+        dense, *others = run.models
+        identity = _identity(dense)
+        if identity not in known:
+            known[identity] = name
+            models.append(dense if len(known) == 1 else replace(dense, label=f"{name}: {dense.label}"))
+        models += [replace(model, label=f"{name}: {model.label}") for model in others]
+    return RunReport(
+        title=f"{len(runs)} runs side by side",
+        command=command,
+        recipe={},
+        notes=(
+            "Each run was timed by itself: a speed-up is against the dense file of its own run; milliseconds of "
+            "different runs may come from different moments of the machine, or from different machines.",
+            *dict.fromkeys(note for run in runs.values() for note in run.notes),
+        ),
+        models=tuple(models),
+        environment={name: run.environment for name, run in runs.items()},
+        seconds={name: sum(run.seconds.values()) for name, run in runs.items()},
+        created=max(run.created for run in runs.values()),
+        version=", ".join(dict.fromkeys(run.version for run in runs.values())),
+        latency_protocol=next((run.latency_protocol for run in runs.values() if run.latency_protocol), ""),
+    )
+
+
+def run_names(paths: Sequence[str | Path]) -> list[str]:
+    """A short name for each run: its folder's, with as much of the path as tells it from the others."""
+    parts = [(p.parent if p.name == RESULT else p).absolute().parts for p in map(Path, paths)]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"the same run was given twice: {', '.join(map(str, paths))}.")
+
+
+def _identity(model: ModelRow) -> object:
+    card = model.card
+    outcome = (card.clean, card.robust) if card else None
+    return (model.onnx.sha256 if model.onnx else model.label, outcome)
+
+
+def _check_comparable(runs: Mapping[str, RunReport]) -> None:
+    first: tuple[str, tuple[object, ...]] | None = None
+    for name, run in runs.items():
+        if not run.models:
+            raise UsageError(f"run {name} holds no models.")
+        card = next((m.card for m in run.models if m.card), None)
+        if card is None:
+            continue
+        terms = (card.threat["norm"], card.threat["epsilon"], card.tier, card.attack, card.data, card.clean.total)
+        if first is None:
+            first = name, terms
+        elif terms != first[1]:
+            here, there = (f"{t[3]} at {t[0]} {t[1]:.4g} on {t[5]} images of {t[4]}" for t in (terms, first[1]))
+            raise UsageError(
+                f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. Evaluate "
+                "them in the same way first."
+            )
