@@ -24,11 +24,11 @@ def other_run() -> RunReport:
 
 def test_runs_from_one_dense_model_share_its_row() -> None:
     joint = compare({"half": sample_run(), "quarter": other_run()}, "robust-prune report half quarter")
-    assert [model.label for model in joint.models] == ["dense", "half: pruned", "quarter: pruned"]
+    assert [model.label for model in joint.models] == ["dense", "half pruned", "quarter pruned"]
     assert joint.command == "robust-prune report half quarter" and "own run" in joint.notes[0]
     table = headline_markdown(joint).splitlines()
     assert len([line for line in table if line.startswith("|")]) == 5
-    assert "| 30.0 [26.1, 34.2] |" in next(line for line in table if "quarter: pruned" in line)
+    assert "| 30.0 [26.1, 34.2] |" in next(line for line in table if "quarter pruned" in line)
 
 
 def test_another_dense_model_brings_its_row() -> None:
@@ -37,7 +37,7 @@ def test_another_dense_model_brings_its_row() -> None:
         other, models=(replace(other.models[0], onnx=replace(artifact("x", 1), sha256="cd" * 32)), other.models[1])
     )
     joint = compare({"a": sample_run(), "b": other})
-    assert [model.label for model in joint.models] == ["dense", "a: pruned", "b: dense", "b: pruned"]
+    assert [model.label for model in joint.models] == ["dense", "a pruned", "b dense", "b pruned"]
 
 
 def test_what_was_measured_differently_does_not_share_a_table() -> None:
@@ -66,9 +66,9 @@ def test_the_command_writes_the_joint_report(tmp_path: Path, capsys: pytest.Capt
     folders = [str(tmp_path / name) for name in ("half", "quarter")]
     app(["report", *folders, "--out", str(tmp_path / "both")], exit_on_error=False)
     page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
-    assert "quarter: pruned" in page and "2 runs side by side" in page
+    assert "quarter pruned" in page and "2 runs side by side" in page
     assert load_run(tmp_path / "both").models[2].macs == 40_000_000
-    assert "half: pruned" in capsys.readouterr().out
+    assert "half pruned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

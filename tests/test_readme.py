@@ -30,7 +30,7 @@ def test_every_command_is_understood(command):
 
 def test_there_are_commands_for_every_verb():
     assert {command.split()[1] for command in COMMANDS} >= {
-        "compress", "train", "sensitivity", "evaluate", "export", "bench", "doctor", "recipes",
+        "compress", "train", "sensitivity", "evaluate", "export", "bench", "report", "doctor", "recipes",
     }  # fmt: skip
 
 

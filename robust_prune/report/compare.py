@@ -54,8 +54,8 @@ def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
         identity = _identity(dense)
         if identity not in known:
             known[identity] = name
-            models.append(dense if len(known) == 1 else replace(dense, label=f"{name}: {dense.label}"))
-        models += [replace(model, label=f"{name}: {model.label}") for model in others]
+            models.append(dense if len(known) == 1 else replace(dense, label=f"{name} {dense.label}"))
+        models += [replace(model, label=f"{name} {model.label}") for model in others]
     return RunReport(
         title=f"{len(runs)} runs side by side",
         command=command,
