@@ -45,7 +45,7 @@ class Probabilities(Wrapped):
 
 class Saturated(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
-        return 1e5 * self.model(x)
+        return 1e4 * self.model(x)
 
 
 class MovesBuffers(Wrapped):
@@ -75,6 +75,18 @@ class NotFinite(Wrapped):
         return torch.where(x.mean((1, 2, 3)).unsqueeze(1) > 0.45, logits * float("inf"), logits)
 
 
+class WantsBytes(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x / 255)
+
+
+class WantsNormalised(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(
+            x * x.new_tensor([[[0.229]], [[0.224]], [[0.225]]]) + x.new_tensor([[[0.485]], [[0.456]], [[0.406]]])
+        )
+
+
 class BackToTraining(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         self.model.train()
@@ -90,6 +102,8 @@ class BackToTraining(Wrapped):
         (UsesTheBatch, "depend on the batch"),
         (Noisy, "Two passes over the same images differ"),
         (NotFinite, "not finite; they count as wrong"),
+        (WantsBytes, "better (limit 10) on images in [0, 255]"),
+        (WantsNormalised, "better (limit 10) on images normalised by ImageNet"),
         (BackToTraining, "back into training mode"),
     ],
 )

@@ -17,7 +17,7 @@ from robust_prune.pruning.groups import find_groups
 from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
 from robust_prune.pruning.plan import make_plan
 from robust_prune.pruning.twin import make_twin
-from robust_prune.sensitivity.profile import GroupSensitivity, SensitivityProfile
+from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +86,12 @@ def test_every_budget_is_met_within_one_percent(arch):
     # Sensitivities over three orders of magnitude, in an order that follows neither depth nor width.
     mrs = [10 ** (-2 + 3 * (7 * i % 11) / 10) for i in range(len(search.groups))]
     curves = tuple(GroupSensitivity(g.name, m, (m, 6 * m)) for g, m in zip(search.groups, mrs, strict=True))
-    profile = SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 1, 0, {}, (), curves)
+    modules = tuple(
+        ModuleSensitivity(producer, "conv", s.mrs, 1.0, s.curve)
+        for g, s in zip(search.groups, curves, strict=True)
+        for producer in g.producers
+    )
+    profile = SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 1, 0, {}, modules, curves)
     for allocation in ("mrs", "rank", "global", "uniform"):
         for ratio in (0.25, 0.5, 0.75, 0.9):
             plan = make_plan(

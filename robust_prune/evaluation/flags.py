@@ -22,6 +22,8 @@ BLANK_SHARE = 0.5
 PROBABILITY_SLACK = 1e-3
 TWIN_CLEAN_SHARE = 0.005
 TWIN_ROBUST_POINTS = 1.0
+RANGE_GAIN = 0.1
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNHILL_SHARE = 0.1
 DOWNHILL_STEP = 1 / 255
 LARGE_RADIUS, LARGE_STEPS, LARGE_SHARE = 0.5, 10, 0.1
@@ -57,7 +59,7 @@ def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     flags += composition_flags(model, x, logits)
     if buffers_hash(model) != before:
         flags.append(BUFFERS_MOVED)
-    return flags + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
+    return flags + input_range_flags(model, x, y) + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
 
 
 def non_finite_flag(logits: Tensor) -> list[str]:
@@ -71,6 +73,24 @@ def probability_flag(logits: Tensor) -> list[str]:
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     if inside and bool(((logits.sum(dim=1) - 1).abs() <= PROBABILITY_SLACK).all()):
         return ["The outputs look like probabilities (in [0, 1], rows sum to 1 within 0.001); the attack needs logits."]
+    return []
+
+
+@torch.no_grad()
+def input_range_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """Images in another range are classified better than those in [0, 1] by more than 10 points."""
+    mean, std = (x.new_tensor(values)[:, None, None] for values in IMAGENET)
+    ranges = {"in [0, 255]": x * 255}
+    if x.shape[1] == len(mean):
+        ranges["normalised by ImageNet's mean and deviation"] = (x - mean) / std
+    right = (model(x).argmax(dim=1) == y).float().mean().item()
+    for name, images in ranges.items():
+        gain = (model(images).argmax(dim=1) == y).float().mean().item() - right
+        if gain > RANGE_GAIN:
+            return [
+                f"The model is {100 * gain:.0f} points better (limit 10) on images {name} than on those in [0, 1] that "
+                "it was given: its normalization has to be inside."
+            ]
     return []
 
 

@@ -85,7 +85,7 @@ def export_reduced(
         if not passed:
             raise QualityGateError(
                 f"the {precision} file gives the model's class on {100 * found.argmax_agreement:.1f} % of "
-                f"{found.images} images (wanted: {100 * LEAST_AGREEMENT[precision]:.0f} %), its logits are off by up to "
+                f"{found.images} images (wanted: {100 * LEAST_AGREEMENT[precision]:.0f} %), its logits are off by "
                 f"{found.onnx_error:.2g} (wanted: {LARGEST_ERROR[precision] * largest:.2g}). It was not kept."
             )
 
