@@ -21,6 +21,7 @@ from .evaluation.hashing import images_hash, models_hash
 from .export.types import OnnxArtifact
 from .job import Job, StageLog
 from .latency_budget import missed
+from .models import user_file
 from .pruning.counting import count_macs, count_params
 from .pruning.types import PruningPlan
 from .report.files import write as write_report
@@ -99,7 +100,8 @@ def claim_folder(job: Job) -> tuple[str, Path]:
     """
     recipe = job.recipe.model_dump(mode="json")
     images = [images_hash(part) for part in (job.data.train, job.data.validation, job.data.test)]
-    key = digest([models_hash(job.loaded.model), job.loaded.spec.to_json(), images, recipe, __version__])
+    written = user_file.versions(job.recipe.finetune.loss)
+    key = digest([models_hash(job.loaded.model), job.loaded.spec.to_json(), images, recipe, written, __version__])
     section = job.recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"
     claim(folder, key, job.command)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import UsageError
 
@@ -30,6 +30,16 @@ Criterion = Literal[
     "adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", "fpgm", "hessian", "lamp"
 ]
 """Channel criteria; `pruning.importance` says what each is."""
+LOSSES = ("n_fgsm", "pgd_at", "trades", "mart", "clean")
+
+
+def _loss(value: str) -> str:
+    if value not in LOSSES and ".py:" not in value:
+        raise ValueError(f"must be one of {', '.join(LOSSES)}, or file.py:function")
+    return value
+
+
+LossName = Annotated[str, AfterValidator(_loss)]
 Tier = Literal["pgd", "apgd", "aa-fast", "standard"]
 """Strengths of evaluation; `evaluation.tiers` says what each runs."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
@@ -122,8 +132,8 @@ class PruningSection(Section):
 class TrainSettings(Section):
     """One adversarial training or fine-tuning run."""
 
-    loss: Literal["n_fgsm", "pgd_at", "trades", "clean"] = "n_fgsm"
-    """Training loss."""
+    loss: LossName = "n_fgsm"
+    """Training loss: n_fgsm, pgd_at, trades, mart, clean, or your own as file.py:function."""
     epochs: int = Field(30, ge=0)
     """Passes over the training images."""
     batch_size: int = Field(128, ge=1)
@@ -137,9 +147,18 @@ class TrainSettings(Section):
     weight_decay: float = Field(5e-4, ge=0)
     """Of SGD; norms and biases are not decayed."""
     steps: int = Field(10, ge=1)
-    """Gradient steps of the inner attack (pgd_at, trades)."""
+    """Gradient steps of the inner attack (pgd_at, trades, mart)."""
     beta: float = Field(6.0, ge=0)
-    """Weight of the TRADES divergence."""
+    """Weight of the divergence in trades and mart."""
+    distillation: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that is adversarial distillation from the dense parent (`compress` only)."""
+    temperature: float = Field(1.0, gt=0)
+    """Of both distributions in the distillation."""
+    awp: float = Field(0.0, ge=0, lt=1)
+    """Adversarial weight perturbation: relative size of the step that weights take uphill before each gradient; 0
+    takes none, 0.005 is usual. One forward and backward more."""
+    awp_warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps before it begins."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Of the outer cross-entropy only."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -303,6 +322,8 @@ def _explain(problem: Any, location: tuple[str, ...]) -> str:
         return f"ratio must be in (0, 1), got {found}. Try 0.5."
     if problem["type"] == "literal_error":
         return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found!r}"
+    if problem["type"] == "value_error":
+        return f"{'.'.join(location)} {bounds['error']}, got {found!r}"
     return f"{'.'.join(location)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {found!r}"
 
 

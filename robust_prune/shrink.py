@@ -126,7 +126,8 @@ def _step(
     def make_finetune() -> dict[str, Any]:
         model = artifact.load(cut_file, arch=job.arch, trust_source=True).model
         result = stages.finetune(
-            model, job.data, threat, settings, seed=recipe.seed, device=device, checkpoint=tuned / "checkpoint.pt",
+            model, job.data, threat, settings,
+            seed=recipe.seed, device=device, checkpoint=tuned / "checkpoint.pt", teacher=job.loaded.model,
         )  # fmt: skip
         outcome: dict[str, Any] = finite(result.to_json())
         write_json(tuned / "history.json", outcome)

@@ -210,9 +210,13 @@ def finetune(
     seed: int,
     device: str,
     checkpoint: Path | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainResult:
-    """Adversarial training of `model` in place, selected on the validation part."""
-    return train(model, data.train, data.validation, threat, settings, seed=seed, device=device, checkpoint=checkpoint)
+    """Adversarial training of `model` in place, selected on the validation part; `teacher` is the dense parent."""
+    return train(
+        model, data.train, data.validation, threat, settings,
+        seed=seed, device=device, checkpoint=checkpoint, teacher=teacher,
+    )  # fmt: skip
 
 
 def parity_images(data: DataBundle, count: int = PARITY_IMAGES) -> Tensor:

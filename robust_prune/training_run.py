@@ -15,7 +15,7 @@ from .environment import snapshot
 from .errors import UsageError
 from .evaluation.hashing import images_hash, models_hash
 from .job import StageLog, warn
-from .models import artifact, registry
+from .models import artifact, registry, user_file
 from .pipeline import SAMPLE_NOTE
 from .pruning.counting import count_macs, count_params
 from .recipe import Recipe
@@ -48,7 +48,11 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
     model = registry.build(spec)
     settings = recipe.model_dump(mode="json", include={"seed", "data", "threat", "model", "training", "evaluation"})
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    key = claim(folder, digest([spec.to_json(), images, settings, __version__]), command)
+    key = claim(
+        folder,
+        digest([spec.to_json(), images, settings, user_file.versions(recipe.training.loss), __version__]),
+        command,
+    )
     log, final = StageLog(RunDir(folder), key), folder / "model.safetensors"
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     write_json(folder / "environment.json", snapshot())

@@ -51,6 +51,24 @@ def test_the_tables_are_the_committed_ones():
             assert line in committed, f"{file} has no line {line}"
 
 
+def test_the_example_of_a_loss_trains(tmp_path):
+    import torch
+
+    from robust_prune.attacks import ThreatModel
+    from robust_prune.recipe import TrainSettings
+    from robust_prune.training.losses import Batch, make_loss
+
+    code = re.search(r"<!-- example: my_loss.py -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    (tmp_path / "my_loss.py").write_text(code[1], encoding="utf-8")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    batch = Batch(torch.rand(8, 3, 4, 4), torch.arange(8) % 3, ThreatModel(), torch.Generator(), model)
+    loss = make_loss(TrainSettings(loss=f"{tmp_path / 'my_loss.py'}:mixed"))
+    result = loss(model, batch)
+    result.loss.backward()
+    assert model[1].weight.grad.abs().sum() > 0 and result.logits.shape == (8, 3)
+
+
 def test_pictures_and_local_links_are_there():
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
     local = [target for target in targets if not target.startswith("http")]

@@ -35,7 +35,10 @@ def test_flags_override_the_file_and_none_does_not(tmp_path):
             r"unknown recipe key pruning\.alin\. Did you mean align\? \(.*mine\.yaml:3\)",
         ),
         ("seed: 0\npruning:\n  ratio: 1.5\n", r"ratio must be in \(0, 1\), got 1\.5\. Try 0\.5\. \(.*mine\.yaml:3\)"),
-        ("finetune: {loss: magic}\n", r"finetune\.loss must be one of .*'trades'.*got 'magic' \(.*mine\.yaml:1\)"),
+        (
+            "finetune: {loss: magic}\n",
+            r"finetune\.loss must be one of .*trades.*file\.py:function, got 'magic' \(.*mine\.yaml:1\)",
+        ),
         ("finetune: {epochs: many}\n", r"finetune\.epochs: .*got 'many'"),
         ("- a\n- b\n", r"must hold a mapping"),
         ("a: [1\n", r"is not valid YAML"),

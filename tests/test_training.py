@@ -13,9 +13,9 @@ from robust_prune.attacks import ThreatModel
 from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
-from robust_prune.recipe import TrainSettings
+from robust_prune.recipe import LOSSES, TrainSettings
 from robust_prune.training import trainer
-from robust_prune.training.losses import LOSSES, Batch, make_loss
+from robust_prune.training.losses import Batch, make_loss
 from robust_prune.training.trainer import decay_groups, train
 
 THREAT = ThreatModel("linf", 4 / 255)
@@ -172,7 +172,7 @@ def test_trades_matches_its_definition_and_survives_extreme_logits():
     model = _model().eval()
     x, y = _images(6).get(torch.arange(6))
     batch = Batch(x.float() / 255, y, ThreatModel("linf", 0.0), torch.Generator().manual_seed(0), model)
-    loss = make_loss("trades", steps=1, beta=6.0, label_smoothing=0.0)
+    loss = make_loss(_settings(loss="trades", steps=1, label_smoothing=0.0))
     # With epsilon 0 both distributions are the same and only the clean cross-entropy is left.
     assert loss(model, batch).loss.item() == pytest.approx(F.cross_entropy(model(batch.x), y).item(), rel=1e-5)
     with torch.no_grad():
@@ -187,13 +187,15 @@ def test_losses_leave_modes_and_flags_alone():
     x, y = _images(6).get(torch.arange(6))
     batch = Batch(x.float() / 255, y, THREAT, torch.Generator().manual_seed(0), model)
     for name in LOSSES:
-        make_loss(name, steps=2, beta=6.0, label_smoothing=0.1)(model, batch).loss.backward()
+        make_loss(_settings(loss=name))(model, batch).loss.backward()
         assert model.training and not model[1].training and model[0].weight.requires_grad
 
 
 def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of n_fgsm, .* or file.py:function"):
+        _settings(loss="magic")
     with pytest.raises(UsageError, match=r"unknown loss 'magic'\. Choose one of n_fgsm"):
-        make_loss("magic", steps=1, beta=1.0, label_smoothing=0.0)
+        make_loss(_settings().model_copy(update={"loss": "magic"}))
 
 
 def test_norms_and_biases_are_not_decayed():

@@ -38,6 +38,9 @@ def compress(
     out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
     arch: ArchFlag = None,
     epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
+    loss: Annotated[
+        str | None, Parameter(help="Fine-tuning loss: n_fgsm, pgd_at, trades, mart, clean, or file.py:function.")
+    ] = None,
     images: ImagesFlag = None,
     allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
     criterion: Annotated[
@@ -73,6 +76,7 @@ def compress(
         "pruning.steps": steps,
         "data.name": data,
         "finetune.epochs": epochs,
+        "finetune.loss": loss,
         "evaluation.images": images,
         "evaluation.tier": tier,
         "export.precisions": listed(precision),

@@ -28,7 +28,9 @@ def train(
     data: DataFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/ARCH-DATA by default.")] = None,
     epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,
-    loss: Annotated[str | None, Parameter(help="n_fgsm, pgd_at, trades or clean.")] = None,
+    loss: Annotated[
+        str | None, Parameter(help="n_fgsm, pgd_at, trades, mart, clean, or your own as file.py:function.")
+    ] = None,
     images: ImagesFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,

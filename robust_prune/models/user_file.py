@@ -1,4 +1,4 @@
-"""Models that a user wrote: ``path/to/file.py:function``."""
+"""Models and losses that a user wrote: ``path/to/file.py:function``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def locate(arch: str) -> tuple[Path, str]:
     text, _, name = arch.rpartition(":") if ".py:" in arch else (arch, "", "")
     path = Path(text).expanduser()
     if not path.is_file():
-        raise UsageError(f"the model file {text} of {arch!r} does not exist (looked in {Path.cwd()})")
+        raise UsageError(f"the file {text} of {arch!r} does not exist (looked in {Path.cwd()})")
     if not name:
         raise UsageError(f"{arch!r} names no function. Write {text}:<function>, e.g. {text}:make_model.")
     return path, name
@@ -42,6 +42,21 @@ def locate(arch: str) -> tuple[Path, str]:
 def sha256(arch: str) -> str:
     """SHA-256 of the referenced file. Files that it imports are not covered."""
     return file_sha256(locate(arch)[0])
+
+
+def versions(*names: str) -> list[str]:
+    """SHA-256 of each user's file among `names`: what an outcome depends on beside a recipe's own text."""
+    return [sha256(name) for name in names if is_reference(name)]
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """The function of ``file.py:function``.
+
+    Raises:
+        UsageError: the file does not exist, cannot be run, or lacks the function.
+    """
+    path, name = locate(reference)
+    return _function(path, name, file_sha256(path))
 
 
 def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:

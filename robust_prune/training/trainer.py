@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, Subset, TensorImages, first
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
+from ..models import user_file
 from ..recipe import TrainSettings
 from ..run_dir import atomic_write, digest
-from .losses import Batch, make_loss
+from .losses import Batch, LossResult, make_loss
+from .perturbation import kept_statistics, perturbed_weights
 from .precision import Precision, choose_precision
 from .randomness import generator_at
 from .types import EpochRecord, TrainResult
@@ -59,6 +62,7 @@ class _Run:
         accelerator: Accelerator,
         checkpoint: Path | None,
         checkpoint_seconds: float,
+        teacher: nn.Module | None,
     ) -> None:
         from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
@@ -72,9 +76,8 @@ class _Run:
         self.model = model.to(self.device)
         self.precision = self._precision()
         self.precision.arrange(model)
-        self.loss = make_loss(
-            settings.loss, steps=settings.steps, beta=settings.beta, label_smoothing=settings.label_smoothing
-        )
+        self.loss = make_loss(settings)
+        self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
         self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
         optimizer = torch.optim.SGD(
             decay_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum, nesterov=True
@@ -99,7 +102,8 @@ class _Run:
         self.best_weights = copy.deepcopy(model.state_dict())
         # Where figures are logged to changes no weight.
         described = settings.model_dump(exclude={"trackers"})
-        self.key = digest([described, threat.to_json(), seed, len(self.images), len(self.validation)])
+        written = user_file.versions(settings.loss)
+        self.key = digest([described, written, threat.to_json(), seed, len(self.images), len(self.validation)])
 
     def _precision(self) -> Precision:
         x, _ = self.images.get(torch.arange(min(self.settings.batch_size, len(self.images))))
@@ -191,24 +195,42 @@ class _Run:
         if settings.crop_padding or settings.flip:
             x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)
         x = (x.float() / 255).contiguous(memory_format=self.precision.memory_format)
-        self.scheduler.step_update(state.epoch * self.steps_per_epoch + state.step)
+        self.scheduler.step_update(self._steps_done)
         self.wrapped.train()
+        batch = Batch(x, y, self.threat, generator, self.model, self.teacher)
+        with ExitStack() as stack:
+            if settings.awp and self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch:
+                stack.enter_context(perturbed_weights(self.model, self._gradients(batch), settings.awp))
+            result = self._forward_backward(batch)
+        if settings.clip_grad:
+            accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.ema.update(self.model, step=self._steps_done + 1)
+        return float(result.loss), float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+
+    @property
+    def _steps_done(self) -> int:
+        return self.state.epoch * self.steps_per_epoch + self.state.step
+
+    def _forward_backward(self, batch: Batch) -> LossResult:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.bf16):
-            result = self.loss(self.wrapped, Batch(x, y, self.threat, generator, self.model))
-        value = result.loss.item()
+            result = self.loss(self.wrapped, batch)
+        value, state = result.loss.item(), self.state
         if value != value or abs(value) == float("inf"):
             raise QualityGateError(
                 f"training loss became {value} in epoch {state.epoch + 1}, step {state.step + 1}. "
                 "Lower the learning rate, or look for NaN in the model's weights."
             )
         self.optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(result.loss)
-        if settings.clip_grad:
-            accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-        self.optimizer.step()
-        if self.average is not None:
-            self.ema.update(self.model, step=state.epoch * self.steps_per_epoch + state.step + 1)
-        return value, float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+        self.accelerator.backward(result.loss)
+        return result
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of this batch at the weights as they are; batch-norm statistics do not see the pass."""
+        with kept_statistics(self.model):
+            self._forward_backward(batch)
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     @property
     def _index_device(self) -> torch.device:
@@ -273,6 +295,7 @@ def train(
     device: str = "cpu",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    teacher: nn.Module | None = None,
 ) -> TrainResult:
     """Trains `model` in place and leaves it with the weights of the best epoch.
 
@@ -289,6 +312,8 @@ def train(
         seed: of order, augmentation and attacks.
         device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own.
         checkpoint: file to resume from and save to.
+        checkpoint_seconds: longest time between two saves.
+        teacher: the dense parent, for distillation; it is copied.
 
     Raises:
         QualityGateError: the loss became NaN or infinite.
@@ -298,7 +323,11 @@ def train(
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
     accelerator = _accelerator(settings, device, checkpoint.parent if checkpoint else Path())
-    run = _Run(model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds)
+    if settings.distillation and teacher is None:
+        raise UsageError("distillation needs the dense parent, which only compress has. Set distillation to 0.")
+    run = _Run(
+        model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds, teacher
+    )
     result = run.run()
     if settings.trackers:
         accelerator.end_training()
@@ -315,6 +344,13 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
     if settings.trackers:
         accelerator.init_trackers("trackers")
     return accelerator
+
+
+def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """A copy in eval mode without gradients, laid out like the student."""
+    twin = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
+    precision.arrange(twin)
+    return twin
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
