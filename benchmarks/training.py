@@ -1,0 +1,305 @@
+"""How fast the training loop is, and what each method recovers in the same time.
+
+    python benchmarks/training.py speed demo --data cifar10
+    python benchmarks/training.py recovery demo --data cifar10 --minutes 4
+
+`speed` takes optimisation steps on real images in two ways, in turn and in a new order each round: ours (the format and
+layout that `train` would choose here, parameters frozen in the attack, input gradients alone, the clean distribution
+once), and the loops as they are commonly published: fp32, contiguous, `loss.backward()` inside the attack, which also
+fills the gradients of every weight, and the clean softmax again at each step of TRADES. Both make the same number of
+forward and backward passes with the same attack steps. Images per second are medians over rounds; the ratio has a 95 %
+bootstrap interval over rounds.
+
+`recovery` cuts the model to a quarter of its MACs once, and gives every method the same wall time to bring it back: an
+epoch of each is timed first, and it then trains for as many whole epochs as fit, at least one, with its schedule ending
+there. Accuracy is PGD-20's on held-out training images and on test images. Results are written after every method and seed; the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_prune import stages
+from robust_prune.attacks import ThreatModel
+from robust_prune.commands.common import open_data, open_model_for
+from robust_prune.console import console
+from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
+from robust_prune.environment import snapshot
+from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine import tune_allocator
+from robust_prune.models.layout import has_fast_bf16
+from robust_prune.pruning.surgery import apply
+from robust_prune.recipe import Recipe, TrainSettings, load
+from robust_prune.run_dir import write_json, write_text
+from robust_prune.training.losses import Batch, make_loss
+from robust_prune.training.precision import Precision, choose_precision
+from robust_prune.training.trainer import decay_groups, train
+
+RESAMPLES = 4000
+METHODS: dict[str, dict[str, Any]] = {
+    "N-FGSM": {"loss": "n_fgsm"},
+    "N-FGSM, no average": {"loss": "n_fgsm", "ema_decay": 0.0},
+    "N-FGSM, distilled": {"loss": "n_fgsm", "distillation": 0.5},
+    "N-FGSM, AWP": {"loss": "n_fgsm", "awp": 0.005},
+    "PGD-AT": {"loss": "pgd_at"},
+    "TRADES": {"loss": "trades"},
+    "MART": {"loss": "mart"},
+    "PGD-AT, distilled": {"loss": "pgd_at", "distillation": 0.5},
+}
+
+
+# --- speed -------------------------------------------------------------------------------------------------------
+
+
+def plain_attack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int, trades: bool) -> Tensor:
+    """PGD as published training loops write it; signs of gradients that `backward` puts into the images."""
+    model.eval()
+    step = threat.epsilon / 4
+    x_adv = x + 0.001 * torch.randn_like(x) if trades else x + torch.empty_like(x).uniform_(-1, 1) * threat.epsilon
+    for _ in range(steps):
+        x_adv = x_adv.detach().clamp(0, 1).requires_grad_(True)
+        if trades:
+            loss = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="sum")
+        else:
+            loss = F.cross_entropy(model(x_adv), y)
+        loss.backward()
+        assert x_adv.grad is not None
+        x_adv = x_adv.detach() + step * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - threat.epsilon), x + threat.epsilon)
+    model.train()
+    return x_adv.clamp(0, 1).detach()
+
+
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, s: TrainSettings
+) -> None:
+    trades = s.loss == "trades"
+    x_adv = plain_attack(model, x, y, threat, s.steps, trades)
+    optimizer.zero_grad()
+    if trades:
+        logits = model(x)
+        divergence = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(logits, 1), reduction="batchmean")
+        loss = F.cross_entropy(logits, y) + s.beta * divergence
+    else:
+        loss = F.cross_entropy(model(x_adv), y)
+    loss.backward()
+    optimizer.step()
+
+
+def both_loops(
+    dense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, settings: TrainSettings
+) -> tuple[dict[str, Callable[[], None]], Precision]:
+    """One optimisation step on one batch, ours and the plain one, each on a model of its own."""
+    models = {loop: copy.deepcopy(dense).to(x.device) for loop in ("ours", "plain")}
+    optimizers = {k: torch.optim.SGD(decay_groups(m, 5e-4), 0.001, 0.9, nesterov=True) for k, m in models.items()}
+    loss, precision = make_loss(settings), choose_precision(models["ours"], x)
+    precision.arrange(models["ours"])
+
+    def ours() -> None:
+        model, images = models["ours"].train(), x.contiguous(memory_format=precision.memory_format)
+        generator = torch.Generator(x.device).manual_seed(0)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision.bf16):
+            result = loss(model, Batch(images, y, threat, generator, model))
+        optimizers["ours"].zero_grad(set_to_none=True)
+        result.loss.backward()
+        optimizers["ours"].step()
+
+    def plain() -> None:
+        plain_step(models["plain"], optimizers["plain"], x, y, threat, settings)
+
+    return {"ours": ours, "plain": plain}, precision
+
+
+def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, device: str) -> dict[str, Any]:
+    """Seconds of every round by loss and loop."""
+    threat, found = stages.threat_of(recipe), {}
+    x, y = data.train.get(torch.arange(args.batch_size))
+    x, y = x.to(device).float() / 255, y.to(device)
+    shuffler = random.Random(0)
+    for name in ("pgd_at", "trades"):
+        loops, precision = both_loops(dense, x, y, threat, TrainSettings(loss=name, steps=args.steps))
+        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+        for round_number in range(args.rounds + 1):
+            order = list(loops)
+            shuffler.shuffle(order)
+            for loop in order:
+                begin = time.perf_counter()
+                loops[loop]()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if round_number:  # the first round warms up
+                    seconds[loop].append(time.perf_counter() - begin)
+        found[name] = {"seconds": seconds, "precision": str(precision)}
+        console.print(f"{name}: {np.median(seconds['plain']) / np.median(seconds['ours']):.2f} times", markup=False)
+    return {"batch": args.batch_size, "steps": args.steps, "threads": torch.get_num_threads(), "losses": found}
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    value, environment = result["speed"], result["environment"]
+    text = [
+        f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} steps of "
+        f"attack, {value['threads']} threads of {environment['cpu']} ({environment['device']}), torch "
+        f"{environment['versions']['torch']}; rounds: {len(value['losses']['pgd_at']['seconds']['ours'])}.\n",
+        "| loss | ours runs in | images/s, ours | images/s, plain loop | ratio [95 %] |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    generator = np.random.default_rng(0)
+    for name, found in value["losses"].items():
+        ours, plain = (np.array(found["seconds"][loop]) for loop in ("ours", "plain"))
+        picks = generator.integers(0, len(ours), (RESAMPLES, len(ours)))
+        low, high = np.percentile(np.median(plain[picks], 1) / np.median(ours[picks], 1), (2.5, 97.5))
+        ratio = np.median(plain) / np.median(ours)
+        text.append(
+            f"| {name} | {found['precision']} | {value['batch'] / np.median(ours):.0f} | "
+            f"{value['batch'] / np.median(plain):.0f} | {ratio:.2f} [{low:.2f}, {high:.2f}] |"
+        )
+    return "\n".join(text) + "\n"
+
+
+# --- recovery ----------------------------------------------------------------------------------------------------
+
+
+def recover(
+    model: nn.Module, dense: nn.Module, data: DataBundle, recipe: Recipe, changes: dict[str, Any], minutes: float,
+    seed: int, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """One method's epochs, seconds and accuracies."""
+    settings = recipe.finetune.model_copy(update=changes)
+    threat = stages.threat_of(recipe)
+
+    def run(small: nn.Module, images: ImageSet, epochs: int) -> float:
+        begin = time.monotonic()
+        train(
+            small, images, data.validation, threat, settings.model_copy(update={"epochs": epochs}),
+            seed=seed, device=device, teacher=dense,
+        )  # fmt: skip
+        return time.monotonic() - begin
+
+    share = max(len(data.train) // 8, settings.batch_size)
+    trial = run(copy.deepcopy(model), random_subset(data.train, share, seed), 1) * len(data.train) / share
+    epochs = max(1, int(60 * minutes / trial))
+    small = copy.deepcopy(model)
+    seconds = run(small, data.train, epochs)
+    row: dict[str, Any] = {"epochs": epochs, "seconds": seconds}
+    for split, images in (("held-out", data.validation), ("test", first(data.test, recipe.evaluation.images))):
+        card = evaluate(
+            small.cpu().eval(), images, threat, model_name="recovered", data_name=data.name, split=split, restarts=1,
+            device=device, precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+        )  # fmt: skip
+        row[split] = {
+            "clean": [card.clean.correct, card.clean.total],
+            "robust": [card.robust.correct, card.robust.total],
+        }
+    return row
+
+
+def recovery(
+    args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str,
+    save: Callable[[dict[str, Any]], None], stored: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """All methods and seeds, stored ones first."""
+    value = stored or {"minutes": args.minutes, "train_images": len(data.train), "rows": []}
+    have = {(row["method"], row["seed"]) for row in value["rows"]}
+    todo = [(seed, name) for seed in args.seeds for name in args.methods if (name, seed) not in have]
+    if not todo:
+        return value
+    analysis = stages.analyse(dense, spec, data.train, recipe, device)
+    surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(spec))
+    stages.compensate(surgery, dense, data.train, recipe, device)
+    for seed, name in todo:
+        row = recover(surgery.model, dense, data, recipe, METHODS[name], args.minutes, seed, device)
+        value["rows"].append({"method": name, "seed": seed, **row})
+        save(value)
+        console.print(f"seed {seed}, {name}: {row}", markup=False)
+    return value
+
+
+def recovery_table(result: dict[str, Any]) -> str:
+    value = result["recovery"]
+    text = [
+        f"## Recovery in {value['minutes']:g} minutes\n\nA quarter of the MACs left, {value['train_images']:,} images an "
+        "epoch; means over seeds.\n",
+        "| method | seeds | epochs | seconds | held-out robust | test: clean | robust |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in dict.fromkeys(row["method"] for row in value["rows"]):
+        rows = [row for row in value["rows"] if row["method"] == name]
+
+        def mean(split: str, which: str, rows: list[dict[str, Any]] = rows) -> float:
+            return float(np.mean([100 * row[split][which][0] / row[split][which][1] for row in rows]))
+
+        text.append(
+            f"| {name} | {len(rows)} | {np.mean([r['epochs'] for r in rows]):.1f} | "
+            f"{np.mean([r['seconds'] for r in rows]):.0f} | {mean('held-out', 'robust'):.1f} | "
+            f"{mean('test', 'clean'):.1f} | {mean('test', 'robust'):.1f} |"
+        )
+    right, total = value["rows"][0]["test"]["robust"]
+    half = 196 * math.sqrt(2 * right / total * (1 - right / total) / total)
+    text.append(
+        f"\nTwo robust figures of one seed on {total:,} test images differ by chance by up to {half:.1f} points."
+    )
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["speed", "recovery"])
+    parser.add_argument("model", help="the robust base: an artifact, or demo")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--train-images", type=int, default=10_000)
+    parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    args = parser.parse_args()
+    tune_allocator()
+    recipe = load(
+        args.recipe,
+        {"data.name": args.data, "device": args.device, "pruning.ratio": 0.75, "evaluation.images": args.test_images},
+    )
+    data = open_data(recipe)
+    loaded = open_model_for(args.model, data, recipe, None)
+    data = replace(data, train=random_subset(data.train, args.train_images, 0))
+    device = stages.device_of(recipe)
+    result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    if result.get("model", models_hash(loaded.model)) != models_hash(loaded.model):
+        raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
+    result |= {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "data": data.name}
+
+    def save(value: dict[str, Any]) -> None:
+        write_json(args.out, result | {args.part: value, "environment": snapshot()})
+
+    if args.part == "speed":
+        save(speed(args, recipe, data, loaded.model, device))
+    else:
+        save(recovery(args, recipe, data, loaded.model, loaded.spec, device, save, result.get("recovery", {})))
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    parts = [table(result) for part, table in (("speed", speed_table), ("recovery", recovery_table)) if part in result]
+    text = "# Training\n\n`benchmarks/training.py`\n\n" + "\n".join(parts)
+    write_text(args.out.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
