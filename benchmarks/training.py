@@ -12,7 +12,8 @@ bootstrap interval over rounds.
 
 `recovery` cuts the model to a quarter of its MACs once, and gives every method the same wall time to bring it back: an
 epoch of each is timed first, and it then trains for as many whole epochs as fit, at least one, with its schedule ending
-there. Accuracy is PGD-20's on held-out training images and on test images. Results are written after every method and seed; the same command goes on with what is missing.
+there. Accuracy is PGD-20's on held-out training images and on test images. Results are written after every method and
+seed; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.
 def speed_table(result: dict[str, Any]) -> str:
     value, environment = result["speed"], result["environment"]
     text = [
-        f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} steps of "
-        f"attack, {value['threads']} threads of {environment['cpu']} ({environment['device']}), torch "
+        f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} steps "
+        f"of attack, {value['threads']} threads of {environment['cpu']} ({environment['device']}), torch "
         f"{environment['versions']['torch']}; rounds: {len(value['losses']['pgd_at']['seconds']['ours'])}.\n",
         "| loss | ours runs in | images/s, ours | images/s, plain loop | ratio [95 %] |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -232,8 +233,8 @@ def recovery(
 def recovery_table(result: dict[str, Any]) -> str:
     value = result["recovery"]
     text = [
-        f"## Recovery in {value['minutes']:g} minutes\n\nA quarter of the MACs left, {value['train_images']:,} images an "
-        "epoch; means over seeds.\n",
+        f"## Recovery in {value['minutes']:g} minutes\n\nA quarter of the MACs left, {value['train_images']:,} images "
+        "an epoch; means over seeds.\n",
         "| method | seeds | epochs | seconds | held-out robust | test: clean | robust |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
