@@ -173,6 +173,9 @@ class TrainSettings(Section):
     """Held-out images scored after each epoch."""
     validation_steps: int = Field(10, ge=1)
     """PGD steps of that score."""
+    precision: Literal["auto", "fp32"] = "auto"
+    """`auto` times formats and layouts and takes the fastest, which may differ from run to run; `fp32` is single
+    precision in plain layout, so that on one machine the same command gives the same bits."""
     trackers: tuple[Tracker, ...] = ()
     """Where the figures of each epoch are logged as well; the logger's package must be installed."""
 

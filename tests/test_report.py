@@ -302,6 +302,26 @@ def test_tradeoff_needs_two_models_with_both_figures() -> None:
     assert charts.speedups(replace(run, models=run.models[:1])) == ""
 
 
+def test_names_in_the_plot_cover_neither_each_other_nor_the_edge() -> None:
+    run = sample_run()
+    crowd = tuple(
+        replace(run.models[1], label=f"a run of some name {i}", latency=(latency("x", 1, 1.93 + 0.01 * i, None),))
+        for i in range(6)
+    )
+    drawn = charts.tradeoff(replace(run, models=(*run.models, *crowd)))
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)" class="name[^>]*>([^<]+)<', drawn)
+    assert len(found) == 8
+    boxes = []
+    for x, y, anchor, name in found:
+        width = charts.LETTER * len(name)
+        left = float(x) - (width if anchor == "end" else 0)
+        assert left + width <= charts.RIGHT + 12 and float(y) > 10
+        boxes.append((left, left + width, float(y)))
+    for position, (a, b, height) in enumerate(boxes):
+        for c, d, other in boxes[:position]:
+            assert b <= c or d <= a or abs(height - other) >= 12
+
+
 def test_the_front_holds_what_no_other_model_beats() -> None:
     assert charts.pareto([(3.0, 0.5), (1.0, 0.3), (2.0, 0.2), (2.5, 0.4), (3.5, 0.5)]) == [1, 3, 0]
     assert charts.pareto([(1.0, 0.3), (1.0, 0.4)]) == [1] and charts.pareto([]) == []

@@ -18,6 +18,7 @@ from .types import RunReport
 
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
+LETTER, LINE = 6.8, 13.0
 
 
 def tradeoff(run: RunReport) -> Markup:
@@ -41,6 +42,7 @@ def tradeoff(run: RunReport) -> Markup:
     y = svg.axis([100 * bound for _, _, robust in found for bound in robust.interval], BOTTOM, TOP)
     parts = svg.frame(x, y, f"median latency in ms, batch {keys[0][2]} (left is faster)", "robust accuracy in %")
     places = [(x(row.p50_ms), y(100 * robust.value)) for _, row, robust in found]
+    taken: list[tuple[float, float, float]] = []
     front = pareto([(row.p50_ms, robust.value) for _, row, robust in found]) if len(found) > 2 else [0, 1]
     parts += [svg.line(*places[a], *places[b], "link") for a, b in pairwise(front)]
     for position, (name, row, robust) in enumerate(found):
@@ -51,11 +53,23 @@ def tradeoff(run: RunReport) -> Markup:
         parts.append(svg.line(px, y(100 * low), px, y(100 * high), f"bar {css}"))
         tip = f"{name}: {row.p50_ms:.3g} ms, {text.percent(robust.value)}"
         parts.append(svg.dot(px, py, 5, f"dot {css}", tip))
-        shift, anchor = (-10, "end") if px > RIGHT - 70 else (10, "start")
+        width = LETTER * len(name)
+        shift, anchor = (-10.0, "end") if px + 10 + width > RIGHT else (10.0, "start")
         # On the side that the connecting line does not run to.
-        drop = 18 if position and py > places[0][1] else -9
-        parts.append(svg.label(px + shift, py + drop, name, f"name {css}", anchor))
+        drop = 18.0 if position and py > places[0][1] else -9.0
+        left = px + shift - (width if anchor == "end" else 0)
+        at = _free_height(left, left + width, py + drop, taken)
+        taken.append((left, left + width, at))
+        parts.append(svg.label(px + shift, at, name, f"name {css}", anchor))
     return svg.figure(WIDTH, HEIGHT, "Robust accuracy against latency", parts)
+
+
+def _free_height(left: float, right: float, wanted: float, taken: Sequence[tuple[float, float, float]]) -> float:
+    """The height nearest to the wanted one at which a label between `left` and `right` covers no other."""
+    near = [height for a, b, height in taken if a < right and left < b]
+    free = [h for h in (wanted + sign * LINE * k for k in range(len(near) + 2) for sign in (-1, 1)) if h > TOP / 2]
+    clear = [h for h in free if all(abs(h - other) >= LINE for other in near)]
+    return min(clear or [wanted], key=lambda height: abs(height - wanted))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

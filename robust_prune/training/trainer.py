@@ -106,6 +106,8 @@ class _Run:
         self.key = digest([described, written, threat.to_json(), seed, len(self.images), len(self.validation)])
 
     def _precision(self) -> Precision:
+        if self.settings.precision == "fp32":
+            return Precision(bf16=False, channels_last=False)
         x, _ = self.images.get(torch.arange(min(self.settings.batch_size, len(self.images))))
         return choose_precision(self.model, x.to(self.device).float() / 255)
 
