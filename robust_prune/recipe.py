@@ -34,7 +34,7 @@ LOSSES = ("n_fgsm", "pgd_at", "trades", "mart", "clean")
 
 
 def _loss(value: str) -> str:
-    if value not in LOSSES and ".py:" not in value:
+    if value not in LOSSES and ".py" not in value:
         raise ValueError(f"must be one of {', '.join(LOSSES)}, or file.py:function")
     return value
 
@@ -311,7 +311,8 @@ def _validate(value: dict[str, Any], path: Path | None, text: str, overridden: s
         problem = error.errors()[0]
         location = tuple(str(part) for part in problem["loc"])
         dotted = ".".join(location)
-        where = _where(path, text, location) if dotted not in overridden else ""
+        given = any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
+        where = "" if given else _where(path, text, location)
         raise UsageError(_explain(problem, location) + where) from error
 
 

@@ -18,6 +18,7 @@ from .common import (
     SeedFlag,
     SetFlag,
     TrustFlag,
+    check_loss,
     check_model_path,
     command_line,
     listed,
@@ -85,6 +86,7 @@ def compress(
     }
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    check_loss(resolved.finetune.loss)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 

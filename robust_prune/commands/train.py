@@ -15,6 +15,7 @@ from .common import (
     RecipeFlag,
     SeedFlag,
     SetFlag,
+    check_loss,
     command_line,
     open_data,
     resolve,
@@ -49,6 +50,7 @@ def train(
     resolved = resolve(recipe, flags, assignments)
     if resolved.model.arch is None:
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
+    check_loss(resolved.training.loss)
     bundle = open_data(resolved)
 
     from .. import training_run
