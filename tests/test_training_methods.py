@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from test_training import THREAT, _images, _Killed, _model, _settings, _weights
 from torch import Tensor, nn
 
-from robust_prune.attacks import ThreatModel
+from robust_prune.attacks import ThreatModel, kept_buffers
 from robust_prune.cli import app
 from robust_prune.errors import UsageError
 from robust_prune.training import trainer
 from robust_prune.training.losses import Batch, LossResult, distilled, make_loss, users_loss
-from robust_prune.training.perturbation import kept_statistics, perturbed_weights
+from robust_prune.training.perturbation import perturbed_weights
 from robust_prune.training.trainer import train
 
 MINE = '''
@@ -212,7 +212,7 @@ def test_weights_move_uphill_by_their_share_and_come_back_exactly() -> None:
 def test_statistics_do_not_see_the_extra_pass() -> None:
     model = _model().train()
     before = copy.deepcopy(model[1].state_dict())
-    with kept_statistics(model):
+    with kept_buffers(model):
         model(torch.rand(4, 3, 8, 8))
     assert all(torch.equal(before[name], value) for name, value in model[1].state_dict().items())
 

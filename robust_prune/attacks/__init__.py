@@ -1,7 +1,7 @@
 """Attacks: pure functions of a model, images, labels and a threat model."""
 
 from .apgd import apgd
-from .context import frozen_eval
+from .context import frozen_eval, kept_buffers
 from .pgd import default_step_size, input_gradient, pgd
 from .projections import project, random_start
 from .single_step import n_fgsm
@@ -15,6 +15,7 @@ __all__ = [
     "default_step_size",
     "frozen_eval",
     "input_gradient",
+    "kept_buffers",
     "n_fgsm",
     "pgd",
     "project",

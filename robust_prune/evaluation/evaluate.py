@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, frozen_eval
+from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet
 from ..errors import UsageError
@@ -129,7 +129,7 @@ def evaluate_with_twins(
     _check_request(model, images, steps, restarts, batch_size, sweep)
     where = torch.device(device)
     flags = mode_flags(model)
-    with frozen_eval(model), _moved(model, where), _kept_buffers(model):
+    with frozen_eval(model), _moved(model, where), kept_buffers(model):
         few, _ = images.get(torch.arange(min(2, len(images))))
         few = few.to(where).float() / 255
         job = Job(
@@ -176,17 +176,6 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(before)
-
-
-@contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
 
 
 def _begin(job: Job) -> EvalState:

@@ -35,15 +35,3 @@ def perturbed_weights(model: nn.Module, gradients: Mapping[str, Tensor], size: f
         with torch.no_grad():
             for (parameter, _), before in zip(moved, kept, strict=True):
                 parameter.copy_(before)
-
-
-@contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Buffers, batch-norm statistics among them, leave as they came."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)

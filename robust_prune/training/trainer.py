@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel
+from ..attacks import ThreatModel, kept_buffers
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, Subset, TensorImages, first
@@ -23,7 +23,7 @@ from ..models import user_file
 from ..recipe import TrainSettings
 from ..run_dir import atomic_write, digest
 from .losses import Batch, LossResult, make_loss
-from .perturbation import kept_statistics, perturbed_weights
+from .perturbation import perturbed_weights
 from .precision import Precision, choose_precision
 from .randomness import generator_at
 from .types import EpochRecord, TrainResult
@@ -230,7 +230,7 @@ class _Run:
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of this batch at the weights as they are; batch-norm statistics do not see the pass."""
-        with kept_statistics(self.model):
+        with kept_buffers(self.model):
             self._forward_backward(batch)
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
