@@ -209,7 +209,7 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
-        return float(result.loss), float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+        return result.loss.item(), float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
 
     @property
     def _steps_done(self) -> int:
