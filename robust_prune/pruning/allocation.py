@@ -6,7 +6,8 @@ cost. So the widths minimise ``Σ_g MRS_g(k_g)`` subject to ``cost(k) <= budget`
 same robust loss per MAC for its last channel. Neither a sensitive but cheap group nor a dear but insensitive one is
 spared by rule.
 
-Our reading of the curve (neither paper fixes it):
+The curves come with each layer's losses damped before they are summed over the group: see `sensitivity.groups.damped`.
+Our reading of them (neither paper fixes it):
 
 - Size is taken relative to the weights that *stay*: tan θ = ρ/sqrt(1-ρ²) with ρ = sin θ. A layer behind a norm only has
   a direction, the cut turns it by θ, and a layer that is cut away altogether is infinitely perturbed. For small cuts
