@@ -11,9 +11,7 @@ from evaluation_sample import (
     DiesAfter,
     KilledError,
     Tiny,
-    generated,
     same_but_for_time,
-    train_tiny,
 )
 from torch import Tensor, nn
 
@@ -27,17 +25,6 @@ from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points
 from robust_prune.evaluation.state import load_state
 from robust_prune.evaluation.worst_case import start_seed, worst_points
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tiny:
-    return train_tiny()
-
-
-@pytest.fixture(scope="module")
-def images() -> TensorImages:
-    return generated(150, seed=1)
-
 
 # --- figures -----------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,6 @@ from evaluation_sample import (
     NAMES,
     THREAT,
     Tiny,
-    generated,
-    train_tiny,
 )
 from torch import Tensor, nn
 
@@ -17,17 +15,6 @@ from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.flags import twin_flags
 from robust_prune.evaluation.scoring import classify
 from robust_prune.evaluation.tiers import TIERS
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tiny:
-    return train_tiny()
-
-
-@pytest.fixture(scope="module")
-def images() -> TensorImages:
-    return generated(150, seed=1)
-
 
 # --- flags -------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,7 @@ from evaluation_sample import (
     DiesAfter,
     KilledError,
     Tiny,
-    generated,
     same_but_for_time,
-    train_tiny,
 )
 from torch import Tensor
 
@@ -25,17 +23,6 @@ from robust_prune.evaluation.card import Accuracy
 from robust_prune.evaluation.evaluate import evaluate_with_twins
 from robust_prune.evaluation.examples import make_examples
 from robust_prune.evaluation.onnx_scores import OnnxTwin, score_onnx
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tiny:
-    return train_tiny()
-
-
-@pytest.fixture(scope="module")
-def images() -> TensorImages:
-    return generated(150, seed=1)
-
 
 # --- the exported file -------------------------------------------------------------------------------------------
 

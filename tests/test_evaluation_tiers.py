@@ -17,7 +17,6 @@ from evaluation_sample import (
     Tiny,
     generated,
     same_but_for_time,
-    train_tiny,
 )
 from torch import Tensor, nn
 
@@ -30,16 +29,6 @@ from robust_prune.evaluation.flags import black_box_flags, gap_flags, sweep_flag
 from robust_prune.evaluation.tiers import TIERS
 
 QUICK = {"steps": 5, "restarts": 1}
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tiny:
-    return train_tiny()
-
-
-@pytest.fixture(scope="module")
-def images() -> TensorImages:
-    return generated(150, seed=1)
 
 
 class FourClasses(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluation_sample import CLASSES, THREAT, DiesAfter, KilledError, Tiny, generated, train_tiny
+from evaluation_sample import CLASSES, THREAT, DiesAfter, KilledError, Tiny, generated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,11 +15,6 @@ from robust_prune.errors import UsageError
 from robust_prune.evaluation.scoring import check_points
 
 L2 = ThreatModel("l2", 0.5)
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tiny:
-    return train_tiny()
 
 
 @pytest.fixture(scope="module")

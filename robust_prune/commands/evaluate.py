@@ -94,9 +94,10 @@ def evaluate(
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)
+    how = "at the same adversarial images" + (", and attacked directly" if card.tier != "pgd" else "")
     for twin in found.twins.values():
         console.print(f"ONNX clean       {twin.clean}", markup=False)
-        console.print(f"ONNX robust      {twin.robust}   at the same adversarial images", markup=False)
+        console.print(f"ONNX robust      {twin.robust}   {how}", markup=False)
     for line in _details(card, bundle.class_names):
         console.print(line, markup=False)
     for flag in card.flags:

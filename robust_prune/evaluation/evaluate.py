@@ -17,15 +17,22 @@ from ..data.base import ImageSet
 from ..errors import UsageError
 from ..models.layout import fastest_layout
 from .card import Accuracy, ClassAccuracy, ResultCard
-from .flags import BUFFERS_MOVED, behaviour_flags, black_box_flags, gap_flags, mode_flags, sweep_flags, twin_flags
+from .flags import (
+    BUFFERS_MOVED,
+    CHECK_IMAGES,
+    behaviour_flags,
+    black_box_flags,
+    gap_flags,
+    mode_flags,
+    sweep_flags,
+    twin_flags,
+)
 from .hashing import buffers_hash, images_hash, models_hash
 from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, clean_pass, sweep_pass
 from .scoring import Precision, full_precision
 from .standard import check_classes
 from .state import EvalState, load_state
 from .tiers import find_tier
-
-FIRST_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ def _classes(job: Job, few: Tensor) -> int:
 
 
 def _first_look(job: Job, classes: int) -> list[str]:
-    x, y = job.get(torch.arange(min(FIRST_IMAGES, len(job.images))))
+    x, y = job.get(torch.arange(min(CHECK_IMAGES, len(job.images))))
     if int(y.max()) >= classes:
         raise UsageError(f"label {int(y.max())} found, but the model has {classes} outputs. Is the data right?")
     with full_precision():
