@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+from . import processes
+
+console = Console(highlight=False, quiet=not processes.is_first())
 errors = Console(stderr=True, highlight=False)
 
 Advance = Callable[..., None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .console import console
 from .data.base import DataBundle
 from .models.artifact import Loaded
@@ -45,18 +46,28 @@ class StageLog:
         """`key` is the hash of the whole run's inputs; every stage's own inputs are added to it."""
         self.run, self.key, self.seconds = run, key, dict[str, float]()
 
-    def once(self, name: str, inputs: Any, make: Callable[[], Any], files: tuple[Path, ...] = ()) -> Any:
-        """The JSON outcome of stage `name`; `files` must exist for a stored one to count."""
+    def once(
+        self, name: str, inputs: Any, make: Callable[[], Any], files: tuple[Path, ...] = (), *, together: bool = False
+    ) -> Any:
+        """The JSON outcome of stage `name`; `files` must exist for a stored one to count.
+
+        Of several processes the first one makes it while the others wait, or all do, `together`; its outcome counts.
+        The folder must be one that all of them see.
+        """
+        first = processes.is_first()
         key = digest([self.key, name, inputs])
-        stored = self.run.finished(name, key)
-        if stored is not None and all(file.exists() for file in files):
-            self.seconds[name] = stored["seconds"]
-            return stored["value"]
-        begin = time.monotonic()
-        value = make()
-        self.seconds[name] = time.monotonic() - begin
-        self.run.finish(name, key, {"value": finite(value), "seconds": self.seconds[name]})
-        return value
+        stored = self.run.finished(name, key) if first else None
+        if stored is not None and not all(file.exists() for file in files):
+            stored = None
+        stored = processes.from_first(stored)
+        if stored is None:
+            begin = time.monotonic()
+            value = make() if first or together else None
+            stored = {"value": finite(value), "seconds": time.monotonic() - begin}
+            self.run.finish(name, key, stored)
+            stored = processes.from_first(stored)
+        self.seconds[name] = stored["seconds"]
+        return stored["value"]
 
 
 def warn(text: str) -> None:

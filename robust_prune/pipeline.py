@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import __version__, stages
+from . import __version__, processes, stages
 from .bench.latency import run as measure_latency
 from .bench.types import LatencyTable
 from .console import console
@@ -43,8 +43,11 @@ class Compressed:
     folder: Path
 
 
-def compress(job: Job) -> Compressed:
+def compress(job: Job) -> Compressed | None:
     """Runs the whole job, or what is left of it.
+
+    Of several processes (see `processes`) the first one returns what was made; the others leave with None as soon as
+    nothing is left to share, so that latency is measured on a machine that is otherwise idle.
 
     Raises:
         UsageError: the folder holds a run with other inputs.
@@ -63,6 +66,8 @@ def compress(job: Job) -> Compressed:
     models = {"dense": dense.cpu().eval(), "pruned": shrunk.model.cpu().eval()}
     files = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
     cards = {label: _evaluate(job, model, label, todo, folder, files[label]) for label, model in models.items()}
+    if not processes.is_first():
+        return None
     rows = [row for label, model in models.items() for row in _rows(job, label, model, cards[label], files[label])]
     examples = make_examples(
         {label: model.to(device) for label, model in models.items()},
@@ -141,14 +146,15 @@ def _evaluate(
             model, job.data, stages.threat_of(job.recipe), job.recipe.evaluation,
             name=label, seed=job.recipe.seed, device=stages.device_of(job.recipe),
             onnx={precision: Path(file.path) for precision, file in files.items()},
-            state_path=folder / name / "state.npz",
+            state_path=folder / name / "state.npz", together=True,
         )  # fmt: skip
         return {
             "card": found.card.to_json(),
             "files": {precision: asdict(twin) for precision, twin in found.twins.items()},
         }
 
-    return todo.once(name, [models_hash(model), [file.sha256 for file in files.values()]], make)
+    inputs = [models_hash(model), [file.sha256 for file in files.values()]]
+    return todo.once(name, inputs, make, together=True)
 
 
 def _rows(

@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .errors import EnvironmentProblem, UsageError
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary neighbour of `path`, then renames it over `path`.
 
+    Of several processes only the first one writes.
+
     Raises:
         EnvironmentProblem: the folder is not writable or the disk is full; nothing is left behind.
     """
+    if not processes.is_first():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

@@ -135,7 +135,7 @@ def _step(
         return outcome
 
     done = log.once(f"prune{suffix}", plan.to_json(), make_cut, (cut_file,))
-    recovered = log.once(f"finetune{suffix}", plan.to_json(), make_finetune, (final_file,))
+    recovered = log.once(f"finetune{suffix}", plan.to_json(), make_finetune, (final_file,), together=True)
     rolled_back = tuple(Refused(**r) for r in done["rolled_back"])
     for refused in rolled_back:
         warn(f"group {refused.name} stayed whole: {refused.reason}")

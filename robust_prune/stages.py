@@ -258,10 +258,12 @@ def evaluate_model(
     device: str,
     onnx: Mapping[str, Path] | None = None,
     state_path: Path | None = None,
+    together: bool = False,
 ) -> Evaluation:
     """Clean and robust accuracy on test images; with `onnx`, also those of exported files by name.
 
-    The card names MACs and parameters too. Gradients are in bf16 where the hardware is fast at it.
+    With `together` all processes of a distributed run must call it, and divide the attacks among them. The card names
+    MACs and parameters too. Gradients are in bf16 where the hardware is fast at it.
     """
     found = evaluate_with_twins(
         model,
@@ -279,6 +281,7 @@ def evaluate_model(
         precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
         sweep=section.sweep,
         twins={name: OnnxTwin(path) for name, path in (onnx or {}).items()},
+        together=together,
     )
     few, _ = data.test.get(torch.arange(1))
     macs = count_macs(model.cpu(), torch.zeros(few.shape))

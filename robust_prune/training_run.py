@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, stages
+from . import __version__, processes, stages
 from .console import console
 from .data.base import DataBundle
 from .environment import snapshot
@@ -25,8 +25,10 @@ from .report.types import ModelRow, RunReport
 from .run_dir import RunDir, claim, digest, finite, write_json, write_text
 
 
-def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport:
+def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport | None:
     """Trains, evaluates and reports; what an earlier, killed run did is not done again.
+
+    Of several processes (see `processes`) only the first one returns the report.
 
     Raises:
         UsageError: an unknown architecture, or a folder that holds another run.
@@ -66,7 +68,7 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
         artifact.save(final, model.cpu(), registry.without_pretrained(spec), threat=threat, provenance=provenance)
         return finite(result.to_json())
 
-    trained = log.once("train", None, make_model, (final,))
+    trained = log.once("train", None, make_model, (final,), together=True)
     warn(trained["note"])
     best = artifact.load(final, trust_source=True).model
 
@@ -74,10 +76,13 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
         found = stages.evaluate_model(
             best, data, threat, recipe.evaluation,
             name=name, seed=recipe.seed, device=device, state_path=folder / "evaluate" / "state.npz",
+            together=True,
         )  # fmt: skip
         return {"card": found.card.to_json(), "onnx_clean": None, "onnx_robust": None}
 
-    found = log.once("evaluate", models_hash(best), make_card)
+    found = log.once("evaluate", models_hash(best), make_card, together=True)
+    if not processes.is_first():
+        return None
     row = ModelRow.from_json(
         {
             "label": "trained",

@@ -38,8 +38,7 @@ def plain_model() -> nn.Module:
 def run(loss: str) -> nn.Module:
     torch.set_num_threads(1)
     model = plain_model()
-    # Random crops and attack starts are drawn process by process, so that only what has none can be compared exactly.
-    settings = _settings(loss=loss, epochs=4, crop_padding=0, flip=False, precision="fp32", lr=0.1)
+    settings = _settings(loss=loss, epochs=4, precision="fp32", lr=0.1, distillation=0.0)
     train(model, _images(96), _images(30, 1), THREAT, settings)
     return model
 
@@ -57,17 +56,10 @@ def in_two_processes(folder: Path, loss: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_two_processes_equal_one_on_a_model_without_batch_norm(tmp_path: Path) -> None:
-    found, alone = in_two_processes(tmp_path, "clean"), run("clean").state_dict()
+@pytest.mark.parametrize("loss", ["clean", "n_fgsm", "trades"])
+def test_two_processes_equal_one_on_a_model_without_batch_norm(tmp_path: Path, loss: str) -> None:
+    """With random crops and attacks: both are those that one process draws."""
+    found, alone = in_two_processes(tmp_path, loss), run(loss).state_dict()
     assert found.keys() == alone.keys()
     for name, value in alone.items():
-        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
-
-
-@pytest.mark.slow
-def test_two_processes_train_robustly(tmp_path: Path) -> None:
-    model = plain_model()
-    model.load_state_dict(in_two_processes(tmp_path, "pgd_at"))
-    images = _images(60, 3)
-    accuracy = (model(images.images.float() / 255).argmax(1) == images.labels).float().mean()
-    assert accuracy > 0.9
+        assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-5), name

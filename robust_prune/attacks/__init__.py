@@ -3,7 +3,7 @@
 from .apgd import apgd
 from .context import frozen_eval, kept_buffers
 from .pgd import default_step_size, input_gradient, pgd
-from .projections import project, random_start
+from .projections import project, random_start, share_of_batch
 from .single_step import n_fgsm
 from .square import square
 from .threat import Norm, ThreatModel
@@ -20,5 +20,6 @@ __all__ = [
     "pgd",
     "project",
     "random_start",
+    "share_of_batch",
     "square",
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -30,17 +34,42 @@ def project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return (x + delta * scale).clamp_(0, 1)
 
 
+_share: ContextVar[tuple[int, int]] = ContextVar("share", default=(0, 1))
+
+
+@contextmanager
+def share_of_batch(index: int, count: int) -> Iterator[None]:
+    """Within it the images at hand are those at `index`, `index + count`, ... of a batch divided among `count`.
+
+    Random starts are then the ones that those images have in the whole batch: how many processes share a batch does
+    not change what they find. All shares must be of one size.
+    """
+    token = _share.set((index, count))
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def _draw(
+    source: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...], generator: torch.Generator | None
+) -> Tensor:
+    index, count = _share.get()
+    device = generator.device if generator is not None else like.device
+    drawn = source((count * shape[0], *shape[1:]), generator=generator, device=device, dtype=like.dtype)
+    return drawn[index::count].to(like.device)
+
+
 def random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
     """A uniformly random point of the epsilon-ball around `x`, clipped to [0, 1].
 
     Random numbers are drawn on the generator's device, so that a CPU generator gives the same start on every device.
     """
-    device = generator.device if generator is not None else x.device
     if threat.norm == "linf":
-        noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device) * 2 - 1
+        noise = _draw(torch.rand, x, x.shape, generator) * 2 - 1
         return (x + threat.epsilon * noise).clamp_(0, 1)
-    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-    radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype).to(x.device)
+    noise = _draw(torch.randn, x, x.shape, generator)
+    radius = _draw(torch.rand, x, (len(x),), generator)
     radius = radius ** (1 / x[0].numel())
     return (x + threat.epsilon * per_sample(radius, x) * noise / l2_norm(noise).clamp_min(TINY)).clamp_(0, 1)
 

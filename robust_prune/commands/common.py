@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from cyclopts import Parameter
 
+from .. import processes
 from ..errors import UsageError
 from ..recipe import Recipe, load
 
@@ -99,7 +100,9 @@ def open_data(recipe: Recipe) -> DataBundle:
         )
     size = (3, section.image_size, section.image_size) if section.image_size else None
     root = Path(section.root) if section.root else None
-    return load_data(section.name, validation=section.validation, root=root, seed=recipe.seed, input_size=size)
+    processes.join(recipe.device)
+    with processes.one_at_a_time_on_each_machine():
+        return load_data(section.name, validation=section.validation, root=root, seed=recipe.seed, input_size=size)
 
 
 def open_model_for(
@@ -131,4 +134,9 @@ def run_name(model: str) -> str:
 
 def command_line() -> str:
     """The command that repeats this run, as the user typed it."""
-    return shlex.join(["robust-prune", *sys.argv[1:]])
+    started = processes.launcher()
+    return (
+        f"{started} -m robust_prune {shlex.join(sys.argv[1:])}"
+        if started
+        else shlex.join(["robust-prune", *sys.argv[1:]])
+    )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet
@@ -101,6 +102,7 @@ def evaluate_with_twins(
     precision: Precision = "fp32",
     sweep: Sequence[float] = (),
     twins: Mapping[str, Twin] | None = None,
+    together: bool = False,
 ) -> Evaluation:
     """Attacks every image that the model classifies rightly, and counts those that survive all attacks of the tier.
 
@@ -126,6 +128,8 @@ def evaluate_with_twins(
             ``standard`` tier stays in fp32.
         sweep: other radii to measure, by PGD with one start on the first images.
         twins: exported forms of the model by name, scored on the clean images and on the worst points found.
+        together: all processes of a distributed run call this, and each attacks its share of every batch. The first
+            one has the result. Random starts then depend on the number of processes too.
 
     Raises:
         UsageError: unknown tier or one that so few classes do not allow, no images, labels beyond the logits, weights
@@ -143,17 +147,22 @@ def evaluate_with_twins(
             model=model, images=images, threat=threat, name=model_name, tier=chosen,
             steps=steps, restarts=restarts, sweep=tuple(sweep), batch_size=batch_size, seed=seed, device=where,
             precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
+            together=together and processes.count() > 1,
         )  # fmt: skip
-        state = _begin(job)
+        state = _begin(job) if processes.is_first() or not job.together else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
         if state.counters.clean_done == 0:
             state.counters.classes = _classes(job, few)
             state.counters.flags = _union(state.counters.flags, _first_look(job, state.counters.classes))
-        clean_pass(job, state)
+        if job.leads:
+            clean_pass(job, state)
+        if job.together:
+            state = processes.from_first(state)
         attack_pass(job, state)
-        black_box_pass(job, state)
-        sweep_pass(job, state)
+        if job.leads:
+            black_box_pass(job, state)
+            sweep_pass(job, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
     return _result(job, state, data_name, split)

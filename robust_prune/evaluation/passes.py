@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import processes
 from ..attacks import ThreatModel, square
 from ..attacks.objectives import misclassified
 from ..attacks.square import Predict
@@ -69,6 +70,12 @@ class Job:
     twins: Mapping[str, Twin]
     state_path: Path | None
     layout: torch.memory_format
+    together: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what is not divided."""
+        return processes.is_first() or not self.together
 
     @property
     def key(self) -> str:
@@ -156,14 +163,43 @@ def _attack_batch(
     job: Job, state: EvalState, attacker: Attacker, stage: Stage, index: int, indices: Tensor, start: int
 ) -> None:
     x, y = job.get(indices)
-    right, worst, counted = attacker.run(stage, x, y, start)
     rows = indices.numpy()
+    right, worst, passes = (
+        _divided(attacker, stage, x, y, start) if job.together else _attacked(attacker, stage, x, y, start)
+    )
     survives = right.cpu().numpy()
     state.robust[rows] = survives
     state.fell[rows[~survives]] = index
-    state.counters.forwards += counted.forwards
-    state.counters.backwards += counted.backwards
-    _show_twins(job, state, rows, worst, y)
+    state.counters.forwards += passes[0]
+    state.counters.backwards += passes[1]
+    if job.leads:
+        _show_twins(job, state, rows, worst, y)
+
+
+def _attacked(
+    attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Which images survive, their worst points, and the forwards and backwards spent."""
+    right, worst, counted = attacker.run(stage, x, y, start)
+    return right, worst, (counted.forwards, counted.backwards)
+
+
+def _divided(
+    attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The same for the whole batch, of which each process attacks a share."""
+    count = processes.count()
+    share = slice(processes.index(), None, count)
+    mine = None
+    if len(y[share]):
+        right, worst, passes = _attacked(attacker, stage, x[share], y[share], start)
+        mine = right.cpu(), worst.cpu(), passes
+    right, worst, forwards, backwards = torch.ones(len(y), dtype=torch.bool), x.cpu().clone(), 0, 0
+    for position, found in enumerate(processes.gathered(mine)):
+        if found is not None:
+            right[position::count], worst[position::count] = found[0], found[1]
+            forwards, backwards = forwards + found[2][0], backwards + found[2][1]
+    return right, worst, (forwards, backwards)
 
 
 def _show_twins(job: Job, state: EvalState, rows: NDArray[np.int64], points: Tensor, y: Tensor) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, kept_buffers
+from .. import processes
+from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, Subset, TensorImages, first
@@ -74,11 +76,13 @@ class _Run:
         self.images = resident(train_images, self.device)
         self.validation = resident(first(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
-        self.precision = self._precision()
+        self.precision = processes.from_first(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
         self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
+        # Every process takes as many images, so that the mean of their gradients is the batch's.
+        self.batch_size = _divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
         optimizer = torch.optim.SGD(
             decay_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum, nesterov=True
         )
@@ -173,7 +177,7 @@ class _Run:
         before = state.elapsed
         while state.step < self.steps_per_epoch:
             start = state.step * self.settings.batch_size
-            loss, accuracy = self._step(order[start : start + self.settings.batch_size])
+            loss, accuracy = self._step(order[start : start + self.batch_size])
             state.loss_sum += loss
             state.accuracy_sum += accuracy
             state.step += 1
@@ -190,26 +194,38 @@ class _Run:
 
     def _step(self, indices: Tensor) -> tuple[float, float]:
         accelerator, settings, state = self.accelerator, self.settings, self.state
-        mine = indices[accelerator.process_index :: accelerator.num_processes]
-        generator = generator_at(self.device, self.seed, "step", state.epoch, state.step, accelerator.process_index)
-        x, y = self.images.get(mine.to(self._index_device))
-        x, y = x.to(self.device), y.to(self.device)
-        if settings.crop_padding or settings.flip:
-            x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)
-        x = (x.float() / 255).contiguous(memory_format=self.precision.memory_format)
+        generator = generator_at(self.device, self.seed, "step", state.epoch, state.step)
+        x, y = self._share(indices, generator)
         self.scheduler.step_update(self._steps_done)
         self.wrapped.train()
         batch = Batch(x, y, self.threat, generator, self.model, self.teacher)
         with ExitStack() as stack:
+            stack.enter_context(share_of_batch(accelerator.process_index, accelerator.num_processes))
             if settings.awp and self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch:
                 stack.enter_context(perturbed_weights(self.model, self._gradients(batch), settings.awp))
             result = self._forward_backward(batch)
         if settings.clip_grad:
             accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
+        # Each process has normalised with its own share; what is remembered is the same in all.
+        processes.averaged([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
         return result.loss.item(), float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+
+    def _share(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This process's images of a batch, in [0, 1] and augmented, and their labels.
+
+        The crops are drawn for the whole batch: how many processes share it does not change them.
+        """
+        settings, share = self.settings, slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        whole = settings.crop_padding or settings.flip
+        x, y = self.images.get((indices if whole else indices[share]).to(self._index_device))
+        x, y = x.to(self.device), y.to(self.device)
+        if whole:
+            x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)[share]
+            y = y[share]
+        return (x.float() / 255).contiguous(memory_format=self.precision.memory_format), y
 
     @property
     def _steps_done(self) -> int:
@@ -268,10 +284,12 @@ class _Run:
             )
             console.print(state.note, markup=False)
         self._keep_if_better(epoch, scores[source], candidates[source])
+        sums = zip(*processes.gathered((state.loss_sum, state.accuracy_sum)), strict=True)
+        loss, accuracy = (sum(parts) / len(parts) / self.steps_per_epoch for parts in sums)
         record = EpochRecord(
             epoch=epoch,
-            train_loss=state.loss_sum / self.steps_per_epoch,
-            train_accuracy=state.accuracy_sum / self.steps_per_epoch,
+            train_loss=loss,
+            train_accuracy=accuracy,
             val_clean=scores[source].clean,
             val_robust=scores[source].robust,
             source=source,
@@ -312,7 +330,8 @@ def train(
         threat: norm and radius.
         settings: see `TrainSettings`.
         seed: of order, augmentation and attacks.
-        device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own.
+        device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own, and an equal share of
+            every batch (what cannot be divided is left out) and of the held-out images. All must call this.
         checkpoint: file to resume from and save to.
         checkpoint_seconds: longest time between two saves.
         teacher: the dense parent, for distillation; it is copied.
@@ -342,10 +361,23 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
     if missing:
         hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
         raise EnvironmentProblem(f"tracker {missing[0]} was asked for, but its package is not installed. Run: {hint}")
-    accelerator = Accelerator(cpu=device == "cpu", log_with=list(settings.trackers) or None, project_dir=folder)
+    processes.join(device)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        log_with=list(settings.trackers) or None,
+        project_dir=folder,
+        # Statistics are averaged after each step instead; the first process's alone would be those of its share.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
     if settings.trackers:
         accelerator.init_trackers("trackers")
     return accelerator
+
+
+def _divisible(batch_size: int, count: int) -> int:
+    if batch_size < count:
+        raise UsageError(f"a batch of {batch_size} images cannot be divided among {count} processes. Start fewer.")
+    return batch_size - batch_size % count
 
 
 def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:

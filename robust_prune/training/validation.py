@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .. import processes
 from ..attacks import ThreatModel, frozen_eval, pgd
 from ..data.base import ImageSet, batches
 from .precision import Precision
@@ -31,10 +32,15 @@ def score(
     precision: Precision,
     batch_size: int = 256,
 ) -> Score:
-    """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked."""
+    """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked.
+
+    Several processes (see `processes`) divide the batches, and all have the outcome.
+    """
     right = survived = 0
     with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
         for index, (x, y) in enumerate(batches(images, batch_size, device)):
+            if index % processes.count() != processes.index():
+                continue
             x = x.contiguous(memory_format=precision.memory_format)
             with torch.no_grad():
                 keep = model(x).argmax(1) == y
@@ -46,5 +52,6 @@ def score(
             x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=False)
             with torch.no_grad():
                 survived += int((model(x_adv).argmax(1) == y).sum())
+    robust, clean = (sum(parts) for parts in zip(*processes.gathered((survived, right)), strict=True))
     total = max(len(images), 1)
-    return Score(survived / total, right / total)
+    return Score(robust / total, clean / total)

@@ -1,0 +1,5 @@
+"""``python -m robust_prune``: what launchers of several processes start."""
+
+from .cli import main
+
+main()
