@@ -66,7 +66,7 @@ def compress(job: Job) -> Compressed | None:
     models = {"dense": dense.cpu().eval(), "pruned": shrunk.model.cpu().eval()}
     files = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
     cards = {label: _evaluate(job, model, label, todo, folder, files[label]) for label, model in models.items()}
-    if not processes.is_first():
+    if not processes.part():
         return None
     rows = [row for label, model in models.items() for row in _rows(job, label, model, cards[label], files[label])]
     examples = make_examples(

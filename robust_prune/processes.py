@@ -6,6 +6,7 @@ the first process while the others wait for its outcome. Only the first one writ
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 from collections.abc import Iterator
@@ -103,11 +104,19 @@ def one_at_a_time_on_each_machine() -> Iterator[None]:
         yield
 
 
-def leave() -> None:
-    """Parts from the other processes."""
+def part() -> bool:
+    """Ends the sharing: from here on the processes no longer wait for each other.
+
+    Returns:
+        Whether this is the first process, which goes on alone.
+    """
     group = _group()
     if group:
+        # What still refers to the group, or a peer that is not done, would abort the process when it ends.
+        gc.collect()
+        group.barrier()
         group.destroy_process_group()
+    return is_first()
 
 
 def launcher() -> str:

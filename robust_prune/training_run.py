@@ -81,7 +81,7 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
         return {"card": found.card.to_json(), "onnx_clean": None, "onnx_robust": None}
 
     found = log.once("evaluate", models_hash(best), make_card, together=True)
-    if not processes.is_first():
+    if not processes.part():
         return None
     row = ModelRow.from_json(
         {

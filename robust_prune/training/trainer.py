@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from .. import processes
@@ -362,13 +361,7 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
         hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
         raise EnvironmentProblem(f"tracker {missing[0]} was asked for, but its package is not installed. Run: {hint}")
     processes.join(device)
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        log_with=list(settings.trackers) or None,
-        project_dir=folder,
-        # Statistics are averaged after each step instead; the first process's alone would be those of its share.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = Accelerator(cpu=device == "cpu", log_with=list(settings.trackers) or None, project_dir=folder)
     if settings.trackers:
         accelerator.init_trackers("trackers")
     return accelerator
