@@ -2,6 +2,7 @@
 
     python benchmarks/training.py speed demo --data cifar10
     python benchmarks/training.py recovery demo --data cifar10 --minutes 4
+    python benchmarks/training.py cost demo --data cifar10
 
 `speed` takes optimisation steps on real images in two ways, in turn and in a new order each round: ours (the format and
 layout that `train` would choose here, parameters frozen in the attack, input gradients alone, the clean distribution
@@ -14,6 +15,9 @@ bootstrap interval over rounds.
 epoch of each is timed first, and it then trains for as many whole epochs as fit, at least one, with its schedule ending
 there. Accuracy is PGD-20's on held-out training images and on test images. Results are written after every method and
 seed; the same command goes on with what is missing.
+
+`cost` takes optimisation steps of PGD-AT with other numbers of attack steps, of a model cut to less, and of other batch
+sizes, all in turn and in a new order each round: what one image of training costs, by what it is spent on.
 """
 
 from __future__ import annotations
@@ -172,6 +176,73 @@ def speed_table(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+# --- cost --------------------------------------------------------------------------------------------------------
+
+ATTACK_STEPS, RATIOS, BATCHES = (0, 1, 3, 10), (0.5, 0.75, 0.9), (32, 128, 512)
+
+
+def cost(
+    args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
+) -> dict[str, Any]:
+    """Seconds of every round by setting: attack steps (0 is clean training), share of the MACs left, batch size."""
+    threat = stages.threat_of(recipe)
+    analysis = stages.analyse(dense, spec, data.train, recipe, device)
+    models, kept = {0.0: dense}, {0.0: 1.0}
+    for ratio in RATIOS:
+        plan = stages.plan_cut(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
+        models[ratio] = apply(dense.cpu(), plan, stages.blank_image(spec)).model
+        kept[ratio] = plan.macs_after / plan.macs_before
+    standard = (3, 0.0, args.batch_size)
+    settings = dict.fromkeys(
+        [(steps, 0.0, args.batch_size) for steps in ATTACK_STEPS]
+        + [(3, ratio, args.batch_size) for ratio in models]
+        + [(3, 0.0, batch) for batch in BATCHES]
+        + [standard]
+    )
+    loops = {}
+    for steps, ratio, batch in settings:
+        x, y = data.train.get(torch.arange(batch))
+        chosen = TrainSettings(loss="pgd_at" if steps else "clean", steps=max(steps, 1))
+        found, _ = both_loops(models[ratio], x.to(device).float() / 255, y.to(device), threat, chosen)
+        loops[steps, ratio, batch] = found["ours"]
+    seconds: dict[tuple[int, float, int], list[float]] = {setting: [] for setting in loops}
+    shuffler = random.Random(0)
+    for round_number in range(args.rounds + 1):
+        order = list(loops)
+        shuffler.shuffle(order)
+        for setting in order:
+            begin = time.perf_counter()
+            loops[setting]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[setting].append(time.perf_counter() - begin)
+    rows = [
+        {"steps": steps, "macs_kept": kept[ratio], "batch": batch, "seconds": found}
+        for (steps, ratio, batch), found in seconds.items()
+    ]
+    return {"threads": torch.get_num_threads(), "rows": rows}
+
+
+def cost_table(result: dict[str, Any]) -> str:
+    value, environment = result["cost"], result["environment"]
+    text = [
+        f"## Cost of an image\n\n{result['arch']}, PGD-AT on {result['data']}, {value['threads']} threads of "
+        f"{environment['cpu']} ({environment['device']}), torch {environment['versions']['torch']}; medians and range "
+        f"over rounds: {len(value['rows'][0]['seconds'])}.\n",
+        "| attack steps | MACs left | batch | ms an image | per forward and backward |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in value["rows"]:
+        each = 1000 * np.array(row["seconds"]) / row["batch"]
+        middle = float(np.median(each))
+        text.append(
+            f"| {row['steps']} | {100 * row['macs_kept']:.0f} % | {row['batch']} | "
+            f"{middle:.2f} [{each.min():.2f}, {each.max():.2f}] | {middle / (row['steps'] + 1):.2f} |"
+        )
+    return "\n".join(text) + "\n"
+
+
 # --- recovery ----------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +330,7 @@ def recovery_table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "recovery"])
+    parser.add_argument("part", choices=["speed", "recovery", "cost"])
     parser.add_argument("model", help="the robust base: an artifact, or demo")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
@@ -293,10 +364,16 @@ def main() -> None:
 
     if args.part == "speed":
         save(speed(args, recipe, data, loaded.model, device))
+    elif args.part == "cost":
+        save(cost(args, recipe, data, loaded.model, loaded.spec, device))
     else:
         save(recovery(args, recipe, data, loaded.model, loaded.spec, device, save, result.get("recovery", {})))
     result = json.loads(args.out.read_text(encoding="utf-8"))
-    parts = [table(result) for part, table in (("speed", speed_table), ("recovery", recovery_table)) if part in result]
+    parts = [
+        table(result)
+        for part, table in (("speed", speed_table), ("cost", cost_table), ("recovery", recovery_table))
+        if part in result
+    ]
     text = "# Training\n\n`benchmarks/training.py`\n\n" + "\n".join(parts)
     write_text(args.out.with_suffix(".md"), text)
     print(text)

@@ -57,6 +57,7 @@ def compress(job: Job) -> Compressed | None:
     recipe, data = job.recipe, job.data
     device, threat = stages.device_of(recipe), stages.threat_of(recipe)
     stages.check_provider(recipe)
+    stages.check_images(data)
     key, folder = claim_folder(job)
     dense, todo = job.loaded.model, StageLog(RunDir(folder), key)
     write_text(folder / "recipe.yaml", recipe.to_yaml())

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .attacks import ThreatModel
 from .data.base import DataBundle, ImageSet, first, random_subset
-from .errors import EnvironmentProblem
+from .errors import EnvironmentProblem, UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Evaluation, evaluate_with_twins
 from .evaluation.onnx_scores import OnnxTwin
 from .export.onnx import export_onnx
+from .export.parity import MIN_IMAGES
 from .export.precision import Precision, export_reduced
 from .export.types import OnnxArtifact
 from .models.layout import has_fast_bf16
@@ -217,6 +218,19 @@ def finetune(
         model, data.train, data.validation, threat, settings,
         seed=seed, device=device, checkpoint=checkpoint, teacher=teacher,
     )  # fmt: skip
+
+
+def check_images(data: DataBundle) -> None:
+    """Says before hours of work that an export could not be checked at its end.
+
+    Raises:
+        UsageError: too few training images.
+    """
+    if len(data.train) < MIN_IMAGES:
+        raise UsageError(
+            f"{data.name} leaves {len(data.train)} training images beside the held-out ones; the exported file is "
+            f"checked on at least {MIN_IMAGES}. Give more images."
+        )
 
 
 def parity_images(data: DataBundle, count: int = PARITY_IMAGES) -> Tensor:

@@ -242,6 +242,15 @@ def test_a_gpu_provider_without_a_gpu_is_refused_before_any_work(here, capsys):
     assert code == 3 and "bench.provider cuda was asked for" in message and not (here / "run").exists()
 
 
+def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, capsys):
+    write_data(here / "toy.npz", train=6)
+    code, weights = write_model(here)
+    asked = ["compress", str(weights), "--arch", f"{code}:make_model", "--data", "toy.npz", "--out", "run"]
+    status, message = _fails(capsys, *asked)
+    assert status == 2 and "leaves 5 training images" in message and "at least 9" in message
+    assert not (here / "run").exists()
+
+
 def test_help_names_every_criterion(capsys):
     from robust_prune.pruning.importance import CRITERIA
 

@@ -13,11 +13,11 @@ from robust_prune import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line.removeprefix(".venv/bin/") for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [
-    line.removeprefix(".venv/bin/")
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.removeprefix(".venv/bin/").startswith("robust-prune ")
+    line.replace("-m robust_prune ", "robust-prune ")[line.find("-m robust_prune ") if launched else 0 :]
+    for line in LINES
+    if (launched := line.startswith(("torchrun ", "accelerate "))) or line.startswith("robust-prune ")
 ]
 
 
