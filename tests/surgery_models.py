@@ -107,6 +107,30 @@ class Mlp(nn.Module):
         return self.head(F.gelu(self.fc1(x)).mean(1))
 
 
+class ResponseNorm(nn.Module):
+    """Global response norm as in ConvNeXt-V2: every channel over the mean of all, so that a cut changes the others."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = _Response(width)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(F.gelu(self.stem(x)).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class _Response(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.eps, self.rate = 1e-2, 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return x + self.weight * x * size / (size.mean(-1, keepdim=True) + self.eps) + self.bias
+
+
 class StaleWideResNet(nn.Module):
     """A pre-activation net in RobustBench's style: the last view uses a number remembered by the model."""
 

@@ -13,6 +13,7 @@ from surgery_models import (
     Grouped,
     Mlp,
     Residual,
+    ResponseNorm,
     StaleWideResNet,
     Unprunable,
     example,
@@ -109,6 +110,22 @@ def test_a_remembered_channel_count_is_repaired() -> None:
     assert result.rolled_back == ()
     assert result.model.nChannels == 5 and model.nChannels == 10
     assert result.edits == ("nChannels",)
+
+
+def test_a_mean_over_cut_channels_is_made_up_for() -> None:
+    model = randomised(ResponseNorm())
+    search = find_groups(model, example())
+    assert [g.name for g in search.groups] == ["stem"]
+    result = apply(model, plan_of(search), example())
+    assert result.rolled_back == () and result.parity < 1e-7
+    assert result.edits == ("norm.weight", "norm.eps")
+    kept = [i for i in range(12) if i not in plan_of(search).groups[0].removed]
+    torch.testing.assert_close(result.model.norm.weight, 2 * model.norm.weight[kept])
+    assert result.model.norm.eps == pytest.approx(0.02) and result.model.norm.rate == 0.1
+    fresh = ResponseNorm()
+    apply_changes(fresh, json.loads(json.dumps(describe_changes(model, result.model))))
+    fresh.load_state_dict(result.model.state_dict())
+    assert torch.equal(fresh.eval()(images()), result.model.eval()(images()))
 
 
 def test_attention_keeps_its_temperature_on_both_paths() -> None:

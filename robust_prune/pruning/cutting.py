@@ -140,10 +140,10 @@ def cut_module(module: nn.Module, side: str, positions: list[int]) -> None:
     for name, old in before.items():
         new = module._parameters[name]
         if new is not None and new is not old:
-            module._parameters[name] = _like(new.detach(), old)
+            module._parameters[name] = like(new.detach(), old)
 
 
-def _like(new: torch.Tensor, old: torch.Tensor) -> nn.Parameter:
+def like(new: torch.Tensor, old: torch.Tensor) -> nn.Parameter:
     """`new` as a parameter with the memory format and `requires_grad` of `old`."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
@@ -154,7 +154,7 @@ def _cut_parameter(model: nn.Module, name: str, dim: int, positions: list[int]) 
     owner_name, _, own_name = name.rpartition(".")
     owner, old = model.get_submodule(owner_name), model.get_parameter(name)
     keep = torch.tensor(sorted(set(range(old.shape[dim])) - set(positions)), device=old.device)
-    owner._parameters[own_name] = _like(old.detach().index_select(dim, keep), old)
+    owner._parameters[own_name] = like(old.detach().index_select(dim, keep), old)
 
 
 def _require_equal_parts(size: int, parts: int, positions: list[int]) -> None:
@@ -192,7 +192,7 @@ def scale_rows(module: nn.Module, rows: slice, factor: float) -> None:
         if old is not None:
             new = old.detach().clone()
             new[rows] *= factor
-            module._parameters[name] = _like(new, old)
+            module._parameters[name] = like(new, old)
 
 
 def cut_copy(module: nn.Module, side: str, positions: list[int]) -> nn.Module:

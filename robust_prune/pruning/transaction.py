@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import Adaptation, Attention
-from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, old_to_new_sizes, place_size
+from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
 from .masking import masked
 from .twin import first_line, images_like, make_twin, relative_error
 from .types import ChannelGroup, Refused
@@ -50,11 +50,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class Edit:
-    """An attribute of a module that a cut made stale, with its new value."""
+    """An attribute of a module that a cut made stale.
+
+    Attributes:
+        module: the module's name.
+        attribute: its name there; that of a parameter if `scale` is set.
+        value: its new value, or what the parameter is multiplied by.
+        scale: whether a parameter is multiplied.
+    """
 
     module: str
     attribute: str
     value: Any
+    scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,9 @@ class Bench:
                     cut.candidate.attention.adapt(self.small, cut.keep, how[cut.candidate.group.name])
             repairs: Iterator[tuple[Edit, ...]] = iter([()])
             if len(cuts) == 1 and cuts[0].candidate.attention is None:
-                repairs = islice(_repairs(self.small, cuts[0].candidate.group, sizes), _MOST_REPAIRS)
+                group = cuts[0].candidate.group
+                stale = islice(_repairs(self.small, group, sizes), _MOST_REPAIRS)
+                repairs = chain(stale, _mean_repairs(self.small, group, before))
             for edits in repairs:
                 old = [getattr(self.small.get_submodule(e.module), e.attribute) for e in edits]
                 apply_edits(self.small, edits)
@@ -205,9 +215,14 @@ class Ledger:
 
 
 def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
-    """Set repaired attributes."""
+    """Set repaired attributes, and scale parameters, by replacing them."""
     for edit in edits:
-        setattr(model.get_submodule(edit.module), edit.attribute, edit.value)
+        module = model.get_submodule(edit.module)
+        value = edit.value
+        if edit.scale:
+            old = module.get_parameter(edit.attribute)
+            value = like(old.detach() * edit.value, old)
+        setattr(module, edit.attribute, value)
 
 
 def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
@@ -248,6 +263,25 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
     yield from (tuple(edits) for edits in by_kind.values() if 1 < len(edits) < len(stale))
     if len(stale) > 1:
         yield tuple(stale)
+
+
+def _mean_repairs(model: nn.Module, group: ChannelGroup, before: dict[Place, int]) -> Iterator[tuple[Edit, ...]]:
+    """Sets of edits for a module that divides by a mean over the cut channels, as global response norm does.
+
+    Of C channels C' stay. Where the masked model averages over C, zeros among them, the cut one averages over C' and
+    gets C/C' times as much; one of the module's own cut parameters times C/C' makes up for that, and a small constant
+    beside the mean has to grow as the mean did.
+    """
+    for part in group.slices:
+        if part.side != "param":
+            continue
+        owner, _, own = part.target.rpartition(".")
+        ratio = before[part.target, part.side, part.dim] / place_size(model, part)
+        scaled = Edit(owner, own, ratio, scale=True)
+        yield (scaled,)
+        for name, value in vars(model.get_submodule(owner)).items():
+            if type(value) is float:
+                yield (scaled, Edit(owner, name, value * ratio))
 
 
 def _renewed(value: Any, sizes: dict[int, int]) -> Any:
