@@ -249,6 +249,10 @@ def tables(result: dict[str, Any]) -> str:
         f"{rows[0]['after']['robust']['total']:,} {settings['split']} images; brackets: 95 % bootstrap intervals over "
         f"images of the mean over seeds; the last column is paired with `{REFERENCE}` image by image.\n",
     ]
+    names = list(
+        dict.fromkeys((*(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:])), *(row["name"] for row in rows)))
+    )
+    text += _summary(rows, names)
     for ratio in sorted({row["ratio"] for row in rows}):
         text += [
             f"## {ratio:.0%} of the MACs removed\n",
@@ -256,15 +260,46 @@ def tables(result: dict[str, Any]) -> str:
             f"robust against {REFERENCE} [95 %] |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        names = dict.fromkeys(
-            (*(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:])), *(row["name"] for row in rows))
-        )
         by_arm = {name: [r for r in rows if r["ratio"] == ratio and r["name"] == name] for name in names}
         for name, mine in by_arm.items():
             if mine:
                 text.append(_line(name, mine, by_arm[REFERENCE]))
         text.append("")
     return "\n".join(text)
+
+
+def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Robust accuracy after fine-tuning alone: the reference's, and the paired differences of the others to it."""
+    ratios = sorted({row["ratio"] for row in rows})
+    text = [
+        "| robust accuracy, % | " + " | ".join(f"{ratio:.0%} of the MACs gone" for ratio in ratios) + " |",
+        "| --- |" + " ---: |" * len(ratios),
+    ]
+    for name in names:
+        cells = []
+        for ratio in ratios:
+            mine = [row for row in rows if row["ratio"] == ratio and row["name"] == name]
+            reference = [row for row in rows if row["ratio"] == ratio and row["name"] == REFERENCE]
+            if name == REFERENCE:
+                values = outcomes(reference, "robust")
+                low, high = bootstrap(values)
+                cells.append(f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            else:
+                cells.append(_against(mine, reference))
+        if any(cells):
+            text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*text, ""]
+
+
+def _against(mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """The difference to the reference's rows of the same seeds, or nothing where those are missing."""
+    seeds = {row["seed"] for row in mine}
+    paired = [row for row in reference if row["seed"] in seeds]
+    if not mine or len(paired) != len(mine):
+        return ""
+    difference = outcomes(mine, "robust") - outcomes(paired, "robust")
+    lower, upper = bootstrap(difference)
+    return f"{100 * difference.mean():+.1f} [{100 * lower:+.1f}, {100 * upper:+.1f}]"
 
 
 def _line(name: str, mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
@@ -276,13 +311,7 @@ def _line(name: str, mine: list[dict[str, Any]], reference: list[dict[str, Any]]
 
     robust = outcomes(mine, "robust")
     low, high = bootstrap(robust)
-    seeds = {row["seed"] for row in mine}
-    paired = [row for row in reference if row["seed"] in seeds]
-    against = ""
-    if name != REFERENCE and len(paired) == len(mine):
-        difference = robust - outcomes(paired, "robust")
-        lower, upper = bootstrap(difference)
-        against = f"{100 * difference.mean():+.1f} [{100 * lower:+.1f}, {100 * upper:+.1f}]"
+    against = "" if name == REFERENCE else _against(mine, reference)
     return (
         f"| {name} | {len(mine)} | {mean(lambda r: 100 * r['macs_kept']):.1f} % | "
         f"{mean(lambda r: 100 * r['params_kept']):.1f} % | {mean(lambda r: share(r['before']['clean'])):.1f} | "

@@ -151,6 +151,13 @@ def test_collapse_goes_back_to_the_best_epoch(monkeypatch):
     assert "fell from 60.0 to 20.0 %" in result.note
 
 
+def test_training_that_taught_nothing_is_said():
+    unrelated = TensorImages(_images(90, 1).images, torch.arange(90) // 30)
+    result = train(_model(), _images(96), unrelated, THREAT, _settings(epochs=1, validation_images=90))
+    assert "naming the most frequent class gets 33.3: nothing was learned" in result.note
+    assert train(_model(), _images(96), _images(90, 1), THREAT, _settings(epochs=6)).note == ""
+
+
 def test_zero_epochs_leave_the_model_as_it_was():
     model = _model()
     before = _weights(model)

@@ -28,7 +28,7 @@ from .perturbation import perturbed_weights
 from .precision import Precision, choose_precision
 from .randomness import generator_at
 from .types import EpochRecord, TrainResult
-from .validation import Score, score
+from .validation import Score, chance_note, score
 
 CHECKPOINT_SECONDS = 60.0
 # Fast adversarial training can lose all robustness within one epoch ("catastrophic overfitting", Wong et al., 2020).
@@ -166,7 +166,8 @@ class _Run:
                 self._epoch(advance)
         self.model.load_state_dict(self.best_weights)
         self.save()
-        return TrainResult(tuple(self.history), state.best_epoch, state.note)
+        note = state.note or (chance_note(state.best, self.validation) if settings.epochs else "")
+        return TrainResult(tuple(self.history), state.best_epoch, note)
 
     def _epoch(self, advance: Advance) -> None:
         state = self.state

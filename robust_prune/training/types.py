@@ -31,7 +31,7 @@ class TrainResult:
         history: one record an epoch.
         best_epoch: epoch (from 1) whose weights were chosen, by held-out robust accuracy; 0 when no epoch was better
             than the start.
-        note: empty, or why training was cut short.
+        note: empty, or why training was cut short or taught nothing.
     """
 
     history: tuple[EpochRecord, ...]

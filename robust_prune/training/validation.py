@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,3 +56,20 @@ def score(
     robust, clean = (sum(parts) for parts in zip(*processes.gathered((survived, right)), strict=True))
     total = max(len(images), 1)
     return Score(robust / total, clean / total)
+
+
+def chance_note(found: Score, images: ImageSet) -> str:
+    """A warning if `found` is no better than naming the most frequent class of `images`; else empty.
+
+    No better: below the one-sided 95 % bound of what naming it would get right on as many images.
+    """
+    if len(images) == 0:
+        return ""
+    _, labels = images.get(torch.arange(len(images)))
+    chance = float(labels.bincount().max()) / len(images)
+    if found.clean > chance + 1.645 * math.sqrt(chance * (1 - chance) / len(images)):
+        return ""
+    return (
+        f"held-out accuracy is {100 * found.clean:.1f} %, where naming the most frequent class gets {100 * chance:.1f}"
+        ": nothing was learned. Train longer, or with another learning rate."
+    )
