@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from robust_prune.training.precision import Precision, choose_precision
 from robust_prune.training.trainer import decay_groups, train
 
 RESAMPLES = 4000
+Setting = TypeVar("Setting")
 METHODS: dict[str, dict[str, Any]] = {
     "N-FGSM": {"loss": "n_fgsm"},
     "N-FGSM, no average": {"loss": "n_fgsm", "ema_decay": 0.0},
@@ -130,6 +131,24 @@ def both_loops(
     return {"ours": ours, "plain": plain}, precision
 
 
+def in_turn(
+    loops: dict[Setting, Callable[[], None]], rounds: int, shuffler: random.Random, device: str
+) -> dict[Setting, list[float]]:
+    """Seconds of each loop in each round, in a new order every round; one round before them warms up."""
+    seconds: dict[Setting, list[float]] = {setting: [] for setting in loops}
+    for round_number in range(rounds + 1):
+        order = list(loops)
+        shuffler.shuffle(order)
+        for setting in order:
+            begin = time.perf_counter()
+            loops[setting]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[setting].append(time.perf_counter() - begin)
+    return seconds
+
+
 def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, device: str) -> dict[str, Any]:
     """Seconds of every round by loss and loop."""
     threat, found = stages.threat_of(recipe), {}
@@ -138,17 +157,7 @@ def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.
     shuffler = random.Random(0)
     for name in ("pgd_at", "trades"):
         loops, precision = both_loops(dense, x, y, threat, TrainSettings(loss=name, steps=args.steps))
-        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-        for round_number in range(args.rounds + 1):
-            order = list(loops)
-            shuffler.shuffle(order)
-            for loop in order:
-                begin = time.perf_counter()
-                loops[loop]()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if round_number:  # the first round warms up
-                    seconds[loop].append(time.perf_counter() - begin)
+        seconds = in_turn(loops, args.rounds, shuffler, device)
         found[name] = {"seconds": seconds, "precision": str(precision)}
         console.print(f"{name}: {np.median(seconds['plain']) / np.median(seconds['ours']):.2f} times", markup=False)
     return {"batch": args.batch_size, "steps": args.steps, "threads": torch.get_num_threads(), "losses": found}
@@ -185,6 +194,8 @@ def cost(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
     """Seconds of every round by setting: attack steps (0 is clean training), share of the MACs left, batch size."""
+    if len(data.train) < max(BATCHES):
+        raise SystemExit(f"cost takes batches of up to {max(BATCHES)} images, {data.name} has {len(data.train)}.")
     threat = stages.threat_of(recipe)
     analysis = stages.analyse(dense, spec, data.train, recipe, device)
     models, kept = {0.0: dense}, {0.0: 1.0}
@@ -192,12 +203,10 @@ def cost(
         plan = stages.plan_cut(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
         models[ratio] = apply(dense.cpu(), plan, stages.blank_image(spec)).model
         kept[ratio] = plan.macs_after / plan.macs_before
-    standard = (3, 0.0, args.batch_size)
     settings = dict.fromkeys(
         [(steps, 0.0, args.batch_size) for steps in ATTACK_STEPS]
         + [(3, ratio, args.batch_size) for ratio in models]
         + [(3, 0.0, batch) for batch in BATCHES]
-        + [standard]
     )
     loops = {}
     for steps, ratio, batch in settings:
@@ -205,18 +214,7 @@ def cost(
         chosen = TrainSettings(loss="pgd_at" if steps else "clean", steps=max(steps, 1))
         found, _ = both_loops(models[ratio], x.to(device).float() / 255, y.to(device), threat, chosen)
         loops[steps, ratio, batch] = found["ours"]
-    seconds: dict[tuple[int, float, int], list[float]] = {setting: [] for setting in loops}
-    shuffler = random.Random(0)
-    for round_number in range(args.rounds + 1):
-        order = list(loops)
-        shuffler.shuffle(order)
-        for setting in order:
-            begin = time.perf_counter()
-            loops[setting]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_number:
-                seconds[setting].append(time.perf_counter() - begin)
+    seconds = in_turn(loops, args.rounds, random.Random(0), device)
     rows = [
         {"steps": steps, "macs_kept": kept[ratio], "batch": batch, "seconds": found}
         for (steps, ratio, batch), found in seconds.items()

@@ -149,7 +149,7 @@ def evaluate_with_twins(
             precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
             together=together and processes.count() > 1,
         )  # fmt: skip
-        state = _begin(job) if processes.is_first() or not job.together else EvalState.fresh("", len(images))
+        state = _begin(job) if job.leads else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
         if state.counters.clean_done == 0:

@@ -164,14 +164,13 @@ def _attack_batch(
 ) -> None:
     x, y = job.get(indices)
     rows = indices.numpy()
-    right, worst, passes = (
-        _divided(attacker, stage, x, y, start) if job.together else _attacked(attacker, stage, x, y, start)
-    )
+    attack = _divided if job.together else _attacked
+    right, worst, (forwards, backwards) = attack(attacker, stage, x, y, start)
     survives = right.cpu().numpy()
     state.robust[rows] = survives
     state.fell[rows[~survives]] = index
-    state.counters.forwards += passes[0]
-    state.counters.backwards += passes[1]
+    state.counters.forwards += forwards
+    state.counters.backwards += backwards
     if job.leads:
         _show_twins(job, state, rows, worst, y)
 
