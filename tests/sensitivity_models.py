@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.attacks.threat import ThreatModel
-from robust_prune.sensitivity import ascent, estimators
+from robust_prune.sensitivity import ascent, starts
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.profile import SensitivityProfile
+from robust_prune.sensitivity.search import SHORT
 from robust_prune.sensitivity.targets import find_targets
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -104,7 +105,7 @@ def plain_boundary(
 ) -> dict[str, list[float]]:
     """The boundary estimator with every pass whole and every weight written in place; for double precision.
 
-    The search must not stop at a plateau.
+    All images must fit into the search, which must not stop at a plateau.
     """
     model.eval()
     targets = {id(t.weight): t for t in find_targets(model)}.values()
@@ -116,34 +117,46 @@ def plain_boundary(
         with torch.no_grad():
             weights[position].copy_(start + length * start.norm() * direction / direction.norm())
 
-    def slopes() -> tuple[float, list[Tensor | None]]:
-        loss = mean_loss(model, adv, torch.float64)
+    def slopes(labels: Tensor = adv.labels) -> tuple[float, list[Tensor | None]]:
+        loss = F.cross_entropy(model(adv.images.double()), labels)
         return loss.item(), list(torch.autograd.grad(loss, weights, allow_unused=True))
 
     base, first = slopes()
     live = [i for i, slope in enumerate(first) if slope is not None]
-    for i in live:
-        put(i, first[i], ascent.JOINT_SHARE * rho)
-    joint = slopes()[1]
-    for i in live:
-        put(i, first[i], 0.0)
+
+    def joint_climb(directions: list[Tensor | None]) -> list[Tensor | None]:
+        for _ in range(starts.JOINT_STEPS):
+            for i in live:
+                put(i, directions[i], starts.JOINT_SHARE * rho)
+            directions = slopes()[1]
+        for i in live:
+            put(i, first[i], 0.0)
+        return directions
+
+    def climb(i: int, direction: Tensor, steps: int) -> tuple[float, Tensor]:
+        tried = []
+        for _ in range(steps):
+            put(i, direction, rho)
+            value, found = slopes()
+            tried.append((value, direction))
+            length = ascent.STRIDE * rho * originals[i].norm() / found[i].norm()
+            direction = weights[i].detach() - originals[i] + length * found[i]
+        return max(tried, key=lambda pair: pair[0])
+
+    with torch.no_grad():
+        likely = model(adv.images.double()).softmax(1).sum(0).argsort(descending=True)[: starts.CLASSES]
+    begun = [joint_climb(first)]
+    for label in likely:
+        towards = slopes(torch.full_like(adv.labels, int(label)))[1]
+        begun.append(joint_climb([None if d is None else -d for d in towards]))
     rises = {t.name: [0.0] * len(radii) for t in find_targets(model)}
     for i in live:
-        sides = []
-        for steps in estimators.SEARCH_STEPS:
-            direction = -sides[0][1] if sides else joint[i]
-            tried = []
-            for _ in range(steps):
-                put(i, direction, rho)
-                value, found = slopes()
-                tried.append((value, direction))
-                direction = (
-                    weights[i].detach()
-                    - originals[i]
-                    + ascent.STRIDE * rho * originals[i].norm() * (found[i] / found[i].norm())
-                )
-            sides.append(max(tried, key=lambda pair: pair[0]))
-        best = max(sides, key=lambda pair: pair[0])[1]
+        held: list[tuple[float, Tensor]] = []
+        for directions in begun:
+            put(i, directions[i], rho)
+            starts.keep(held, slopes()[0], directions[i] / directions[i].norm(), SHORT.starts)
+        best = max((climb(i, direction, SHORT.start_steps) for _, direction in held), key=lambda pair: pair[0])[1]
+        best = climb(i, best, SHORT.steps)[1]
         top = 0.0
         for k, radius in enumerate(radii):
             put(i, best, radius)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from sensitivity_models import THREAT, by_name, noise_set, plain_boundary
 from torch import Tensor, nn
 
-from robust_prune.sensitivity import ascent, estimators, replay
+from robust_prune.sensitivity import ascent, estimators, replay, starts
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.estimators import measure
+from robust_prune.sensitivity.search import Effort
 from robust_prune.sensitivity.targets import exchanged, find_targets
 
 
@@ -67,11 +69,17 @@ def chain(depth: int) -> nn.Module:
 def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
     model, adv = chain(6).double(), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
+    short = Effort(start_images=8, starts=1, start_steps=2, images=8, steps=3, whole_steps=0)
+    monkeypatch.setattr(estimators, "SHORT", short)
+    monkeypatch.setattr(estimators, "LONG", replace(short, whole_steps=1))
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Try the layout, trace; per batch a gradient pass; the joint step and the base of the search; per layer the search
-    # records its prefix once (the first has none) and runs what follows; then recording and what lies behind each.
-    whole, behind = 2 * 6, 2 * 21
-    search = 2 * whole + 5 * whole + sum(estimators.SEARCH_STEPS) * behind
+    # Try the layout, trace; per batch a gradient pass. The search: its base for either stage, the likely classes, joint
+    # climbs along the gradient and towards each of three classes with a recording and what lies behind each layer; in
+    # either stage each layer records its prefix once (the first has none) and runs what follows. Then a recording and
+    # what lies behind each layer.
+    whole, behind, joint = 2 * 6, 2 * 21, starts.JOINT_STEPS
+    begun = (joint + 3 * (1 + joint)) * whole + 4 * (whole + behind)
+    search = 2 * whole + whole + begun + 2 * 5 * whole + (2 + 3) * behind
     assert counter.calls == 6 + 6 + whole + search + whole + behind
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)

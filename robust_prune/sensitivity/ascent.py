@@ -1,101 +1,55 @@
-"""Directions in which a perturbation of one weight raises the robust loss most.
+"""Projected gradient ascent of the robust loss over perturbations of one weight.
 
-At a trained model the mean gradient of a weight is almost zero, so that its direction is mostly noise and a step along
-it finds a fraction of the loss that the ball holds. Three things make the search short:
-
-- A *joint* step first: all weights are moved a little along their gradients at once, and the gradients taken there.
-  One pass turns every direction towards where the loss curves up, as one step of power iteration would.
-- Long steps: `STRIDE` radii along the normalised gradient before projecting. On a convex loss a step of infinite length
-  (the generalised power method, Journee et al., 2010, arXiv 0811.4724) rises in every step; a finite one remembers
-  where it was, which keeps it from cycling where the loss is not convex.
-- The *other side*: to second order a direction and its opposite are equally steep, so that where an ascent ends is
-  often a matter of the side it began on. Beyond second order they differ, up to fourfold: both are climbed.
+Steps are long: `STRIDE` radii along the normalised gradient before projecting. On a convex loss a step of infinite
+length (the generalised power method, Journee et al., 2010, arXiv 0811.4724) rises in every step; a finite one remembers
+where it was, which keeps it from cycling where the loss is not convex. Where to begin is for `starts` to say.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from .losses import RobustLoss, cross_entropy_sum, finite
 from .replay import Recording, Trace, record, replay
+from .starts import unit
 from .targets import Target, exchanged
 
 STRIDE = 3.0
 """Length of an ascent step in radii of the ball."""
 
-JOINT_SHARE = 0.1
-"""How far into its ball each weight goes in the joint step. All move at once, so that more would leave the basin."""
-
 PLATEAU, PLATEAU_STEPS = 0.002, 2
 """When an ascent has arrived: this many steps in a row that gain less than this share of what was gained before."""
-
-
-def joint_directions(
-    loss: RobustLoss, targets: Sequence[Target], gradients: Sequence[Tensor], rho: float
-) -> list[Tensor]:
-    """Gradients at a point where every target has moved along its own gradient by a share of its ball's radius.
-
-    One forward and backward over the set.
-
-    Args:
-        loss: what to raise.
-        targets: distinct weights.
-        gradients: of R with respect to each, not zero.
-        rho: relative radius of the balls, > 0.
-
-    Returns:
-        A direction a target, unit Frobenius norm; its own gradient where the one at the moved point vanishes.
-
-    Raises:
-        UsageError: the loss at the moved point is not finite.
-    """
-    with ExitStack() as stack:
-        moved = []
-        for target, gradient in zip(targets, gradients, strict=True):
-            length = JOINT_SHARE * rho * target.weight.detach().norm()
-            there = (target.weight.detach() + length * unit(gradient)).requires_grad_(True)
-            moved.append(stack.enter_context(exchanged(target, there)))
-        found = loss.gradients(moved, lambda: None)[1]
-    return [
-        unit(old if new is None or float(new.norm()) == 0 else new) for old, new in zip(gradients, found, strict=True)
-    ]
-
-
-def unit(direction: Tensor) -> Tensor:
-    """`direction`, not zero, scaled to Frobenius norm 1."""
-    return direction / direction.norm()
 
 
 def ascend(
     loss: RobustLoss,
     trace: Trace,
     target: Target,
-    direction: Tensor,
+    starts: Sequence[Tensor],
     radius: float,
-    steps: Sequence[int],
+    steps: int,
     cache_bytes: int,
     base: float,
 ) -> Tensor:
-    """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`.
+    """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each start.
 
-    The first iterate is the boundary point along `direction`; each later one takes a step of `STRIDE` radii along the
-    normalised gradient and projects back. A second ascent begins on the other side, at the opposite of where the first
-    was highest. Per step one forward and one backward over the set, both only through what lies behind the weight, as
-    long as the inputs to that part fit into `cache_bytes` (batches beyond that are computed in full).
+    The first iterate is the boundary point along the start; each later one takes a step of `STRIDE` radii along the
+    normalised gradient and projects back. Per step one forward and one backward over the set, both only through what
+    lies behind the weight, as long as the inputs to that part fit into `cache_bytes` (batches beyond that are computed
+    in full).
 
     Args:
         loss: what to maximise.
         trace: of the same model.
         target: whose weight moves.
-        direction: where to begin; not zero.
+        starts: directions to begin with, at least one; not zero.
         radius: of the ball, > 0.
-        steps: most iterates of each ascent, one or two counts >= 1. A climb ends before that once `PLATEAU_STEPS`
-            of them in a row raise the rise of the loss by less than `PLATEAU`.
+        steps: most iterates of each ascent, >= 1. One ends before that once `PLATEAU_STEPS` of them in a row raise the
+            rise of the loss by less than `PLATEAU`.
         cache_bytes: limit on what is kept between the steps.
         base: R at the given weights.
 
@@ -106,11 +60,8 @@ def ascend(
         UsageError: a loss is not finite.
     """
     kept = _KeptBatches(loss, trace, trace.frontier(target.weight), cache_bytes)
-    best, highest = _climb(loss, kept, target, direction, radius, steps[0], base)
-    for count in steps[1:]:
-        other, value = _climb(loss, kept, target, -best, radius, count, base)
-        best, highest = (other, value) if value > highest else (best, highest)
-    return best
+    climbs = [_climb(loss, kept, target, start, radius, steps, base) for start in starts]
+    return max(climbs, key=lambda found: found[1])[0]
 
 
 def _climb(

@@ -29,22 +29,20 @@ from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
-from .ascent import ascend, joint_directions
 from .groups import aggregate_groups, check_aggregation
 from .losses import Ray, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .replay import NEVER, Trace, trace_calls
+from .search import LONG, SHORT, find_directions
 from .targets import Target, find_targets
 
 ESTIMATORS = ("gradient", "boundary", "ascent")
 DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
-JOINT_IMAGES = 512
-SEARCH_IMAGES = 128
-SEARCH_STEPS = (4, 3)
+GRADIENT_IMAGES = 64
 BF16_RHO = 0.03
 """Relative radius below which bf16 would round a perturbation of the weights away, so that the search is not in it."""
-FINE_BELOW = 0.05
+FINE_BELOW = 0.02
 """Rises of the loss, in nats, below which bf16 is not fine enough: its rounding moves a mean loss by up to 0.001."""
 
 
@@ -68,17 +66,13 @@ def measure(
     Estimators, with their cost in passes over the adversarial set for M modules and K radii (`rho` included):
 
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
-    - ``boundary``: the real loss at the ball's boundary, along a direction found on few images (`SEARCH_IMAGES`, in
-      `SEARCH_STEPS` ascent steps at `rho`, one count a side). One forward more than K partial forwards a module; each
-      begins at the module (see `replay`), about half a forward on average. The search costs the same however large the
-      set.
-    - ``ascent``: the same, and then up to `ascent_steps` steps more on the whole set; it ends where the loss stops
-      rising. Up to 2 `ascent_steps` partial passes a module more.
+    - ``boundary``: the real loss at the ball's boundary, along a direction that a short search finds on few images (see
+      `search`). One forward more than K partial forwards a module; each begins at the module (see `replay`), about half
+      a forward on average. The search costs the same however large the set.
+    - ``ascent``: the same with a longer search, which ends in up to `ascent_steps` steps on the whole set.
 
-    The search starts from directions that one pass over `JOINT_IMAGES` finds for all modules together (see `ascent`).
-    Search and losses are
-    computed in bf16 where the hardware has it, and small losses again in the model's own precision. Curves go along the
-    direction found at `rho`, rather than searching again at each radius.
+    Search and losses are computed in bf16 where the hardware has it, and small losses again in the model's own
+    precision. Curves go along the direction found at `rho`, rather than searching again at each radius.
 
     A module that the loss does not depend on, or whose gradient vanishes on the search's images, has MRS 0. Results
     are deterministic as far as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients
@@ -93,7 +87,8 @@ def measure(
         radii: relative radii of the curves, > 0; `rho` is added.
         groups: coupled groups to aggregate for.
         aggregation: see `aggregate_groups`.
-        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory.
+        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory, and five copies of the
+            weights.
         ascent_steps: for ``ascent``, >= 1.
         cache_bytes: for ``ascent``, limit on the module inputs kept between steps.
         device: where to compute.
@@ -114,7 +109,7 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
-        base, gradients = _gradients(loss if estimator == "gradient" else loss.part(SEARCH_IMAGES), weights)
+        base, gradients = _gradients(loss if estimator == "gradient" else loss.part(GRADIENT_IMAGES), weights)
         live = [
             (target, gradient)
             for target in {id(t.weight): t for t in targets}.values()
@@ -125,9 +120,9 @@ def measure(
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
-            whole = loss.fast() if rho >= BF16_RHO else loss
-            steps = ascent_steps if estimator == "ascent" else 0
-            directions = _directions(whole, trace, live, float(rho), steps, cache_bytes)
+            searched = loss.fast() if rho >= BF16_RHO else loss
+            effort = replace(LONG, whole_steps=ascent_steps) if estimator == "ascent" else SHORT
+            directions = find_directions(searched, trace, live, float(rho), effort, cache_bytes)
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
@@ -179,31 +174,6 @@ def _gradients(loss: RobustLoss, weights: list[nn.Parameter]) -> tuple[float, di
         for weight in weights:
             weight.requires_grad_(False)
     return base, {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
-
-
-def _directions(
-    whole: RobustLoss,
-    trace: Trace,
-    live: list[tuple[Target, Tensor]],
-    rho: float,
-    steps: int,
-    cache_bytes: int,
-) -> list[Tensor]:
-    """The steepest direction found for each target, in up to `steps` steps on the whole set after the short search."""
-    targets = [target for target, _ in live]
-    begun = joint_directions(whole.part(JOINT_IMAGES), targets, [gradient for _, gradient in live], rho)
-    part = whole.part(SEARCH_IMAGES)
-    base_of_part, base = part.value(), whole.value() if steps else math.nan
-    found = []
-    with track("Sensitivity, directions", len(live)) as advance:
-        for target, direction in zip(targets, begun, strict=True):
-            radius = rho * _norm(target)
-            best = ascend(part, trace, target, direction, radius, SEARCH_STEPS, cache_bytes, base_of_part)
-            if steps:
-                best = ascend(whole, trace, target, best, radius, (steps,), cache_bytes, base)
-            found.append(best)
-            advance()
-    return found
 
 
 def _along(

@@ -1,0 +1,82 @@
+"""The search for the perturbation of each weight that raises the robust loss most, on as few images as will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..console import track
+from .ascent import ascend
+from .losses import RobustLoss
+from .replay import Trace
+from .starts import shortlist
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to search. First the starts are compared, then the best goes on, in the end perhaps on all images.
+
+    Attributes:
+        start_images: images that starts are made and compared on.
+        starts: how many of them a target are climbed from.
+        start_steps: iterates of each of these climbs.
+        images: images that the best one goes on with.
+        steps: iterates there.
+        whole_steps: iterates on the whole set after that; 0 for none.
+    """
+
+    start_images: int
+    starts: int
+    start_steps: int
+    images: int
+    steps: int
+    whole_steps: int
+
+
+SHORT = Effort(start_images=32, starts=3, start_steps=2, images=64, steps=3, whole_steps=0)
+LONG = Effort(start_images=128, starts=4, start_steps=5, images=128, steps=4, whole_steps=10)
+
+
+def find_directions(
+    loss: RobustLoss,
+    trace: Trace,
+    live: Sequence[tuple[Target, Tensor]],
+    rho: float,
+    effort: Effort,
+    cache_bytes: int,
+) -> list[Tensor]:
+    """The steepest direction found for each target.
+
+    Args:
+        loss: what to raise, over the whole set.
+        trace: of the same model.
+        live: distinct weights, each with its gradient, which is not zero.
+        rho: relative radius of the balls, > 0.
+        effort: how long to search.
+        cache_bytes: limit on what an ascent keeps between its steps.
+
+    Returns:
+        A direction a target, unit Frobenius norm.
+
+    Raises:
+        UsageError: a loss is not finite.
+    """
+    targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
+    few, part = loss.part(effort.start_images), loss.part(effort.images)
+    stages = [(few, effort.start_steps), (part, effort.steps)]
+    if effort.whole_steps:
+        stages.append((loss, effort.whole_steps))
+    bases = [stage.value() for stage, _ in stages]
+    found = []
+    starts = shortlist(few, trace, targets, gradients, rho, effort.starts)
+    with track("Sensitivity, directions", len(live)) as advance:
+        for target, directions in zip(targets, starts, strict=True):
+            radius = rho * float(target.weight.detach().norm())
+            for (stage, steps), base in zip(stages, bases, strict=True):
+                directions = [ascend(stage, trace, target, directions, radius, steps, cache_bytes, base)]
+            found += directions
+            advance()
+    return found
