@@ -1,7 +1,6 @@
-"""How fast the training loop is, and what each method recovers in the same time.
+"""How fast the training loop is, and what an image of training costs.
 
     python benchmarks/training.py speed demo --data cifar10
-    python benchmarks/training.py recovery demo --data cifar10 --minutes 4
     python benchmarks/training.py cost demo --data cifar10
 
 `speed` takes optimisation steps on real images in two ways, in turn and in a new order each round: ours (the format and
@@ -10,12 +9,6 @@ once), and the loops as they are commonly published: fp32, contiguous, `loss.bac
 fills the gradients of every weight, and the clean softmax again at each step of TRADES. Both make the same number of
 forward and backward passes with the same attack steps. Images per second are medians over rounds; the ratio has a 95 %
 bootstrap interval over rounds.
-
-`recovery` cuts the model to a quarter of its MACs once, and gives every method the same training time to bring it back:
-some steps of each are timed first, and it then trains on as many images as fit, in equal epochs as few as the data
-allow, with its schedule ending there. Scoring the epochs on held-out images is not counted. Accuracy is PGD-20's on
-held-out training images and on test images. Results are written after every method and seed; the same command goes on
-with what is missing.
 
 `cost` takes optimisation steps of PGD-AT with other numbers of attack steps, of a model cut to less, and of other batch
 sizes, all in turn and in a new order each round: what one image of training costs, by what it is spent on.
@@ -26,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import time
 from collections.abc import Callable
@@ -42,34 +34,19 @@ from robust_prune import stages
 from robust_prune.attacks import ThreatModel
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
-from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
+from robust_prune.data.base import DataBundle
 from robust_prune.environment import snapshot
-from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
-from robust_prune.models.layout import has_fast_bf16
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
 from robust_prune.training.losses import Batch, make_loss
 from robust_prune.training.precision import Precision, choose_precision
-from robust_prune.training.trainer import decay_groups, train
+from robust_prune.training.trainer import decay_groups
 
 RESAMPLES = 4000
-TIMED_STEPS = 20
 Setting = TypeVar("Setting")
-METHODS: dict[str, dict[str, Any]] = {
-    "N-FGSM": {"loss": "n_fgsm"},
-    "N-FGSM, no average": {"loss": "n_fgsm", "ema_decay": 0.0},
-    "N-FGSM, distilled": {"loss": "n_fgsm", "distillation": 0.5},
-    "N-FGSM, AWP": {"loss": "n_fgsm", "awp": 0.005},
-    "PGD-AT, 3 steps": {"loss": "pgd_at", "steps": 3},
-    "PGD-AT": {"loss": "pgd_at"},
-    "TRADES": {"loss": "trades"},
-    "MART": {"loss": "mart"},
-    "PGD-AT, distilled": {"loss": "pgd_at", "distillation": 0.5},
-}
-
 
 # --- speed -------------------------------------------------------------------------------------------------------
 
@@ -243,112 +220,20 @@ def cost_table(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-# --- recovery ----------------------------------------------------------------------------------------------------
-
-
-def recover(
-    model: nn.Module, dense: nn.Module, data: DataBundle, recipe: Recipe, changes: dict[str, Any], minutes: float,
-    seed: int, device: str,
-) -> dict[str, Any]:  # fmt: skip
-    """One method's epochs, seconds and accuracies."""
-    settings = recipe.finetune.model_copy(update=changes)
-    threat = stages.threat_of(recipe)
-
-    def run(small: nn.Module, count: int, epochs: int, chosen_on: ImageSet) -> float:
-        """Seconds in the epochs themselves."""
-        result = train(
-            small, random_subset(data.train, count, seed), chosen_on, threat,
-            settings.model_copy(update={"epochs": epochs}), seed=seed, device=device, teacher=dense,
-        )  # fmt: skip
-        return sum(record.seconds for record in result.history)
-
-    timed = TIMED_STEPS * settings.batch_size
-    affordable = int(60 * minutes * timed / run(copy.deepcopy(model), timed, 1, first(data.validation, 0)))
-    epochs = math.ceil(affordable / len(data.train))
-    small = copy.deepcopy(model)
-    seconds = run(small, affordable // epochs, epochs, data.validation)
-    row: dict[str, Any] = {"epochs": epochs, "images": affordable // epochs * epochs, "seconds": seconds}
-    for split, images in (("held-out", data.validation), ("test", first(data.test, recipe.evaluation.images))):
-        card = evaluate(
-            small.cpu().eval(), images, threat, model_name="recovered", data_name=data.name, split=split, restarts=1,
-            device=device, precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
-        )  # fmt: skip
-        row[split] = {
-            "clean": [card.clean.correct, card.clean.total],
-            "robust": [card.robust.correct, card.robust.total],
-        }
-    return row
-
-
-def recovery(
-    args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str,
-    save: Callable[[dict[str, Any]], None], stored: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """All methods and seeds, stored ones first."""
-    value = stored or {"minutes": args.minutes, "threads": torch.get_num_threads(), "rows": []}
-    have = {(row["method"], row["seed"]) for row in value["rows"]}
-    todo = [(seed, name) for seed in args.seeds for name in args.methods if (name, seed) not in have]
-    if not todo:
-        return value
-    analysis = stages.analyse(dense, spec, data.train, recipe, device)
-    surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(spec))
-    stages.compensate(surgery, dense, data.train, recipe, device)
-    for seed, name in todo:
-        row = recover(surgery.model, dense, data, recipe, METHODS[name], args.minutes, seed, device)
-        value["rows"].append({"method": name, "seed": seed, **row})
-        save(value)
-        console.print(f"seed {seed}, {name}: {row}", markup=False)
-    return value
-
-
-def recovery_table(result: dict[str, Any]) -> str:
-    value = result["recovery"]
-    text = [
-        f"## Recovery in {value['minutes']:g} minutes\n\nA quarter of the MACs left, {value['threads']} threads of "
-        f"{result['environment']['cpu']} ({result['environment']['device']}); means over seeds.\n",
-        "| method | seeds | epochs | images seen | seconds | held-out robust | test: clean | robust |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in dict.fromkeys(row["method"] for row in value["rows"]):
-        rows = [row for row in value["rows"] if row["method"] == name]
-
-        def mean(split: str, which: str, rows: list[dict[str, Any]] = rows) -> float:
-            return float(np.mean([100 * row[split][which][0] / row[split][which][1] for row in rows]))
-
-        text.append(
-            f"| {name} | {len(rows)} | {np.mean([r['epochs'] for r in rows]):.1f} | "
-            f"{np.mean([r['images'] for r in rows]):,.0f} | {np.mean([r['seconds'] for r in rows]):.0f} | "
-            f"{mean('held-out', 'robust'):.1f} | {mean('test', 'clean'):.1f} | {mean('test', 'robust'):.1f} |"
-        )
-    right, total = value["rows"][0]["test"]["robust"]
-    half = 196 * math.sqrt(2 * right / total * (1 - right / total) / total)
-    text.append(
-        f"\nTwo robust figures of one seed on {total:,} test images differ by chance by up to {half:.1f} points."
-    )
-    return "\n".join(text) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "recovery", "cost"])
+    parser.add_argument("part", choices=["speed", "cost"])
     parser.add_argument("model", help="the robust base: an artifact, or demo")
     parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
+    parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model and cut")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     args = parser.parse_args()
     tune_allocator()
-    recipe = load(
-        args.recipe,
-        {"data.name": args.data, "device": args.device, "pruning.ratio": 0.75, "evaluation.images": args.test_images},
-    )
+    recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, None)
     device = stages.device_of(recipe)
@@ -362,16 +247,10 @@ def main() -> None:
 
     if args.part == "speed":
         save(speed(args, recipe, data, loaded.model, device))
-    elif args.part == "cost":
-        save(cost(args, recipe, data, loaded.model, loaded.spec, device))
     else:
-        save(recovery(args, recipe, data, loaded.model, loaded.spec, device, save, result.get("recovery", {})))
+        save(cost(args, recipe, data, loaded.model, loaded.spec, device))
     result = json.loads(args.out.read_text(encoding="utf-8"))
-    parts = [
-        table(result)
-        for part, table in (("speed", speed_table), ("cost", cost_table), ("recovery", recovery_table))
-        if part in result
-    ]
+    parts = [table(result) for part, table in (("speed", speed_table), ("cost", cost_table)) if part in result]
     text = "# Training\n\n`benchmarks/training.py`\n\n" + "\n".join(parts)
     write_text(args.out.with_suffix(".md"), text)
     print(text)

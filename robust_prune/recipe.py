@@ -221,6 +221,15 @@ class BenchSection(Section):
     """Measuring time for each row's set of files."""
 
 
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "quick": {"finetune.loss": "n_fgsm", "finetune.epochs": 1},
+    "standard": {"finetune.loss": "n_fgsm", "finetune.epochs": 4},
+    "best": {"finetune.loss": "pgd_at", "finetune.epochs": 12, "finetune.awp": 0.005},
+}
+"""Presets of fine-tuning after the cut, as overrides of a recipe. `benchmarks/results/training.md` has what methods
+recover in equal time."""
+
+
 def _finetune_defaults() -> TrainSettings:
     return TrainSettings(epochs=4, lr=0.02, warmup=0.2, ema_decay=0.99)
 

@@ -251,6 +251,22 @@ def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, 
     assert not (here / "run").exists()
 
 
+def test_a_recovery_preset_stands_over_the_recipe_and_under_the_flags(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "compress", lambda job: seen.append(job.recipe.finetune))
+    for more in ([], ["--recovery", "best"], ["--recovery", "best", "--epochs", "2", "--set", "finetune.awp=0"]):
+        cli.main(["compress", "demo", "--out", "run", *more])
+    of_the_recipe, best, mixed = seen
+    assert of_the_recipe.loss == "n_fgsm" and best.loss == mixed.loss == "pgd_at"
+    assert best.lr == of_the_recipe.lr and best.epochs > of_the_recipe.epochs
+    assert (mixed.epochs, mixed.awp) == (2, 0)
+
+
+def test_an_unknown_recovery_is_refused(here, capsys):
+    code, message = _fails(capsys, "compress", "demo", "--recovery", "fast")
+    assert code == 2 and "recovery" in message and "quick" in message
+
+
 def test_help_names_every_criterion(capsys):
     from robust_prune.pruning.importance import CRITERIA
 

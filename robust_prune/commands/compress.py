@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from ..console import console
+from ..recipe import RECOVERIES
 from .common import (
     DEMO,
     ArchFlag,
@@ -38,6 +39,10 @@ def compress(
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
     arch: ArchFlag = None,
+    recovery: Annotated[
+        Literal["quick", "standard", "best"] | None,
+        Parameter(help="How long to fine-tune, and by which method; in place of what the recipe says."),
+    ] = None,
     epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
     loss: Annotated[
         str | None, Parameter(help="Fine-tuning loss: n_fgsm, pgd_at, trades, mart, clean, or file.py:function.")
@@ -69,15 +74,15 @@ def compress(
     model
         A model file, or "demo" for the embedded one.
     """
-    flags = {
+    flags: dict[str, Any] = {
+        **(RECOVERIES[recovery] if recovery else {}),
         "pruning.ratio": ratio,
         "pruning.of": of,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
         "pruning.steps": steps,
         "data.name": data,
-        "finetune.epochs": epochs,
-        "finetune.loss": loss,
+        **{key: value for key, value in (("finetune.epochs", epochs), ("finetune.loss", loss)) if value is not None},
         "evaluation.images": images,
         "evaluation.tier": tier,
         "export.precisions": listed(precision),

@@ -1,8 +1,8 @@
 """Where to begin the search for the perturbation of one weight that raises the robust loss most.
 
-The loss in a ball around a trained weight has several maxima: at most of them the network gives nearly every image one
-and the same class, which class differing from maximum to maximum, and they differ up to fourfold in height. Near the
-centre the gradient says little about them; it is almost zero, and an ascent along it ends in whichever is nearest.
+The loss in a ball around a trained weight has several maxima, up to fourfold apart in height. At the high ones the
+network gives most images one and the same class, another at another maximum. Near the centre the gradient says little
+about them; it is almost zero, and an ascent along it ends in whichever is nearest.
 
 So we start once towards each class, and once along the gradient. Moving one weight towards a class at the centre shows
 only what is linear there. Moving *all* weights together, each by a small share of its ball, reaches a network that
