@@ -139,6 +139,20 @@ def test_invariant_under_rescaling(mlp: nn.Module, mlp_adv: AdversarialSet, esti
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_model_that_ignores_its_weights_has_no_sensitivity(adv: AdversarialSet, estimator: str) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.mean((2, 3))) * 0
+
+    found = by_name(measure(Constant(), adv, THREAT, estimator=estimator))
+    assert found == {"layer": 0.0}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_unused_module_has_no_sensitivity(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
     profile = measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2)
     assert profile.modules[-1].name == "unused"

@@ -19,7 +19,10 @@ from .starts import unit
 from .targets import Target, exchanged
 
 STRIDE = 3.0
-"""Length of an ascent step in radii of the ball."""
+"""Length of an ascent step in radii of the ball, at first."""
+
+SHORTER = 0.25
+"""What a step that led down is shortened to before it is tried again from the highest point."""
 
 PLATEAU, PLATEAU_STEPS = 0.002, 2
 """When an ascent has arrived: this many steps in a row that gain less than this share of what was gained before."""
@@ -69,15 +72,17 @@ def _climb(
 ) -> tuple[Tensor, float]:
     """The direction of the best iterate, and R there."""
     delta = radius * unit(direction)
-    best, best_loss, idle = delta, -math.inf, 0
+    best, best_loss, uphill, idle, stride = delta, -math.inf, None, 0, STRIDE
     for step in range(steps):
         value, slope = _loss_and_slope(loss, kept, target, delta, step + 1 < steps)
         idle = 0 if value - base > (1 + PLATEAU) * max(best_loss - base, 0.0) else idle + 1
         if value > best_loss:
-            best, best_loss = delta, value
-        if slope is None or float(slope.norm()) == 0 or idle == PLATEAU_STEPS:
+            best, best_loss, uphill = delta, value, slope
+        else:
+            stride *= SHORTER
+        if uphill is None or float(uphill.norm()) == 0 or idle == PLATEAU_STEPS:
             break
-        moved = delta + STRIDE * radius * unit(slope)
+        moved = best + stride * radius * unit(uphill)
         delta = moved * min(1.0, radius / max(float(moved.norm()), torch.finfo(moved.dtype).tiny))
     return unit(best), best_loss
 

@@ -87,7 +87,7 @@ def measure(
         radii: relative radii of the curves, > 0; `rho` is added.
         groups: coupled groups to aggregate for.
         aggregation: see `aggregate_groups`.
-        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory, and five copies of the
+        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory, and six copies of the
             weights.
         ascent_steps: for ``ascent``, >= 1.
         cache_bytes: for ``ascent``, limit on the module inputs kept between steps.

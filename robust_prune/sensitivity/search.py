@@ -64,6 +64,8 @@ def find_directions(
     Raises:
         UsageError: a loss is not finite.
     """
+    if not live:
+        return []
     targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
     few, part = loss.part(effort.start_images), loss.part(effort.images)
     stages = [(few, effort.start_steps), (part, effort.steps)]
