@@ -134,14 +134,17 @@ def plain_boundary(
         return directions
 
     def climb(i: int, direction: Tensor, steps: int) -> tuple[float, Tensor]:
-        tried = []
+        best: tuple[float, Tensor] = (-float("inf"), direction)
+        stride, uphill = ascent.STRIDE, first[i]
         for _ in range(steps):
             put(i, direction, rho)
             value, found = slopes()
-            tried.append((value, direction))
-            length = ascent.STRIDE * rho * originals[i].norm() / found[i].norm()
-            direction = weights[i].detach() - originals[i] + length * found[i]
-        return max(tried, key=lambda pair: pair[0])
+            if value > best[0]:
+                best, uphill = (value, weights[i].detach() - originals[i]), found[i]
+            else:
+                stride *= ascent.SHORTER
+            direction = best[1] + stride * rho * originals[i].norm() / uphill.norm() * uphill
+        return best
 
     with torch.no_grad():
         likely = model(adv.images.double()).softmax(1).sum(0).argsort(descending=True)[: starts.CLASSES]
