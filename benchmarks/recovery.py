@@ -1,6 +1,6 @@
 """What each fine-tuning method recovers in the same time, and what the presets of `compress --recovery` do.
 
-    python benchmarks/recovery.py methods demo --data cifar10 --minutes 5
+    python benchmarks/recovery.py methods demo --data cifar10 --minutes 4
     python benchmarks/recovery.py presets demo --data cifar10 --train-images 10000
 
 The model is cut to a quarter of its MACs once, and every way begins with that. `methods` gives each the same training
@@ -16,7 +16,7 @@ import argparse
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +35,7 @@ from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
 from robust_prune.models.layout import has_fast_bf16
 from robust_prune.pruning.surgery import apply
-from robust_prune.recipe import RECOVERIES, Recipe, load
+from robust_prune.recipe import RECOVERIES, Recipe, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
 from robust_prune.training.trainer import train
 
@@ -51,36 +51,39 @@ METHODS: dict[str, dict[str, Any]] = {
     "MART": {"loss": "mart"},
     "PGD-AT, distilled": {"loss": "pgd_at", "distillation": 0.5},
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    name: {key.removeprefix("finetune."): value for key, value in changes.items()}
-    for name, changes in RECOVERIES.items()
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "methods": METHODS,
+    "presets": {str(name): changes for name, changes in RECOVERIES.items()},
 }
 
 
-def trained(
-    model: nn.Module, dense: nn.Module, data: DataBundle, recipe: Recipe, changes: dict[str, Any], epochs: int,
-    count: int, chosen_on: ImageSet, device: str,
-) -> tuple[nn.Module, float]:  # fmt: skip
-    """A copy of `model`, trained on `count` images, and the seconds that the epochs themselves took."""
-    small = copy.deepcopy(model)
-    result = train(
-        small, random_subset(data.train, count, recipe.seed), chosen_on, stages.threat_of(recipe),
-        recipe.finetune.model_copy(update={**changes, "epochs": epochs}), seed=recipe.seed, device=device,
-        teacher=dense,
-    )  # fmt: skip
-    return small.cpu().eval(), sum(record.seconds for record in result.history)
+@dataclass(frozen=True)
+class Base:
+    """The cut model that every way begins with, its dense parent, the images and the device."""
 
+    cut: nn.Module
+    dense: nn.Module
+    data: DataBundle
+    device: str
 
-def affordable(
-    model: nn.Module, dense: nn.Module, data: DataBundle, recipe: Recipe, changes: dict[str, Any], minutes: float,
-    device: str,
-) -> tuple[int, int]:  # fmt: skip
-    """Epochs, and images in each, that take `minutes`."""
-    timed = TIMED_STEPS * recipe.finetune.batch_size
-    seconds = trained(model, dense, data, recipe, changes, 1, timed, first(data.validation, 0), device)[1]
-    images = int(60 * minutes * timed / seconds)
-    epochs = math.ceil(images / len(data.train))
-    return epochs, images // epochs
+    def trained(
+        self, settings: TrainSettings, recipe: Recipe, count: int, chosen_on: ImageSet
+    ) -> tuple[nn.Module, float]:
+        """A copy, trained on `count` images, and the seconds that the epochs themselves took."""
+        small = copy.deepcopy(self.cut)
+        result = train(
+            small, random_subset(self.data.train, count, recipe.seed), chosen_on, stages.threat_of(recipe), settings,
+            seed=recipe.seed, device=self.device, teacher=self.dense,
+        )  # fmt: skip
+        return small.cpu().eval(), sum(record.seconds for record in result.history)
+
+    def affordable(self, settings: TrainSettings, recipe: Recipe, minutes: float) -> tuple[int, int]:
+        """Epochs, and images in each, that take `minutes`."""
+        timed, none = TIMED_STEPS * settings.batch_size, first(self.data.validation, 0)
+        seconds = self.trained(settings.model_copy(update={"epochs": 1}), recipe, timed, none)[1]
+        images = int(60 * minutes * timed / seconds)
+        epochs = math.ceil(images / len(self.data.train))
+        return epochs, images // epochs
 
 
 def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
@@ -113,30 +116,35 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     result = stored | {"model": models_hash(dense), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
-    settings = {"threads": torch.get_num_threads(), "train_images": len(data.train), "minutes": args.minutes}
+    settings = {"threads": torch.get_num_threads(), "train_images": len(data.train)}
+    if args.part == "methods":
+        settings["minutes"] = args.minutes
     part: dict[str, Any] = result.setdefault(args.part, {**settings, "rows": []})
+    if {key: part[key] for key in settings} != settings:
+        raise SystemExit(f"{args.out} has {args.part} of other settings than {settings}. Move it away or use --out.")
     have = {(row["name"], row["seed"]) for row in part["rows"]}
-    ways = METHODS if args.part == "methods" else PRESETS
+    ways = WAYS[args.part]
     todo = [(seed, name) for seed in args.seeds for name in args.only or ways if (name, seed) not in have]
     if not todo:
         return result
     analysis = stages.analyse(dense, loaded.spec, data.train, recipe, device)
     surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(loaded.spec))
     stages.compensate(surgery, dense, data.train, recipe, device)
+    base = Base(surgery.model, dense, data, device)
     for seed, name in todo:
-        seeded, changes = recipe.model_copy(update={"seed": seed}), ways[name]
+        seeded = recipe.model_copy(update={"seed": seed})
+        tuning = recipe.finetune.model_copy(update=ways[name])
+        epochs, count = tuning.epochs, len(data.train)
         if args.part == "methods":
-            epochs, count = affordable(surgery.model, dense, data, seeded, changes, args.minutes, device)
-        else:
-            epochs, count = changes["epochs"], len(data.train)
-        small, seconds = trained(
-            surgery.model, dense, data, seeded, changes, epochs, count, data.validation, device
+            epochs, count = base.affordable(tuning, seeded, args.minutes)
+        small, seconds = base.trained(
+            tuning.model_copy(update={"epochs": epochs}), seeded, count, data.validation
         )  # fmt: skip
         row = {"name": name, "seed": seed, "epochs": epochs, "images": epochs * count, "seconds": seconds}
         part["rows"].append(row | scores(small, data, seeded, device))
         write_json(args.out, result | {"environment": snapshot()})
         console.print(f"seed {seed}, {name}: {row}", markup=False)
-    return json.loads(args.out.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(args.out.read_text(encoding="utf-8"))
 
 
 def _right(row: dict[str, Any], split: str, which: str) -> np.ndarray:
@@ -186,21 +194,23 @@ def _difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["methods", "presets"])
+    parser.add_argument("part", choices=list(WAYS))
     parser.add_argument("model", help="the robust base: an artifact, or demo")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model, fine-tuning and evaluation")
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--only", nargs="+", choices=[*METHODS, *PRESETS], metavar="NAME", help="some of the ways")
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the part's ways")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--train-images", type=int, help="all by default")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recovery.json")
     args = parser.parse_args()
+    if unknown := set(args.only or ()) - set(WAYS[args.part]):
+        parser.error(f"--only takes {', '.join(WAYS[args.part])}; got {', '.join(sorted(unknown))}")
     tune_allocator()
     result = run(args, json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {})
-    parts = [table(result, part) for part in ("methods", "presets") if part in result]
+    parts = [table(result, part) for part in WAYS if part in result]
     text = "# Recovery after the cut\n\n`benchmarks/recovery.py`\n\n" + "\n".join(parts)
     write_text(args.out.with_suffix(".md"), text)
     print(text)

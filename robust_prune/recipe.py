@@ -221,13 +221,14 @@ class BenchSection(Section):
     """Measuring time for each row's set of files."""
 
 
-RECOVERIES: dict[str, dict[str, Any]] = {
-    "quick": {"finetune.loss": "n_fgsm", "finetune.epochs": 1},
-    "standard": {"finetune.loss": "n_fgsm", "finetune.epochs": 4},
-    "best": {"finetune.loss": "pgd_at", "finetune.epochs": 12, "finetune.awp": 0.005},
+Recovery = Literal["quick", "standard", "best"]
+RECOVERIES: dict[Recovery, dict[str, Any]] = {
+    "quick": {"loss": "n_fgsm", "epochs": 1, "awp": 0.0, "distillation": 0.0},
+    "standard": {"loss": "n_fgsm", "epochs": 4, "awp": 0.0, "distillation": 0.0},
+    "best": {"loss": "pgd_at", "epochs": 12, "steps": 10, "awp": 0.005, "distillation": 0.0},
 }
-"""Presets of fine-tuning after the cut, as overrides of a recipe. `benchmarks/results/training.md` has what methods
-recover in equal time."""
+"""Presets of fine-tuning after the cut: method and length, in place of a recipe's. `benchmarks/results/recovery.md` has
+what methods recover in equal time."""
 
 
 def _finetune_defaults() -> TrainSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -69,9 +68,9 @@ def chain(depth: int) -> nn.Module:
 def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
     model, adv = chain(6).double(), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
-    short = Effort(start_images=8, starts=1, start_steps=2, images=8, steps=3, whole_steps=0)
+    short = Effort(start_images=8, starts=1, start_steps=2, images=8, steps=3)
     monkeypatch.setattr(estimators, "SHORT", short)
-    monkeypatch.setattr(estimators, "LONG", replace(short, whole_steps=1))
+    monkeypatch.setattr(estimators, "LONG", short)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
     # Try the layout, trace; per batch a gradient pass. The search: its base for either stage, the likely classes, joint
     # climbs along the gradient and towards each of three classes with a recording and what lies behind each layer; in

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from ..console import console
-from ..recipe import RECOVERIES
+from ..recipe import RECOVERIES, Recovery
 from .common import (
     DEMO,
     ArchFlag,
@@ -40,7 +40,7 @@ def compress(
     out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
     arch: ArchFlag = None,
     recovery: Annotated[
-        Literal["quick", "standard", "best"] | None,
+        Recovery | None,
         Parameter(help="How long to fine-tune, and by which method; in place of what the recipe says."),
     ] = None,
     epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
@@ -74,22 +74,24 @@ def compress(
     model
         A model file, or "demo" for the embedded one.
     """
-    flags: dict[str, Any] = {
-        **(RECOVERIES[recovery] if recovery else {}),
+    flags = {
         "pruning.ratio": ratio,
         "pruning.of": of,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
         "pruning.steps": steps,
         "data.name": data,
-        **{key: value for key, value in (("finetune.epochs", epochs), ("finetune.loss", loss)) if value is not None},
+        "finetune.epochs": epochs,
+        "finetune.loss": loss,
         "evaluation.images": images,
         "evaluation.tier": tier,
         "export.precisions": listed(precision),
         "seed": seed,
         "device": device,
     }
-    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    preset = {f"finetune.{key}": value for key, value in RECOVERIES[recovery].items()} if recovery else {}
+    given = preset | {key: value for key, value in flags.items() if value is not None}
+    resolved = resolve(recipe, given, assignments, demo=model == DEMO)
     check_model_path(model)
     check_loss(resolved.finetune.loss)
     bundle = open_data(resolved)

@@ -40,10 +40,10 @@ def ascend(
 ) -> Tensor:
     """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each start.
 
-    The first iterate is the boundary point along the start; each later one takes a step of `STRIDE` radii along the
-    normalised gradient and projects back. Per step one forward and one backward over the set, both only through what
-    lies behind the weight, as long as the inputs to that part fit into `cache_bytes` (batches beyond that are computed
-    in full).
+    The first iterate is the boundary point along the start; each later one steps from the highest so far along the
+    normalised gradient, by `STRIDE` radii or, after steps that led down, less, and projects back. Per step one forward
+    and one backward over the set, both only through what lies behind the weight, as long as the inputs to that part fit
+    into `cache_bytes` (batches beyond that are computed in full).
 
     Args:
         loss: what to maximise.

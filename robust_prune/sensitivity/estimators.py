@@ -121,8 +121,8 @@ def measure(
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
             searched = loss.fast() if rho >= BF16_RHO else loss
-            effort = replace(LONG, whole_steps=ascent_steps) if estimator == "ascent" else SHORT
-            directions = find_directions(searched, trace, live, float(rho), effort, cache_bytes)
+            effort, steps = (LONG, ascent_steps) if estimator == "ascent" else (SHORT, 0)
+            directions = find_directions(searched, trace, live, float(rho), effort, steps, cache_bytes)
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)

@@ -17,7 +17,7 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to search. First the starts are compared, then the best goes on, in the end perhaps on all images.
+    """How long to search on few images: first the starts are compared, then the best goes on.
 
     Attributes:
         start_images: images that starts are made and compared on.
@@ -25,7 +25,6 @@ class Effort:
         start_steps: iterates of each of these climbs.
         images: images that the best one goes on with.
         steps: iterates there.
-        whole_steps: iterates on the whole set after that; 0 for none.
     """
 
     start_images: int
@@ -33,11 +32,10 @@ class Effort:
     start_steps: int
     images: int
     steps: int
-    whole_steps: int
 
 
-SHORT = Effort(start_images=32, starts=3, start_steps=2, images=64, steps=3, whole_steps=0)
-LONG = Effort(start_images=128, starts=4, start_steps=5, images=128, steps=4, whole_steps=10)
+SHORT = Effort(start_images=32, starts=3, start_steps=2, images=64, steps=3)
+LONG = Effort(start_images=128, starts=4, start_steps=5, images=128, steps=4)
 
 
 def find_directions(
@@ -46,6 +44,7 @@ def find_directions(
     live: Sequence[tuple[Target, Tensor]],
     rho: float,
     effort: Effort,
+    whole_steps: int,
     cache_bytes: int,
 ) -> list[Tensor]:
     """The steepest direction found for each target.
@@ -55,7 +54,8 @@ def find_directions(
         trace: of the same model.
         live: distinct weights, each with its gradient, which is not zero.
         rho: relative radius of the balls, > 0.
-        effort: how long to search.
+        effort: how long to search on parts of the set.
+        whole_steps: most iterates on the whole set after that; 0 for none.
         cache_bytes: limit on what an ascent keeps between its steps.
 
     Returns:
@@ -69,8 +69,8 @@ def find_directions(
     targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
     few, part = loss.part(effort.start_images), loss.part(effort.images)
     stages = [(few, effort.start_steps), (part, effort.steps)]
-    if effort.whole_steps:
-        stages.append((loss, effort.whole_steps))
+    if whole_steps:
+        stages.append((loss, whole_steps))
     bases = [stage.value() for stage, _ in stages]
     found = []
     starts = shortlist(few, trace, targets, gradients, rho, effort.starts)

@@ -77,12 +77,11 @@ def unit(direction: Tensor) -> Tensor:
 
 def keep(held: list[tuple[float, Tensor]], value: float, direction: Tensor, count: int) -> None:
     """Puts a direction among the `count` best ones; of two that are alike the better one stays."""
-    alike = [pair for pair in held if float((pair[1] * direction).sum()) > ALIKE]
-    if any(pair[0] >= value for pair in alike):
+    alike = [float((other * direction).sum()) > ALIKE for _, other in held]
+    if any(same and pair[0] >= value for pair, same in zip(held, alike, strict=True)):
         return
-    held[:] = [pair for pair in held if all(pair is not other for other in alike)] + [(value, direction)]
-    held.sort(key=lambda pair: -pair[0])
-    del held[count:]
+    others = [pair for pair, same in zip(held, alike, strict=True) if not same]
+    held[:] = sorted([*others, (value, direction)], key=lambda pair: -pair[0])[:count]
 
 
 def _joint_climb(
