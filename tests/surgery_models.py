@@ -222,6 +222,105 @@ class HeadMajorAttention(nn.Module):
         return self.head((x + self.proj(y.transpose(1, 2).flatten(2))).mean(1))
 
 
+class Scales(nn.Module):
+    """A Res2Net block: equal parts of one layer's output, each convolved after the result before it is added."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.width = width
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.expand = nn.Conv2d(10, 3 * width, 1)
+        self.bn = nn.BatchNorm2d(3 * width)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.join = nn.Conv2d(3 * width, 10, 1)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        parts = torch.split(F.relu(self.bn(self.expand(x))), self.width, 1)
+        first = F.relu(self.convs[0](parts[0]))
+        second = F.relu(self.convs[1](first + parts[1]))
+        return self.fc(F.relu(x + self.join(torch.cat([first, second, parts[2]], 1))).mean((2, 3)))
+
+
+class SplitAttention(nn.Module):
+    """A ResNeSt block: two maps a channel from a layer in two groups, weighed by a softmax over the two and summed."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 2 * channels, 3, padding=1, groups=2)
+        self.fc1 = nn.Conv2d(channels, 6, 1)
+        self.fc2 = nn.Conv2d(6, 2 * channels, 1)
+        self.fc = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.relu(self.stem(x))))
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, 2, channels // 2, height, width)
+        gates = self.fc2(F.relu(self.fc1(x.sum(1).mean((2, 3), keepdim=True)))).view(batch, 2, -1).softmax(1)
+        return self.fc((x * gates.reshape(batch, 2, -1, 1, 1)).sum(1).mean((2, 3)))
+
+
+class TiedAttention(nn.Module):
+    """Attention whose result is reshaped to the width of its input, with key and value in one layer."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 4, 4)
+        self.norm = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
+        self.heads = heads
+        self.head_dim = width // heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        batch, tokens, width = x.shape
+        q = self.q(self.norm(x)).reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        return self.head((x + self.proj(y)).mean(1))
+
+
+class ChannelAttention(nn.Module):
+    """A softmax over channels, so that no channel can go without a change of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.mixed = nn.Conv2d(8, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mixed(F.relu(self.stem(x))).mean((2, 3)).softmax(1))
+
+
+class Caching(nn.Module):
+    """Keeps what it computes from a weight in eval mode, as timm's LeViT and EfficientViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.bias = nn.Parameter(torch.zeros(4, 1))
+        self.fc = nn.Linear(8, 5)
+        self.kept: list[Tensor] = []
+
+    def train(self, mode: bool = True) -> Caching:
+        super().train(mode)
+        if mode:
+            self.kept = []
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not self.kept:
+            self.kept = [self.bias * 2]
+        bias = self.bias * 2 if self.training else self.kept[0]
+        return self.fc(F.relu(self.stem(x).flatten(2).transpose(1, 2) + bias).mean(1))
+
+
 def vit() -> nn.Module:
     """timm's vision transformer, two blocks of two heads."""
     from timm.models.vision_transformer import VisionTransformer
@@ -240,6 +339,10 @@ MODELS = {
     "attention": SeparateAttention,
     "head_major": HeadMajorAttention,
     "vit": vit,
+    "scales": Scales,
+    "split_attention": SplitAttention,
+    "tied_attention": TiedAttention,
+    "caching": Caching,
 }
 
 
@@ -269,7 +372,8 @@ def plan_of(search: GroupSearch, ratio: float = 0.5) -> PruningPlan:
         size = group.channels // group.blocks
         count = min(size - 1, max(1, round(size * ratio)))
         removed = [b * size + c for b in range(group.blocks) for c in generator.sample(range(size), count)]
-        planned.append(PlannedGroup(group.name, group.channels, tuple(sorted(removed)), 0.0))
+        gone = tuple(sorted(removed))
+        planned.append(PlannedGroup(group.name, group.channels, gone, 0.0, group.traced, group.members))
     return make_plan(*planned)
 
 

@@ -22,7 +22,7 @@ from surgery_models import (
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
-from robust_prune.pruning import graph
+from robust_prune.pruning import graph, groups
 from robust_prune.pruning.groups import find_groups
 from robust_prune.pruning.types import ChannelGroup, GroupSlice
 
@@ -212,9 +212,21 @@ def test_wrappers_are_looked_through() -> None:
 
 def test_propagation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_STEP_LIMIT", 1)
+    monkeypatch.setattr(groups, "find_traced", lambda bench, found: [])
     search = find_groups(Residual(), example())
     assert search.groups == ()
     assert all("did not end" in r.reason for r in search.refused) and search.refused
+
+
+def test_where_the_graph_fails_values_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = find_groups(Residual(), example())
+    monkeypatch.setattr(graph, "_STEP_LIMIT", 1)
+    search = find_groups(Residual(), example())
+    assert [(g.name, g.channels, g.blocks, g.traced) for g in search.groups] == [
+        ("stem", 12, 1, True), ("conv1", 16, 1, True),
+    ]  # fmt: skip
+    assert [set(g.slices) for g in search.groups] == [set(g.slices) for g in wanted.groups]
+    assert search.refused == ()
 
 
 def test_torch_prunings_own_functions_are_left_alone() -> None:

@@ -39,7 +39,8 @@ class Attention:
 
     Attributes:
         owner: qualified name of the module that computes it.
-        producers: names of the linear layers that make query, key and value: one fused, or three.
+        producers: names of the linear layers that make query, key and value: one fused, query and a fused pair, or
+            three.
         projection: name of the linear layer that reads the result.
         heads: number of heads.
         width: channels of one of query, key, value: heads * head dimension.
@@ -63,13 +64,14 @@ class Attention:
     def group(self) -> ChannelGroup:
         """Its channels: ``head * head_dim + d`` is dimension d of a head, in query, key, value and projection."""
         whole = tuple(range(self.width))
-        if len(self.producers) == 1:
-            index = tuple(range(3 * self.width))
-            slices = [GroupSlice(self.producers[0], "out", index, tuple(self._channel(i) for i in index))]
-        else:
-            slices = [GroupSlice(p, "out", whole, whole) for p in self.producers]
+        first, *others = self.producers
+        slices = [self._rows(first, 1 if others else 3), *(self._rows(p, 2 // len(others)) for p in others)]
         slices.append(GroupSlice(self.projection, "in", whole, whole))
         return ChannelGroup(self.producers[0], self.width, tuple(slices), self.heads)
+
+    def _rows(self, producer: str, widths: int) -> GroupSlice:
+        index = tuple(range(widths * self.width))
+        return GroupSlice(producer, "out", index, tuple(self._channel(i) for i in index))
 
     def _channel(self, row: int) -> int:
         if not self.head_major:
@@ -206,13 +208,16 @@ def _classify(model: nn.Module, log: list[_Event], at: int) -> Attention | None:
         return None
     width: int = model.get_submodule(projection).in_features  # type: ignore[assignment]
     fused = [n for n in linear if model.get_submodule(n).out_features == 3 * width]
+    pair = [n for n in linear if model.get_submodule(n).out_features == 2 * width]
     apart = [n for n in linear if model.get_submodule(n).out_features == width]
-    if width % heads or not (len(fused) == 1 or len(apart) == 3):
+    if len(pair) == len(apart) == 1:
+        apart += pair
+    if width % heads or not (len(fused) == 1 or len(apart) == 3 or len(apart) == 2 == 1 + len(pair)):
         return None
     norms = [n for n in before if _normalises(model.get_submodule(n))]
     sizes = {model.get_submodule(n).normalized_shape[-1] for n in norms}  # type: ignore[index]
     obstacle = ""
-    if sizes & {width // heads}:
+    if heads > 1 and sizes & {width // heads}:
         obstacle = f"its queries and keys are normalised per head ({norms[-1]}), which ties all dimensions of a head"
     return Attention(owner, tuple(fused or apart), projection, heads, width, obstacle=obstacle)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ from ..errors import UsageError
 from .attention import Attention, find_attention
 from .cutting import is_depthwise, place_size
 from .graph import BoundedGraph, BrokenMapping, Coupling, couple
+from .tracing import trace_groups
 from .transaction import Bench, Candidate, Cut, Ledger
 from .twin import unwrap
 from .types import ChannelGroup, GroupSlice, Refused
@@ -35,9 +39,10 @@ class GroupSearch:
 def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
     """Find every group of channels of `model` that can be cut, and prove each on a private copy.
 
-    Groups are proven when half of their channels, cut for real, leave a model equal to the dense one with the same
+    Groups are proven when some of their channels, cut for real, leave a model equal to the dense one with the same
     channels zeroed (random weights, double precision); where that fails, sets of them are halved until it is known
-    which group fails. The layers that make the logits are never cut.
+    which group fails. Layers that the graph leaves without a group are looked at again by watching values (see
+    `tracing`). The layers that make the logits are never cut.
 
     Args:
         model: a classifier of images [N, C, H, W] that returns logits [N, K]; untouched. Wrappers (DataParallel,
@@ -55,8 +60,18 @@ def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
         Refused(name, "the logits do not depend on it, so that a cut cannot be checked") for name in sorted(unfelt)
     ]
     ledger = Ledger(bench)
-    ledger.commit([Cut(c, _half(c.group)) for c in candidates if c.group.name not in unfelt])
-    return GroupSearch(tuple(cut.candidate.group for cut in ledger.done), (*refused, *ledger.failed))
+    ledger.commit([Cut(c, _trial(c.group)) for c in candidates if c.group.name not in unfelt])
+    stuck = (*refused, *ledger.failed)
+    if stuck:
+        traced = find_traced(bench, [cut.candidate.group for cut in ledger.done])
+        unfelt |= bench.unfelt(traced)
+        ledger.commit([Cut(c, _trial(c.group)) for c in traced if c.group.name not in unfelt])
+        known = {c.group.name for c in candidates}
+        lost = [c for c in ledger.lost if not (c.candidate.group.traced and c.candidate.group.name in known)]
+        ledger.commit([Cut(c, _trial(c.group)) for c in _bundles([c.candidate for c in lost])])
+    done = [cut.candidate.group for cut in ledger.done]
+    order = {name: i for i, (name, _) in enumerate(bench.dense.named_modules())}
+    return GroupSearch(tuple(sorted(done, key=lambda group: order[group.name])), _remaining(stuck, ledger))
 
 
 def check_example(example: Tensor) -> None:
@@ -100,6 +115,59 @@ def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
     return sorted(candidates, key=lambda c: position[c.group.name]), refused
 
 
+def find_traced(bench: Bench, found: Sequence[ChannelGroup]) -> list[Candidate]:
+    """Groups of the bench's dense twin as `tracing` tells them, not yet proven, apart from those `found` already."""
+    blocks = find_attention(bench.dense, bench.images)
+    in_attention = {name: block for block in blocks for name in block.producers}
+    taken = [part for group in found for part in group.slices]
+    candidates = []
+    try:
+        for traced in trace_groups(bench.dense, bench.images[:1], taken=taken, skip=in_attention.keys()):
+            with suppress(BrokenMapping):
+                group = _as_group(traced.root, traced.coupling, bench.dense, in_attention, traced.blocks)
+                candidates.append(Candidate(replace(group, traced=True)))
+    except BrokenMapping:
+        return []
+    return candidates
+
+
+def _remaining(stuck: Sequence[Refused], ledger: Ledger) -> tuple[Refused, ...]:
+    """Those of `stuck` that no proven group covers, each with the last reason that was found for its layer."""
+    covered = {producer for cut in ledger.done for producer in cut.candidate.group.producers}
+    reasons = {
+        producer: failed.reason
+        for cut, failed in zip(ledger.lost, ledger.failed, strict=True)
+        for producer in cut.candidate.group.producers
+    }
+    return tuple(Refused(r.name, reasons.get(r.name, r.reason)) for r in stuck if r.name not in covered)
+
+
+def bundled(members: Sequence[Candidate]) -> Candidate:
+    """One group of groups with equally many channels: channel c of it is channel c of each.
+
+    A model's code may tie widths that no value ties, for instance when an attention block reshapes its result to the
+    width of its input. Which channels of the one go with which of the other is then free.
+    """
+    groups = [m.group for m in members]
+    group = ChannelGroup(
+        groups[0].name,
+        groups[0].channels,
+        tuple(part for g in groups for part in g.slices),
+        math.lcm(*(g.blocks for g in groups)),
+        members=tuple(g.name for g in groups),
+    )
+    return Candidate(group, tuple(block for m in members for block in m.attention))
+
+
+def _bundles(lost: Sequence[Candidate]) -> list[Candidate]:
+    """Bundles of groups that cannot be cut one by one: those with equally many channels."""
+    by_width: dict[int, list[Candidate]] = {}
+    for candidate in lost:
+        by_width.setdefault(candidate.group.channels, []).append(candidate)
+    bundles = [bundled(members) for members in by_width.values() if len(members) > 1]
+    return [b for b in bundles if b.group.channels % b.group.blocks == 0 and b.group.channels >= 2 * b.group.blocks]
+
+
 def _claim(coupling: Coupling, claimed: dict[str, set[int]]) -> None:
     for part in coupling.slices:
         if part.side == "out":
@@ -112,11 +180,13 @@ def _add_attention(block: Attention, candidates: list[Candidate], refused: list[
     elif block.head_dim < 2:
         refused.append(Refused(block.producers[0], "its heads have one dimension each"))
     else:
-        candidates.append(Candidate(block.group(), block))
+        candidates.append(Candidate(block.group(), (block,)))
 
 
-def _as_group(name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention]) -> ChannelGroup:
-    """The coupling as a group.
+def _as_group(
+    name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention], blocks: int = 1
+) -> ChannelGroup:
+    """The coupling as a group of at least `blocks` blocks.
 
     Raises:
         BrokenMapping: its channels cannot be removed one by one or block by block.
@@ -126,10 +196,9 @@ def _as_group(name: str, coupling: Coupling, model: nn.Module, in_attention: dic
         raise BrokenMapping(f"its channels are those of the attention heads of {mixed[0]}")
     if tied := _tied_parameter(model, {s.target for s in coupling.slices if s.side != "param"}):
         raise BrokenMapping(f"it shares the parameter {tied} with another layer")
-    blocks = 1
     for part in coupling.slices:
         count = _parts(model, part)
-        if count > 1:
+        if count > 1 and not _spread(part, count, place_size(model, part)):
             _check_parts(part, count, coupling.channels, place_size(model, part))
             blocks = math.lcm(blocks, count)
     if coupling.channels % blocks or coupling.channels // blocks < 2:
@@ -163,6 +232,12 @@ def _parts(model: nn.Module, part: GroupSlice) -> int:
     return 1
 
 
+def _spread(part: GroupSlice, count: int, size: int) -> bool:
+    """Whether each channel has equally many positions in every part of the layer, so that any may go."""
+    per_part = Counter((root, position * count // size) for position, root in zip(part.index, part.root, strict=True))
+    return len(per_part) == count * len(set(part.root)) and len(set(per_part.values())) == 1
+
+
 def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None:
     """Each part of the layer must hold exactly the channels of the same part of the group, equally often."""
     if len(part.index) != size or channels % count or size % channels:
@@ -172,10 +247,12 @@ def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None
             raise BrokenMapping(f"its channels are interleaved over the {count} parts of {part.target}")
 
 
-def _half(group: ChannelGroup) -> tuple[int, ...]:
-    """A seeded random half of each block's channels, different ones in each block."""
-    generator = random.Random(_SEED)
+def _trial(group: ChannelGroup) -> tuple[int, ...]:
+    """Channels to remove for a proof: equally many, different ones, from each block; a share of the group's own.
+
+    With one share for all, groups whose widths the model's code ties would pass together, and fail in a plan.
+    """
+    generator = random.Random(f"{_SEED} {group.name}")
     size = group.channels // group.blocks
-    return tuple(
-        sorted(b * size + c for b in range(group.blocks) for c in generator.sample(range(size), max(1, size // 2)))
-    )
+    count = min(size - 1, max(1, round(size * generator.uniform(0.25, 0.75))))
+    return tuple(sorted(b * size + c for b in range(group.blocks) for c in generator.sample(range(size), count)))

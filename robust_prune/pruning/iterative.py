@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..errors import UsageError
 from .budget import TOLERANCE
-from .types import PlannedGroup, PruningPlan
+from .types import PruningPlan
 
 
 def remaining_ratio(before: Sequence[PruningPlan], ratio: float, of: str, steps: int) -> float:
@@ -70,10 +70,7 @@ def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
                 )
             gone = set(group.removed)
             alive[group.name] = [c for position, c in enumerate(alive[group.name]) if position not in gone]
-    groups = tuple(
-        PlannedGroup(g.name, g.channels, tuple(sorted(set(range(g.channels)) - set(alive[g.name]))), g.mrs)
-        for g in first.groups
-    )
+    groups = tuple(replace(g, removed=tuple(sorted(set(range(g.channels)) - set(alive[g.name])))) for g in first.groups)
     if first.of == "latency":  # measured against the dense model in every cut, so the last one's word holds
         reached, note = ratio, last.note
     else:

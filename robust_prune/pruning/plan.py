@@ -92,7 +92,9 @@ def make_plan(
     )
     mrs = {} if profile is None else {s.name: s.mrs for s in profile.groups}
     planned = tuple(
-        PlannedGroup(g.name, g.channels, _lowest(g, scores, keep[g.name]), mrs.get(g.name, float("nan")))
+        PlannedGroup(
+            g.name, g.channels, _lowest(g, scores, keep[g.name]), mrs.get(g.name, math.nan), g.traced, g.members
+        )
         for g in found.groups
     )
     return PruningPlan(

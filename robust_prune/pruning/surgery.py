@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import QualityGateError
 from .cutting import Cutter, Place, gone_positions
-from .groups import check_example, find_candidates
+from .groups import bundled, check_example, find_candidates, find_traced
 from .masking import masked
 from .transaction import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
 from .twin import copy_model, first_line, images_like, precise_copy, relative_error, unwrap
@@ -59,7 +59,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
     check_example(example)
     base = unwrap(model)
     bench = Bench(base, example)
-    known = {c.group.name: c for c in find_candidates(bench)[0]}
+    known = _candidates(bench, plan)
     cuts: list[Cut] = []
     refused: list[Refused] = []
     for planned in plan.groups:
@@ -87,6 +87,22 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
     )
 
 
+def _candidates(bench: Bench, plan: PruningPlan) -> dict[str, Candidate]:
+    """The groups of the bench's model by name, found the way in which each planned group was found."""
+    known = {c.group.name: c for c in find_candidates(bench)[0]}
+    bundles = [p for p in plan.groups if p.members]
+    single = [p for p in plan.groups if not p.members]
+    traced = {p.name for p in single if p.traced} | {m for p in bundles for m in p.members if m not in known}
+    if traced:
+        others = [known[p.name].group for p in single if not p.traced and p.name in known]
+        known |= {c.group.name: c for c in find_traced(bench, others) if c.group.name in traced}
+    for bundle in bundles:
+        members = [known[m] for m in bundle.members if m in known]
+        if len(members) == len(bundle.members) and {m.group.channels for m in members} == {bundle.channels}:
+            known[bundle.name] = bundled(members)
+    return known
+
+
 def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
     """Why the planned cut cannot be made, or an empty string."""
     if candidate is None:
@@ -110,8 +126,8 @@ def _replay(small: nn.Module, ledger: Ledger) -> None:
     cutter = Cutter(small)
     for cut in ledger.done:
         cutter.cut(cut.candidate.group, cut.removed)
-        if cut.candidate.attention is not None:
-            cut.candidate.attention.adapt(small, cut.keep, ledger.adaptations[cut.candidate.group.name])
+        for attention in cut.candidate.attention:
+            attention.adapt(small, cut.keep, ledger.adaptations[attention.producers[0]])
     apply_edits(small, tuple(ledger.edits))
 
 

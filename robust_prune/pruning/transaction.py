@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, product, takewhile
 from typing import Any
 
 import torch
@@ -24,15 +24,20 @@ _MOST_REPAIRS = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group with what surgery must know beyond its slices."""
+    """A group with what surgery must know beyond its slices: the attention blocks whose inner width it is."""
 
     group: ChannelGroup
-    attention: Attention | None = None
+    attention: tuple[Attention, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether it takes a search to cut it, which only a cut on its own gets: splits into parts, bundles."""
+        return bool(self.group.members) or (self.group.traced and self.group.blocks > 1)
 
     def other_layout(self) -> Candidate | None:
         """The same attention block with the rows of its fused layer in the other order, if there is one."""
-        other = self.attention.other_layout() if self.attention else None
-        return Candidate(other.group(), other) if other else None
+        other = self.attention[0].other_layout() if len(self.attention) == 1 and not self.group.members else None
+        return Candidate(other.group(), (other,)) if other else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Outcome:
         reason: empty when it was kept, else why it was undone.
         error: relative error against the masked dense twin.
         edits: stale attributes that were repaired.
-        adaptations: by group name, how each attention block was told.
+        adaptations: by the name of its first producer, how each attention block was told.
     """
 
     reason: str
@@ -141,10 +146,10 @@ class Bench:
         first: Outcome | None = None
         for how in _adaptations(self.small, cuts):
             for cut in cuts:
-                if cut.candidate.attention is not None:
-                    cut.candidate.attention.adapt(self.small, cut.keep, how[cut.candidate.group.name])
+                for attention in cut.candidate.attention:
+                    attention.adapt(self.small, cut.keep, how[attention.producers[0]])
             repairs: Iterator[tuple[Edit, ...]] = iter([()])
-            if len(cuts) == 1 and cuts[0].candidate.attention is None:
+            if len(cuts) == 1 and not cuts[0].candidate.attention:
                 group = cuts[0].candidate.group
                 stale = islice(_repairs(self.small, group, sizes), _MOST_REPAIRS)
                 repairs = chain(stale, _mean_repairs(self.small, group, before))
@@ -179,8 +184,9 @@ class Ledger:
     Attributes:
         done: cuts that are proven and in place.
         failed: groups that were rolled back, with the reason.
+        lost: their cuts.
         edits: stale attributes that were repaired.
-        adaptations: by group name, how each attention block was told.
+        adaptations: by the name of its first producer, how each attention block was told.
         error: largest relative error of a proof.
     """
 
@@ -188,18 +194,25 @@ class Ledger:
         self._bench = bench
         self.done: list[Cut] = []
         self.failed: list[Refused] = []
+        self.lost: list[Cut] = []
         self.edits: list[Edit] = []
         self.adaptations: dict[str, Adaptation] = {}
         self.error = 0.0
 
     def commit(self, cuts: list[Cut]) -> None:
         """Make the cuts together; where they fail together, in halves: few failures cost few attempts."""
+        self._commit([cut for cut in cuts if not cut.candidate.alone])
+        for cut in cuts:
+            if cut.candidate.alone:
+                self._commit([cut])
+
+    def _commit(self, cuts: list[Cut]) -> None:
         if not cuts:
             return
         outcome = self._bench.attempt(cuts)
         if outcome.reason and len(cuts) > 1:
-            self.commit(cuts[: len(cuts) // 2])
-            self.commit(cuts[len(cuts) // 2 :])
+            self._commit(cuts[: len(cuts) // 2])
+            self._commit(cuts[len(cuts) // 2 :])
             return
         if outcome.reason and (other := cuts[0].candidate.other_layout()):
             cuts = [Cut(other, cuts[0].removed)]
@@ -207,6 +220,7 @@ class Ledger:
             outcome = outcome if second.reason else second
         if outcome.reason:
             self.failed.append(Refused(cuts[0].candidate.group.name, outcome.reason))
+            self.lost += cuts
             return
         self.done += cuts
         self.edits += outcome.edits
@@ -231,17 +245,25 @@ def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
 
 
 def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adaptation]]:
-    """Ways of telling attention blocks; with several cuts only the likeliest of each."""
-    blocks = [c for c in cuts if c.candidate.attention is not None]
-    ways = [list(c.candidate.attention.alternatives(model, c.keep)) for c in blocks if c.candidate.attention]
-    for nth in range(len(ways[0]) if len(cuts) == 1 and ways else 1):
-        yield {c.candidate.group.name: way[nth] for c, way in zip(blocks, ways, strict=True)}
+    """Ways of telling attention blocks, those of one class alike; with several cuts only the likeliest of each."""
+    ways: dict[str, list[Adaptation]] = {}
+    kind: dict[str, tuple[type, int]] = {}
+    for cut in cuts:
+        for block in cut.candidate.attention:
+            name = block.producers[0]
+            ways[name] = list(block.alternatives(model, cut.keep))
+            kind[name] = type(model.get_submodule(block.owner)), len(ways[name])
+    kinds = list(dict.fromkeys(kind.values()))
+    choices = product(*(range(count) for _, count in kinds)) if len(cuts) == 1 else iter([(0,) * len(kinds)])
+    for choice in islice(choices, _MOST_REPAIRS):
+        nth = dict(zip(kinds, choice, strict=True))
+        yield {name: found[nth[kind[name]]] for name, found in ways.items()}
 
 
 def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> Iterator[tuple[Edit, ...]]:
     """Sets of attributes that may be stale, fewest first: none, one, one name on all modules of a class, all.
 
-    Looked at are the ancestors of the cut layers and those ancestors' other children.
+    Looked at are the ancestors of the cut layers and those ancestors' other children, those around the root first.
     """
     yield ()
     ancestors = {""}
@@ -251,7 +273,8 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
             ancestors.add(name)
     stale: list[Edit] = []
     by_kind: dict[tuple[type, str], list[Edit]] = {}
-    for name, module in model.named_modules():
+    near = sorted(model.named_modules(), key=lambda named: -_shared(named[0], group.name))
+    for name, module in near:
         if isinstance(module, CHANNEL_LAYERS) or not (name in ancestors or name.rpartition(".")[0] in ancestors):
             continue
         for attribute, value in vars(module).items():
@@ -263,6 +286,13 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
     yield from (tuple(edits) for edits in by_kind.values() if 1 < len(edits) < len(stale))
     if len(stale) > 1:
         yield tuple(stale)
+
+
+def _shared(name: str, other: str) -> int:
+    """How many ancestors two modules have in common."""
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
+    )
 
 
 def _mean_repairs(model: nn.Module, group: ChannelGroup, before: dict[Place, int]) -> Iterator[tuple[Edit, ...]]:

@@ -104,6 +104,8 @@ def make_twin(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype
                 parameter.copy_(_normal(parameter, generator, 0.3) if wide else _uniform(parameter, generator))
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    twin.train()  # drops what the model has computed from its former weights and kept: attention biases, say
+    twin.eval()
     _settle_batch_norms(twin, images_like(example, dtype, 8))
     return twin, dtype
 

@@ -38,12 +38,16 @@ class ChannelGroup:
         blocks: channels must be removed in the same number from each of `blocks` equal consecutive parts
             (grouped convolution: number of groups; attention heads with equal head dimensions: heads; else 1).
         slices: everything that is cut together; the first is the root's ``out`` side.
+        traced: whether it was found by watching values, where the graph had it wrong.
+        members: names of the groups that it bundles, because the model's code wants equal widths of them; else empty.
     """
 
     name: str
     channels: int
     slices: tuple[GroupSlice, ...]
     blocks: int = 1
+    traced: bool = False
+    members: tuple[str, ...] = ()
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -61,12 +65,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """Which channels of a group go."""
+    """Which channels of a group go; `traced` and `members` as in ChannelGroup."""
 
     name: str
     channels: int
     removed: tuple[int, ...]
     mrs: float
+    traced: bool = False
+    members: tuple[str, ...] = ()
 
     @property
     def keep(self) -> int:
@@ -106,6 +112,9 @@ class PruningPlan:
     def from_json(cls, value: dict[str, Any]) -> PruningPlan:
         """The plan that `to_json` wrote."""
         data = dict(value)
-        data["groups"] = tuple(PlannedGroup(**{**g, "removed": tuple(g["removed"])}) for g in data["groups"])
+        data["groups"] = tuple(
+            PlannedGroup(**{**g, "removed": tuple(g["removed"]), "members": tuple(g.get("members", ()))})
+            for g in data["groups"]
+        )
         data["refused"] = tuple(Refused(**r) for r in data["refused"])
         return cls(**data)

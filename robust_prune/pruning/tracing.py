@@ -1,0 +1,233 @@
+"""Couplings found by watching values, for models whose index mappings torch-pruning gets wrong.
+
+Every convolution and linear layer is made to return fixed values, whatever comes in, so that nothing but the operations
+between the layers is left: splits, shifts, sums, gates, pools. Then output channels of one layer are changed, and the
+positions of other layers' inputs (and of norms and free parameters) that change with them are those that they are
+coupled to. Which of a layer's C channels it is takes about 2 log2(C) passes, each with another half of them changed, as
+in group testing: a channel is ruled out for a position that stayed as it was although the channel had changed. Norms
+and depthwise convolutions pass on exactly the channels that came in changed. What moves every position that moves at
+all is mixed in (an attention's queries, a mean over channels) and hangs together with none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .cutting import Place
+from .graph import Coupling
+from .types import GroupSlice
+from .watching import Watch, watching
+
+_SEED = 1735
+_EXTRA_PROBES = 64
+_DENSITY = 0.25  # of the extra probes: one over the number of channels that may meet in a position
+_MOST_TOGETHER = 16  # channels of one layer that must go together; more of them are mixed, not coupled
+_OUTPUT: Place = ("", "out", -1)
+_NOWHERE: Place = ("", "out", -2)  # what hangs together with it has no channels that could be cut one by one
+Position = tuple[Place, int]
+
+
+@dataclass(frozen=True)
+class TracedGroup:
+    """A coupling, and into how many parts of its root that must lose equally many channels (`ChannelGroup.blocks`)."""
+
+    root: str
+    coupling: Coupling
+    blocks: int
+
+
+def trace_groups(
+    model: nn.Module, image: Tensor, *, taken: Iterable[GroupSlice] = (), skip: Collection[str] = ()
+) -> list[TracedGroup]:
+    """Groups of channels of `model` that hang together, in the order of their root layers; not yet proven.
+
+    Args:
+        model: in eval mode; left as it came.
+        image: one image [1, C, H, W] that it runs on.
+        taken: positions that other groups hold; what hangs together with one of them is left out.
+        skip: names of layers whose output channels are not to be followed.
+
+    Raises:
+        BrokenMapping: the model does not make the same calls in every pass.
+    """
+    components = _Components()
+    with torch.no_grad(), watching(model) as watch:
+        watch.start(image)
+        sources = [p for p in watch.producers() if p[0] not in skip]
+        for source, memberships, reached in _probe(watch, sources, image):
+            _link(source, memberships, reached, watch, components)
+    held = {((s.target, s.side, s.dim), i) for s in taken for i in s.index}
+    classes = [c for c in components.classes() if not any(p in held or p[0] in (_OUTPUT, _NOWHERE) for p in c)]
+    roots = [p for p in sources if p[1] == "out"]
+    return _groups(roots, classes)
+
+
+class _Components:
+    """Union-find over positions."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Position, Position] = {}
+
+    def find(self, member: Position) -> Position:
+        parent = self._parent
+        parent.setdefault(member, member)
+        while parent[member] != member:
+            parent[member] = parent[parent[member]]
+            member = parent[member]
+        return member
+
+    def join(self, a: Position, b: Position) -> None:
+        self._parent[self.find(a)] = self.find(b)
+
+    def classes(self) -> list[list[Position]]:
+        found: dict[Position, list[Position]] = {}
+        for member in self._parent:
+            found.setdefault(self.find(member), []).append(member)
+        return list(found.values())
+
+
+def _probe(watch: Watch, sources: list[Place], image: Tensor) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
+    """For each source, the channels changed in each pass [T, C], and by call what came in changed [T, positions]."""
+    reach: dict[Place, frozenset[int]] = {}
+    for source in sources:
+        whole = torch.ones(watch.size(source), dtype=torch.bool)
+        reach[source] = frozenset(i for i, seen in enumerate(watch.run(image, {source: whole})) if bool(seen.any()))
+    for together in _apart(reach):
+        members = {s: _halves(watch.size(s)) for s in together}
+        rounds = max(len(m) for m in members.values())
+        seen = _passes(watch, image, members, rounds)
+        unclear = {s: _random_sets(watch.size(s)) for s in together if _is_unclear(members[s], reach[s], seen)}
+        more = _passes(watch, image, unclear, _EXTRA_PROBES) if unclear else seen[:0]
+        for source in together:
+            sets, passes = members[source], seen[: len(members[source])]
+            if source in unclear:
+                sets, passes = torch.cat([sets, unclear[source]]), passes + more
+            yield source, sets, {i: torch.stack([p[i] for p in passes]) for i in reach[source]}
+
+
+def _apart(reach: Mapping[Place, frozenset[int]]) -> list[list[Place]]:
+    """The sources in sets that reach no call in common, so that one pass serves all of a set."""
+    colours: list[tuple[set[int], list[Place]]] = []
+    for source, calls in reach.items():
+        for used, members in colours:
+            if not used & calls and (source[1] != "param" or all(m[0] != source[0] for m in members)):
+                used |= calls
+                members.append(source)
+                break
+        else:
+            colours.append((set(calls), [source]))
+    return [members for _, members in colours]
+
+
+def _passes(watch: Watch, image: Tensor, members: Mapping[Place, Tensor], count: int) -> list[list[Tensor]]:
+    return [watch.run(image, {s: m[t] for s, m in members.items() if t < len(m)}) for t in range(count)]
+
+
+def _halves(channels: int) -> Tensor:
+    """Sets of channels [T, C]: for each binary digit, those that have it and those that have it not."""
+    numbers = torch.arange(channels)
+    digits = torch.stack([(numbers >> b) & 1 == 1 for b in range(max(1, math.ceil(math.log2(max(2, channels)))))])
+    return torch.cat([digits, ~digits])
+
+
+def _random_sets(channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.rand(_EXTRA_PROBES, channels, generator=generator) < _DENSITY
+
+
+def _is_unclear(members: Tensor, reached: Iterable[int], seen: list[list[Tensor]]) -> bool:
+    passes = seen[: len(members)]
+    return any(bool((_possible(members, torch.stack([p[i] for p in passes])).sum(1) > 1).any()) for i in reached)
+
+
+def _possible(members: Tensor, moved: Tensor) -> Tensor:
+    """Which channels each position may depend on, [positions, C]: it moved in every pass in which they were changed.
+
+    Args:
+        members: the channels changed in each pass, [T, C].
+        moved: the positions that moved, [T, positions].
+    """
+    ruled_out = (~moved).float().T @ members.float()
+    return (ruled_out == 0) & moved.any(0).unsqueeze(1)
+
+
+def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], watch: Watch, components: _Components) -> None:
+    for index, moved in reached.items():
+        place = watch.calls[index].entering if index < len(watch.calls) else _OUTPUT
+        possible = _possible(members, moved)
+        if source[1] == "param" and bool((possible.sum(1) > 1).any()):
+            continue  # its positions are not channels there: tokens, say, each of which all channels see
+        if bool((possible.sum(1) > 1).any()):
+            # A channel that moves whatever is moved is mixed into it, as queries are into the values' channels.
+            mixed = possible[possible.any(1)].all(0)
+            possible &= ~mixed
+            for channel in mixed.nonzero().flatten().tolist():
+                components.join((source, channel), (_NOWHERE, 0))
+        for positions, channels in _rows(possible):
+            for position in positions:
+                components.join((source, channels[0]), (place, position))
+            for channel in channels[1:]:
+                components.join((source, channels[0]), (source, channel))
+
+
+def _rows(possible: Tensor) -> list[tuple[list[int], list[int]]]:
+    """Positions with the same possible channels, and those channels; positions without any are left out."""
+    alike: dict[bytes, list[int]] = {}
+    for position in possible.any(1).nonzero().flatten().tolist():
+        alike.setdefault(possible[position].numpy().tobytes(), []).append(position)
+    return [(positions, possible[positions[0]].nonzero().flatten().tolist()) for positions in alike.values()]
+
+
+def _groups(roots: list[Place], classes: list[list[Position]]) -> list[TracedGroup]:
+    by_root: dict[Place, list[list[Position]]] = {}
+    first = {root: i for i, root in enumerate(roots)}
+    for members in classes:
+        own = [p for p in members if p[0] in first]
+        if own:
+            by_root.setdefault(min((p[0] for p in own), key=first.__getitem__), []).append(members)
+    found = (_group(root, by_root[root]) for root in roots if root in by_root)
+    return [g for g in found if g is not None]
+
+
+def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
+    """The classes as channels of one group: parts of equal length, one a kind, or the largest kind alone.
+
+    Parts that are nearly equal are cut to the shortest: torch.chunk leaves a last part a little smaller.
+    """
+    classes = [c for c in classes if sum(p == root for p, _ in c) <= _MOST_TOGETHER]
+    classes.sort(key=lambda members: min(i for p, i in members if p == root))
+    parts = [list(part) for _, part in groupby(classes, key=_kind)]
+    least = min((len(p) for p in parts), default=0)
+    if any(len(p) - least > len(parts) for p in parts):
+        most = Counter(_kind(c) for c in classes).most_common(1)[0][0]
+        parts = [[c for c in classes if _kind(c) == most]]
+    else:
+        parts = [p[:least] for p in parts]
+    channels = [c for part in parts for c in part]
+    if not channels:
+        return None
+    slices: dict[Place, dict[int, int]] = {root: {}}
+    for number, members in enumerate(channels):
+        for place, index in members:
+            slices.setdefault(place, {})[index] = number
+    coupling = Coupling(
+        len(channels),
+        tuple(
+            GroupSlice(target, side, tuple(sorted(found)), tuple(found[i] for i in sorted(found)), dim)  # type: ignore[arg-type]
+            for (target, side, dim), found in slices.items()
+        ),
+        reaches_output=False,
+    )
+    return TracedGroup(root[0], coupling, len(parts))
+
+
+def _kind(members: list[Position]) -> tuple[tuple[Place, int], ...]:
+    """Which places a class has positions in, and how many."""
+    return tuple(sorted(Counter(place for place, _ in members).items()))

@@ -1,0 +1,188 @@
+"""A model's passes with its layers stood in for: fixed values leave them, and what comes in is compared.
+
+Nothing but the operations between the layers is left of the model, so that a channel that came in changed tells of the
+channels that left another layer changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .cutting import CHANNEL_LAYERS, Place, is_depthwise
+from .graph import BrokenMapping
+
+_SEED = 1735
+_PRODUCTS = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+}  # fmt: skip
+_PER_CHANNEL = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "prelu"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer: what came in and goes out when nothing is changed, and where the channels lie in both.
+
+    Attributes:
+        entering: the place that the incoming channels have.
+        leaving: the place of the outgoing ones, the same if the layer works channel by channel.
+    """
+
+    entering: Place
+    leaving: Place
+    came: Tensor
+    came_dim: int
+    returned: Tensor
+    returned_dim: int
+    step: Tensor
+
+
+class Watch(TorchFunctionMode):
+    """Stands in for the layers of a model during its passes."""
+
+    def __init__(self, model: nn.Module, stack: list[nn.Module]) -> None:
+        super().__init__()
+        self._model = model
+        self._stack = stack
+        self._names = {module: name for name, module in model.named_modules()}
+        layers = [m for m in self._names if isinstance(m, CHANNEL_LAYERS)]
+        self._owners = {
+            id(t): m for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        }
+        self._generator = torch.Generator().manual_seed(_SEED)
+        self.calls: list[Call] = []
+        self._output = torch.empty(0)
+        self._started = False
+        self._at = 0
+        self._changes: Mapping[Place, Tensor] = {}
+        self._seen: list[Tensor] = []
+
+    def start(self, image: Tensor) -> None:
+        """The pass in which nothing is changed."""
+        self._output = self._model(image)
+        self._started = True
+
+    def producers(self) -> list[Place]:
+        """Places whose channels can be changed: outputs of convolutions and linear layers, and free parameters."""
+        layers = dict.fromkeys(c.leaving for c in self.calls if c.leaving != c.entering)
+        free = [
+            (name, "param", dim)
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) not in self._owners and parameter.is_floating_point()
+            for dim, size in enumerate(parameter.shape)
+            if size > 1
+        ]
+        return [*layers, *free]
+
+    def size(self, place: Place) -> int:
+        """Channels of a place that `producers` returned."""
+        if place[1] == "param":
+            return self._model.get_parameter(place[0]).shape[place[2]]
+        return next(c.returned.shape[c.returned_dim] for c in self.calls if c.leaving == place)
+
+    def run(self, image: Tensor, changes: Mapping[Place, Tensor]) -> list[Tensor]:
+        """A pass with the given channels changed: for each call, and last the logits, which channels came in changed.
+
+        Raises:
+            BrokenMapping: the calls are not those of the first pass.
+        """
+        self._at, self._changes, self._seen = 0, changes, []
+        with self._changed_parameters():
+            output = self._model(image)
+        if self._at != len(self.calls):
+            raise BrokenMapping("the model does not call the same layers in every pass")
+        return [*self._seen, _moved(output, self._output, -1)]
+
+    @contextmanager
+    def _changed_parameters(self) -> Iterator[None]:
+        saved = []
+        for (name, side, dim), mask in self._changes.items():
+            if side == "param":
+                parameter = self._model.get_parameter(name)
+                saved.append((parameter, parameter.detach().clone()))
+                where = mask.view([-1 if d == dim else 1 for d in range(parameter.dim())])
+                parameter.add_(where * torch.rand(parameter.shape, generator=self._generator).to(parameter))
+        try:
+            yield
+        finally:
+            for parameter, old in saved:
+                parameter.copy_(old)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _PRODUCTS and name not in _PER_CHANNEL:
+            return func(*args, **kwargs)
+        layer = self._layer(name, (*args, *kwargs.values()))
+        if layer is None:
+            return func(*args, **kwargs)
+        came: Tensor = args[0] if args else kwargs["input"]
+        if not self._started:
+            self.calls.append(self._first(layer, name, came, func(*args, **kwargs)))
+            return self.calls[-1].returned.clone()
+        return self._again(came)
+
+    def _layer(self, function: str, arguments: Iterable[Any]) -> nn.Module | None:
+        """The layer that calls `function`: the owner of a tensor in its arguments, or the module that is running."""
+        owners = [self._owners[id(a)] for a in arguments if isinstance(a, Tensor) and id(a) in self._owners]
+        for layer in (*owners, *self._stack[-1:]):
+            products = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
+            if not isinstance(layer, CHANNEL_LAYERS) or products != (function in _PRODUCTS):
+                continue
+            whole = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1
+            shared = isinstance(layer, nn.PReLU) and layer.num_parameters == 1
+            return None if whole or shared else layer
+        return None
+
+    def _first(self, layer: nn.Module, function: str, came: Tensor, result: Tensor) -> Call:
+        name = self._names[layer]
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            dim = came.dim() - layer.weight.dim() + 1
+        else:
+            dim = came.dim() - 1 if function in ("linear", "layer_norm") else 1
+        side = "norm" if function in _PER_CHANNEL else "out"
+        leaving: Place = (name, side, 0)
+        entering = leaving if side == "norm" or is_depthwise(layer) else (name, "in", 0)
+        # Small and positive, so that neither a rectifier nor a saturating gate hides a change.
+        value, step = (torch.rand(result.shape, generator=self._generator).to(result) * 0.3 + 0.1 for _ in range(2))
+        return Call(entering, leaving, came.clone(), dim, value, dim, step)
+
+    def _again(self, came: Tensor) -> Tensor:
+        call = self.calls[self._at] if self._at < len(self.calls) else None
+        if call is None or call.came.shape != came.shape:
+            raise BrokenMapping("the model does not call the same layers in every pass")
+        self._at += 1
+        moved = _moved(came, call.came, call.came_dim)
+        self._seen.append(moved)
+        mask = moved if call.entering == call.leaving else self._changes.get(call.leaving)
+        if mask is None:
+            return call.returned.clone()
+        where = mask.view([-1 if d == call.returned_dim else 1 for d in range(call.returned.dim())])
+        return call.returned + where * call.step
+
+
+def _moved(now: Tensor, before: Tensor, dim: int) -> Tensor:
+    """Which positions along `dim` differ anywhere."""
+    return (now != before).movedim(dim, 0).flatten(1).any(1)
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Watch]:
+    """A `Watch` of `model`, which is in eval mode; inside the ``with`` block its layers are stood in for."""
+    stack: list[nn.Module] = []
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(lambda m, inputs: stack.append(m)))
+        handles.append(module.register_forward_hook(lambda m, inputs, output: stack.pop() and None))
+    try:
+        with Watch(model, stack) as watch:
+            yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
