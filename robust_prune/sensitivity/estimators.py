@@ -69,7 +69,8 @@ def measure(
     - ``boundary``: the real loss at the ball's boundary, along a direction that a short search finds on few images (see
       `search`). One forward more than K partial forwards a module; each begins at the module (see `replay`), about half
       a forward on average. The search costs the same however large the set.
-    - ``ascent``: the same with a longer search, which ends in up to `ascent_steps` steps on the whole set.
+    - ``ascent``: the same with a longer search, which also goes on from where the short one arrives and ends in up to
+      `ascent_steps` steps on the whole set.
 
     Search and losses are computed in bf16 where the hardware has it, and small losses again in the model's own
     precision. Curves go along the direction found at `rho`, rather than searching again at each radius.
@@ -121,8 +122,11 @@ def measure(
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
             searched = loss.fast() if rho >= BF16_RHO else loss
-            effort, steps = (LONG, ascent_steps) if estimator == "ascent" else (SHORT, 0)
-            directions = find_directions(searched, trace, live, float(rho), effort, steps, cache_bytes)
+            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, cache_bytes)
+            if estimator == "ascent":
+                directions = find_directions(
+                    searched, trace, live, float(rho), LONG, ascent_steps, cache_bytes, others=directions
+                )
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)

@@ -46,6 +46,7 @@ def find_directions(
     effort: Effort,
     whole_steps: int,
     cache_bytes: int,
+    others: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The steepest direction found for each target.
 
@@ -57,6 +58,7 @@ def find_directions(
         effort: how long to search on parts of the set.
         whole_steps: most iterates on the whole set after that; 0 for none.
         cache_bytes: limit on what an ascent keeps between its steps.
+        others: for each target one more direction, to be compared with the best start and gone on with if it is better.
 
     Returns:
         A direction a target, unit Frobenius norm.
@@ -75,9 +77,11 @@ def find_directions(
     found = []
     starts = shortlist(few, trace, targets, gradients, rho, effort.starts)
     with track("Sensitivity, directions", len(live)) as advance:
-        for target, directions in zip(targets, starts, strict=True):
+        for position, (target, directions) in enumerate(zip(targets, starts, strict=True)):
             radius = rho * float(target.weight.detach().norm())
-            for (stage, steps), base in zip(stages, bases, strict=True):
+            for number, ((stage, steps), base) in enumerate(zip(stages, bases, strict=True)):
+                if number == 1 and others:
+                    directions = [*directions, others[position]]
                 directions = [ascend(stage, trace, target, directions, radius, steps, cache_bytes, base)]
             found += directions
             advance()
