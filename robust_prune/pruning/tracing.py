@@ -103,7 +103,8 @@ def _probe(watch: Watch, sources: list[Place], image: Tensor) -> Iterator[tuple[
         members = {s: _halves(watch.size(s)) for s in together}
         rounds = max(len(m) for m in members.values())
         seen = _passes(watch, image, members, rounds)
-        unclear = {s: _random_sets(watch.size(s)) for s in together if _is_unclear(members[s], reach[s], seen)}
+        layers = [s for s in together if s[1] == "out"]  # an unclear parameter will not be linked at all
+        unclear = {s: _random_sets(watch.size(s)) for s in layers if _is_unclear(members[s], reach[s], seen)}
         more = _passes(watch, image, unclear, _EXTRA_PROBES) if unclear else seen[:0]
         for source in together:
             sets, passes = members[source], seen[: len(members[source])]

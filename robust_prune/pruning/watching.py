@@ -106,7 +106,7 @@ class Watch(TorchFunctionMode):
             if side == "param":
                 parameter = self._model.get_parameter(name)
                 saved.append((parameter, parameter.detach().clone()))
-                where = mask.view([-1 if d == dim else 1 for d in range(parameter.dim())])
+                where = _along(mask, dim, parameter)
                 parameter.add_(where * torch.rand(parameter.shape, generator=self._generator).to(parameter))
         try:
             yield
@@ -163,13 +163,17 @@ class Watch(TorchFunctionMode):
         mask = moved if call.entering == call.leaving else self._changes.get(call.leaving)
         if mask is None:
             return call.returned.clone()
-        where = mask.view([-1 if d == call.returned_dim else 1 for d in range(call.returned.dim())])
-        return call.returned + where * call.step
+        return call.returned + _along(mask, call.returned_dim, call.returned) * call.step
 
 
 def _moved(now: Tensor, before: Tensor, dim: int) -> Tensor:
-    """Which positions along `dim` differ anywhere."""
-    return (now != before).movedim(dim, 0).flatten(1).any(1)
+    """Which positions along `dim` differ anywhere, on the CPU."""
+    return (now != before).movedim(dim, 0).flatten(1).any(1).cpu()
+
+
+def _along(mask: Tensor, dim: int, like: Tensor) -> Tensor:
+    """`mask`, shaped to lie along `dim` of `like`."""
+    return mask.to(like.device).view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 @contextmanager
