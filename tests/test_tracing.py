@@ -124,6 +124,29 @@ class Fickle(nn.Module):
         return self.c(y.mean((2, 3)))
 
 
+class Picky(nn.Module):
+    """Bears no values but its own, and has a layer that the graph cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if not torch.equal(y, nn.functional.conv2d(x, self.a.weight, self.a.bias)):
+            raise ValueError("not my values")
+        y = self.b(y)
+        return self.c(y.view(len(y), 3, 2, -1).sum((2, 3)))
+
+
+def test_a_model_that_bears_no_other_values_is_pruned_as_far_as_the_graph_goes() -> None:
+    with pytest.raises(ValueError, match="not my values"):
+        trace_groups(Picky().eval(), example())
+    search = find_groups(Picky(), example())
+    assert [g.name for g in search.groups] == ["a"]
+    assert [r.name for r in search.refused] == ["b"]
+
+
 def test_a_model_that_changes_its_way_is_refused() -> None:
     from robust_prune.pruning.graph import BrokenMapping
 

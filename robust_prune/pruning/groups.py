@@ -120,14 +120,15 @@ def find_traced(bench: Bench, found: Sequence[ChannelGroup]) -> list[Candidate]:
     blocks = find_attention(bench.dense, bench.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]
-    candidates = []
     try:
-        for traced in trace_groups(bench.dense, bench.images[:1], taken=taken, skip=in_attention.keys()):
-            with suppress(BrokenMapping):
-                group = _as_group(traced.root, traced.coupling, bench.dense, in_attention, traced.blocks)
-                candidates.append(Candidate(replace(group, traced=True)))
-    except BrokenMapping:
+        found_by_value = trace_groups(bench.dense, bench.images[:1], taken=taken, skip=in_attention.keys())
+    except Exception:  # the model meets made-up values there, which its code need not bear
         return []
+    candidates = []
+    for traced in found_by_value:
+        with suppress(BrokenMapping):
+            group = _as_group(traced.root, traced.coupling, bench.dense, in_attention, traced.blocks)
+            candidates.append(Candidate(replace(group, traced=True)))
     return candidates
 
 
