@@ -147,9 +147,17 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     return json.loads(args.out.read_text(encoding="utf-8"))
 
 
-def _right(row: dict[str, Any], split: str, which: str) -> np.ndarray:
-    bits = np.frombuffer(bytes.fromhex(row[split][which]), np.uint8)
-    return np.unpackbits(bits)[: row[split]["images"]].astype(float)
+def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
+    """One for each image that is right, of what `scores` found on one split."""
+    bits = np.frombuffer(bytes.fromhex(scored[which]), np.uint8)
+    return np.unpackbits(bits)[: scored["images"]].astype(float)
+
+
+def paired(mine: np.ndarray, theirs: np.ndarray) -> str:
+    """The difference in points with its 95 % interval over images."""
+    each = 100 * (mine - theirs)
+    half = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
+    return f"{each.mean():+.1f} [{each.mean() - half:+.1f}, {each.mean() + half:+.1f}]"
 
 
 def table(result: dict[str, Any], part: str) -> str:
@@ -168,7 +176,7 @@ def table(result: dict[str, Any], part: str) -> str:
         groups.setdefault(row["name"], []).append(row)
     reference = next(iter(groups.values()))
     for name, rows in groups.items():
-        means = [100 * np.mean([_right(r, *where).mean() for r in rows]) for where in (
+        means = [100 * np.mean([right_images(r[split], which).mean() for r in rows]) for split, which in (
             ("held-out", "robust"), ("test", "clean"), ("test", "robust"),
         )]  # fmt: skip
         figures = " | ".join(f"{mean:.1f}" for mean in means)
@@ -184,12 +192,10 @@ def _difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> 
         return ""
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in reference}
     mine, theirs = (
-        np.mean([_right(row, "test", "robust") for row in found if row["seed"] in seeds], 0)
+        np.mean([right_images(row["test"], "robust") for row in found if row["seed"] in seeds], 0)
         for found in (rows, reference)
     )
-    each = 100 * (mine - theirs)
-    half = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
-    return f"{each.mean():+.1f} [{each.mean() - half:+.1f}, {each.mean() + half:+.1f}]"
+    return paired(mine, theirs)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""How fast the training loop is, and what an image of training costs.
+"""How fast the training loop is, whether it trains as well as the plain one, and what an image of training costs.
 
     python benchmarks/training.py speed demo --data cifar10
+    python benchmarks/training.py accuracy demo --data cifar10
     python benchmarks/training.py cost demo --data cifar10
 
 `speed` takes optimisation steps on real images in two ways, in turn and in a new order each round: ours (the format and
@@ -9,6 +10,10 @@ once), and the loops as they are commonly published: fp32, contiguous, `loss.bac
 fills the gradients of every weight, and the clean softmax again at each step of TRADES. Both make the same number of
 forward and backward passes with the same attack steps. Images per second are medians over rounds; the ratio has a 95 %
 bootstrap interval over rounds.
+
+`accuracy` trains a model that is cut to a quarter of its MACs (uniformly, by magnitude, unrepaired, so that there is much
+to recover) with both loops on the same batches in the same order, learning rate falling to zero, and compares robust
+accuracy on test images, image by image.
 
 `cost` takes optimisation steps of PGD-AT with other numbers of attack steps, of a model cut to less, and of other batch
 sizes, all in turn and in a new order each round: what one image of training costs, by what it is spent on.
@@ -22,12 +27,15 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from recovery import paired, right_images, scores
 from torch import Tensor, nn
 
 from robust_prune import stages
@@ -38,6 +46,10 @@ from robust_prune.data.base import DataBundle
 from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
+from robust_prune.pruning.cost import cost_model
+from robust_prune.pruning.groups import find_groups
+from robust_prune.pruning.importance import channel_scores
+from robust_prune.pruning.plan import make_plan
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
@@ -46,6 +58,7 @@ from robust_prune.training.precision import Precision, choose_precision
 from robust_prune.training.trainer import decay_groups
 
 RESAMPLES = 4000
+LOOPS = ("ours", "plain")
 Setting = TypeVar("Setting")
 
 # --- speed -------------------------------------------------------------------------------------------------------
@@ -86,28 +99,38 @@ def plain_step(
     optimizer.step()
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A model, its optimizer, and one optimisation step on a batch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor, Tensor], None]
+
+
 def both_loops(
-    dense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, settings: TrainSettings
-) -> tuple[dict[str, Callable[[], None]], Precision]:
-    """One optimisation step on one batch, ours and the plain one, each on a model of its own."""
-    models = {loop: copy.deepcopy(dense).to(x.device) for loop in ("ours", "plain")}
+    dense: nn.Module, x: Tensor, threat: ThreatModel, settings: TrainSettings
+) -> tuple[dict[str, Loop], Precision]:
+    """Ours and the plain loop, each with a model of its own on the device of `x`, a batch of images."""
+    models = {loop: copy.deepcopy(dense).to(x.device) for loop in LOOPS}
     optimizers = {k: torch.optim.SGD(decay_groups(m, 5e-4), 0.001, 0.9, nesterov=True) for k, m in models.items()}
     loss, precision = make_loss(settings), choose_precision(models["ours"], x)
     precision.arrange(models["ours"])
+    generator = torch.Generator(x.device).manual_seed(0)
 
-    def ours() -> None:
+    def ours(x: Tensor, y: Tensor) -> None:
         model, images = models["ours"].train(), x.contiguous(memory_format=precision.memory_format)
-        generator = torch.Generator(x.device).manual_seed(0)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision.bf16):
             result = loss(model, Batch(images, y, threat, generator, model))
         optimizers["ours"].zero_grad(set_to_none=True)
         result.loss.backward()
         optimizers["ours"].step()
 
-    def plain() -> None:
+    def plain(x: Tensor, y: Tensor) -> None:
         plain_step(models["plain"], optimizers["plain"], x, y, threat, settings)
 
-    return {"ours": ours, "plain": plain}, precision
+    steps = {"ours": ours, "plain": plain}
+    return {name: Loop(models[name], optimizers[name], step) for name, step in steps.items()}, precision
 
 
 def in_turn(
@@ -135,8 +158,9 @@ def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.
     x, y = x.to(device).float() / 255, y.to(device)
     shuffler = random.Random(0)
     for name in ("pgd_at", "trades"):
-        loops, precision = both_loops(dense, x, y, threat, TrainSettings(loss=name, steps=args.steps))
-        seconds = in_turn(loops, args.rounds, shuffler, device)
+        loops, precision = both_loops(dense, x, threat, TrainSettings(loss=name, steps=args.steps))
+        once = {loop: partial(found_loop.step, x, y) for loop, found_loop in loops.items()}
+        seconds = in_turn(once, args.rounds, shuffler, device)
         found[name] = {"seconds": seconds, "precision": str(precision)}
         console.print(f"{name}: {np.median(seconds['plain']) / np.median(seconds['ours']):.2f} times", markup=False)
     return {"batch": args.batch_size, "steps": args.steps, "threads": torch.get_num_threads(), "losses": found}
@@ -153,7 +177,7 @@ def speed_table(result: dict[str, Any]) -> str:
     ]
     generator = np.random.default_rng(0)
     for name, found in value["losses"].items():
-        ours, plain = (np.array(found["seconds"][loop]) for loop in ("ours", "plain"))
+        ours, plain = (np.array(found["seconds"][loop]) for loop in LOOPS)
         picks = generator.integers(0, len(ours), (RESAMPLES, len(ours)))
         low, high = np.percentile(np.median(plain[picks], 1) / np.median(ours[picks], 1), (2.5, 97.5))
         ratio = np.median(plain) / np.median(ours)
@@ -161,6 +185,62 @@ def speed_table(result: dict[str, Any]) -> str:
             f"| {name} | {found['precision']} | {value['batch'] / np.median(ours):.0f} | "
             f"{value['batch'] / np.median(plain):.0f} | {ratio:.2f} [{low:.2f}, {high:.2f}] |"
         )
+    return "\n".join(text) + "\n"
+
+
+# --- accuracy ----------------------------------------------------------------------------------------------------
+
+PEAK, WARMUP = 0.02, 0.15  # learning rate, and the share of the steps until it is reached
+
+
+def accuracy(
+    args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
+) -> dict[str, Any]:
+    """Which test images each loop's model gets right, by loss."""
+    example = stages.blank_image(spec)
+    search = find_groups(dense.cpu(), example)
+    cost, magnitudes = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
+    plan = make_plan(
+        search, cost, None, magnitudes, None, ratio=0.75, allocation="uniform", criterion="magnitude"
+    )  # fmt: skip
+    small = apply(dense, plan, example).model
+    evaluation = recipe.evaluation.model_copy(update={"images": args.test_images})
+    recipe = recipe.model_copy(update={"evaluation": evaluation})
+    x, y = data.train.get(torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.images])
+    x, y = x.to(device).float() / 255, y.to(device)
+    batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
+    found: dict[str, Any] = {}
+    for name in ("pgd_at", "trades"):
+        settings = TrainSettings(loss=name, steps=args.steps)
+        loops, precision = both_loops(small, batches[0][0], stages.threat_of(recipe), settings)
+        torch.manual_seed(0)
+        for number, (images, labels) in enumerate(batches):
+            done = (number + 1) / len(batches)
+            for loop in loops.values():
+                for group in loop.optimizer.param_groups:
+                    group["lr"] = PEAK * min(done / WARMUP, (1 - done) / (1 - WARMUP))
+                loop.step(images, labels)
+        found[name] = {
+            loop: scores(part.model.cpu().eval(), data, recipe, device)["test"] for loop, part in loops.items()
+        } | {"precision": str(precision)}
+        console.print(f"{name}: trained with both loops", markup=False)
+    return {"images": len(x), "batch": args.batch_size, "steps": args.steps, "losses": found}
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
+    value = result["accuracy"]
+    some = next(iter(value["losses"].values()))["ours"]["images"]
+    text = [
+        f"## Accuracy\n\n{result['arch']}, a quarter of the MACs left, trained on {value['images']:,} images of "
+        f"{result['data']}, {value['steps']} steps of attack; PGD-20 on {some:,} test images; 95 % intervals of the "
+        "paired difference are over images.\n",
+        "| loss | ours: clean | robust | plain loop: clean | robust | ours - plain, robust |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in value["losses"].items():
+        right = {(loop, which): right_images(found[loop], which) for loop in LOOPS for which in ("clean", "robust")}
+        figures = " | ".join(f"{100 * right[key].mean():.1f}" for key in right)
+        text.append(f"| {name} | {figures} | {paired(right['ours', 'robust'], right['plain', 'robust'])} |")
     return "\n".join(text) + "\n"
 
 
@@ -191,8 +271,9 @@ def cost(
     for steps, ratio, batch in settings:
         x, y = data.train.get(torch.arange(batch))
         chosen = TrainSettings(loss="pgd_at" if steps else "clean", steps=max(steps, 1))
-        found, _ = both_loops(models[ratio], x.to(device).float() / 255, y.to(device), threat, chosen)
-        loops[steps, ratio, batch] = found["ours"]
+        x, y = x.to(device).float() / 255, y.to(device)
+        found, _ = both_loops(models[ratio], x, threat, chosen)
+        loops[steps, ratio, batch] = partial(found["ours"].step, x, y)
     seconds = in_turn(loops, args.rounds, random.Random(0), device)
     rows = [
         {"steps": steps, "macs_kept": kept[ratio], "batch": batch, "seconds": found}
@@ -222,13 +303,15 @@ def cost_table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "cost"])
+    parser.add_argument("part", choices=["speed", "accuracy", "cost"])
     parser.add_argument("model", help="the robust base: an artifact, or demo")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--recipe", default="cifar10-resnet20x2", help="threat model and cut")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--images", type=int, default=5000, help="accuracy: to train on")
+    parser.add_argument("--test-images", type=int, default=2000, help="accuracy: to compare on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     args = parser.parse_args()
@@ -247,10 +330,13 @@ def main() -> None:
 
     if args.part == "speed":
         save(speed(args, recipe, data, loaded.model, device))
+    elif args.part == "accuracy":
+        save(accuracy(args, recipe, data, loaded.model, loaded.spec, device))
     else:
         save(cost(args, recipe, data, loaded.model, loaded.spec, device))
     result = json.loads(args.out.read_text(encoding="utf-8"))
-    parts = [table(result) for part, table in (("speed", speed_table), ("cost", cost_table)) if part in result]
+    tables = {"speed": speed_table, "accuracy": accuracy_table, "cost": cost_table}
+    parts = [table(result) for part, table in tables.items() if part in result]
     text = "# Training\n\n`benchmarks/training.py`\n\n" + "\n".join(parts)
     write_text(args.out.with_suffix(".md"), text)
     print(text)
