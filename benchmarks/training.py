@@ -11,9 +11,9 @@ fills the gradients of every weight, and the clean softmax again at each step of
 forward and backward passes with the same attack steps. Images per second are medians over rounds; the ratio has a 95 %
 bootstrap interval over rounds.
 
-`accuracy` trains a model that is cut to a quarter of its MACs (uniformly, by magnitude, unrepaired, so that there is much
-to recover) with both loops on the same batches in the same order, learning rate falling to zero, and compares robust
-accuracy on test images, image by image.
+`accuracy` trains a model that is cut to a quarter of its MACs (uniformly, by magnitude, unrepaired: much to recover)
+with both loops on the same batches in the same order, learning rate falling to zero, and compares robust accuracy on
+test images, image by image.
 
 `cost` takes optimisation steps of PGD-AT with other numbers of attack steps, of a model cut to less, and of other batch
 sizes, all in turn and in a new order each round: what one image of training costs, by what it is spent on.
