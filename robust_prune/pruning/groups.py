@@ -202,6 +202,8 @@ def _as_group(
         if count > 1 and not _spread(part, count, place_size(model, part)):
             _check_parts(part, count, coupling.channels, place_size(model, part))
             blocks = math.lcm(blocks, count)
+    if coupling.channels == 1:
+        raise BrokenMapping("it has one channel")
     if coupling.channels % blocks or coupling.channels // blocks < 2:
         raise BrokenMapping(f"it has {coupling.channels} channels in {blocks} blocks, so that none can go")
     return ChannelGroup(name, coupling.channels, coupling.slices, blocks)
