@@ -8,6 +8,7 @@ for tools that only know ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -211,7 +212,9 @@ def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Te
         if target is not None and target.dtype != tensor.dtype and target.is_floating_point():
             target.data = target.data.to(tensor.dtype)
     try:
-        model.load_state_dict(dict(tensors), strict=True)
+        state = OrderedDict(tensors)
+        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which MNASNet asks for
+        model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         first = " ".join(str(error).split("\n\t")[1].split()) if "\n\t" in str(error) else str(error)
         raise UsageError(

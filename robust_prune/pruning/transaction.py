@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice, product, takewhile
@@ -20,6 +22,7 @@ from .types import ChannelGroup, Refused
 # Relative error of two exact computations of the same thing; a wrong channel costs percents.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _MOST_REPAIRS = 64
+_SUSPECT = 2  # failures of a kind of layer from which on the others of it are cut on their own
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ class Ledger:
         self.done: list[Cut] = []
         self.failed: list[Refused] = []
         self.lost: list[Cut] = []
+        self._failures: Counter[str] = Counter()
         self.edits: list[Edit] = []
         self.adaptations: dict[str, Adaptation] = {}
         self.error = 0.0
@@ -209,6 +213,12 @@ class Ledger:
     def _commit(self, cuts: list[Cut]) -> None:
         if not cuts:
             return
+        suspects = [cut for cut in cuts if self._failures[_kind(cut)] >= _SUSPECT] if len(cuts) > 1 else []
+        if suspects:  # the same layer of other blocks failed alone, so halving would only find out slowly
+            self._commit([cut for cut in cuts if cut not in suspects])
+            for cut in suspects:
+                self._commit([cut])
+            return
         outcome = self._bench.attempt(cuts)
         if outcome.reason and len(cuts) > 1:
             self._commit(cuts[: len(cuts) // 2])
@@ -221,11 +231,17 @@ class Ledger:
         if outcome.reason:
             self.failed.append(Refused(cuts[0].candidate.group.name, outcome.reason))
             self.lost += cuts
+            self._failures[_kind(cuts[0])] += 1
             return
         self.done += cuts
         self.edits += outcome.edits
         self.adaptations |= outcome.adaptations
         self.error = max(self.error, outcome.error)
+
+
+def _kind(cut: Cut) -> str:
+    """The group's name without numbers: the same for a layer of every block."""
+    return re.sub(r"\d+", "#", cut.candidate.group.name)
 
 
 def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
