@@ -117,6 +117,8 @@ def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
 
 def find_traced(bench: Bench, found: Sequence[ChannelGroup]) -> list[Candidate]:
     """Groups of the bench's dense twin as `tracing` tells them, not yet proven, apart from those `found` already."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in bench.dense.modules()):
+        return []  # it mixes all that reaches it, which no cut gets past, and makes every pass of the search dear
     blocks = find_attention(bench.dense, bench.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]

@@ -71,12 +71,10 @@ class Watch(TorchFunctionMode):
     def producers(self) -> list[Place]:
         """Places whose channels can be changed: outputs of convolutions and linear layers, and free parameters."""
         layers = dict.fromkeys(c.leaving for c in self.calls if c.leaving != c.entering)
-        # A multi-head attention mixes what it gets, and its weights are many: following them costs much, finds nothing.
-        opaque = {id(p) for m in self._names if isinstance(m, nn.MultiheadAttention) for p in m.parameters()}
         free = [
             (name, "param", dim)
             for name, parameter in self._model.named_parameters()
-            if id(parameter) not in self._owners.keys() | opaque and parameter.is_floating_point()
+            if id(parameter) not in self._owners and parameter.is_floating_point()
             for dim, size in enumerate(parameter.shape)
             if size > 1
         ]
