@@ -159,7 +159,7 @@ def speed(args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.
     shuffler = random.Random(0)
     for name in ("pgd_at", "trades"):
         loops, precision = both_loops(dense, x, threat, TrainSettings(loss=name, steps=args.steps))
-        once = {loop: partial(found_loop.step, x, y) for loop, found_loop in loops.items()}
+        once = {loop: partial(part.step, x, y) for loop, part in loops.items()}
         seconds = in_turn(once, args.rounds, shuffler, device)
         found[name] = {"seconds": seconds, "precision": str(precision)}
         console.print(f"{name}: {np.median(seconds['plain']) / np.median(seconds['ours']):.2f} times", markup=False)

@@ -210,16 +210,16 @@ def _classify(model: nn.Module, log: list[_Event], at: int) -> Attention | None:
     fused = [n for n in linear if model.get_submodule(n).out_features == 3 * width]
     pair = [n for n in linear if model.get_submodule(n).out_features == 2 * width]
     apart = [n for n in linear if model.get_submodule(n).out_features == width]
-    if len(pair) == len(apart) == 1:
-        apart += pair
-    if width % heads or not (len(fused) == 1 or len(apart) == 3 or len(apart) == 2 == 1 + len(pair)):
+    layouts = ((fused, len(fused) == 1), (apart, len(apart) == 3), (apart + pair, len(apart) == len(pair) == 1))
+    producers = next((names for names, complete in layouts if complete), None)
+    if width % heads or producers is None:
         return None
     norms = [n for n in before if _normalises(model.get_submodule(n))]
     sizes = {model.get_submodule(n).normalized_shape[-1] for n in norms}  # type: ignore[index]
     obstacle = ""
     if heads > 1 and sizes & {width // heads}:
         obstacle = f"its queries and keys are normalised per head ({norms[-1]}), which ties all dimensions of a head"
-    return Attention(owner, tuple(fused or apart), projection, heads, width, obstacle=obstacle)
+    return Attention(owner, tuple(producers), projection, heads, width, obstacle=obstacle)
 
 
 def _own(events: list[_Event], owner: str, model: nn.Module) -> list[str]:

@@ -135,13 +135,13 @@ def find_traced(bench: Bench, found: Sequence[ChannelGroup]) -> list[Candidate]:
 
 
 def _remaining(stuck: Sequence[Refused], ledger: Ledger) -> tuple[Refused, ...]:
-    """Those of `stuck` that no proven group covers, each with the last reason that was found for its layer."""
+    """Those of `stuck` that no proven group covers, each with the last reason found for its group, or for its layer."""
     covered = {producer for cut in ledger.done for producer in cut.candidate.group.producers}
     reasons = {
         producer: failed.reason
         for cut, failed in zip(ledger.lost, ledger.failed, strict=True)
         for producer in cut.candidate.group.producers
-    }
+    } | {failed.name: failed.reason for failed in ledger.failed}
     return tuple(Refused(r.name, reasons.get(r.name, r.reason)) for r in stuck if r.name not in covered)
 
 
