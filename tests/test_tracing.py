@@ -18,6 +18,7 @@ from surgery_models import (
     randomised,
 )
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from robust_prune.pruning.groups import find_groups
 from robust_prune.pruning.surgery import apply
@@ -99,6 +100,20 @@ def test_widths_that_only_code_ties_are_bundled() -> None:
     assert result.rolled_back == () and result.parity < 1e-7
     assert (result.model.q.out_features, result.model.kv.out_features, result.model.embed.out_channels) == (12, 24, 12)
     assert result.model.head_dim == 6
+
+
+def test_attention_whose_layers_are_never_called_is_found_by_their_weights() -> None:
+    """torchvision's Swin hands the weights of its linear layers to a function, and takes widths from the input."""
+    model = SwinTransformer([2, 2], 12, [2, 2], [3, 3], [2, 2], num_classes=5)
+    model = randomised(model).eval()
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    search = find_groups(model, image)
+    assert not search.refused
+    done = apply(model, PruningPlan.from_json(json.loads(json.dumps(plan_of(search).to_json()))), image)
+    assert not done.rolled_back
+    block = done.model.get_submodule("features.1.1.attn")
+    assert block.qkv.out_features == 18 and block.proj.in_features == block.qkv.in_features == 6
+    assert done.model.head.in_features == 12
 
 
 def test_what_a_model_has_kept_from_other_weights_is_dropped() -> None:

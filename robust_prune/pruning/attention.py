@@ -145,15 +145,21 @@ class _Event:
 
 
 class _Watcher(TorchFunctionMode):
-    """Notes attention products and softmaxes over them, with the module in which they happen."""
+    """Notes attention products and softmaxes over them, with the module in which they happen.
 
-    def __init__(self, log: list[_Event], stack: list[str]) -> None:
+    Linear layers are known by their weights: a module may hand those to a function and never call the layer.
+    """
+
+    def __init__(self, model: nn.Module, log: list[_Event], stack: list[str]) -> None:
         super().__init__()
         self._log, self._stack = log, stack
+        self._linear = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "linear" and (layer := self._linear.get(id(args[1] if len(args) > 1 else kwargs["weight"]))):
+            self._log.append(_Event(layer))
         heads = 0
         if name == "scaled_dot_product_attention" and args[0].dim() >= 4:
             heads = args[0].shape[-3]
@@ -173,14 +179,14 @@ def _watch(model: nn.Module, images: Tensor) -> list[_Event]:
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         name = stack.pop()
-        if isinstance(module, nn.Linear) or _normalises(module):
+        if _normalises(module):
             log.append(_Event(name))
 
     handles = []
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), _Watcher(log, stack):
+        with torch.no_grad(), _Watcher(model, log, stack):
             model(images)
     finally:
         for handle in handles:

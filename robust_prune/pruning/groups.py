@@ -89,15 +89,14 @@ def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
     candidates: list[Candidate] = []
     refused: list[Refused] = []
     claimed: dict[str, set[int]] = {}
+    for block in blocks:
+        _add_attention(block, candidates, refused)
     layers = [m for m in graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     order = {m: i for i, m in enumerate(model.modules())}
     # Depthwise layers follow what feeds them; they are roots only when nothing else led to them.
     for module in sorted(layers, key=lambda m: (is_depthwise(m), order[m])):
         name = graph._module2name[module]
         if name in in_attention:
-            block = in_attention[name]
-            if name == block.producers[0]:
-                _add_attention(block, candidates, refused)
             continue
         taken = claimed.setdefault(name, set())
         free = [c for c in range(graph.get_out_channels(module)) if c not in taken]
@@ -111,7 +110,7 @@ def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
         except BrokenMapping as error:
             claimed[name].update(free)
             refused.append(Refused(name, str(error)))
-    position = {graph._module2name[m]: i for m, i in order.items() if m in graph._module2name}
+    position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(candidates, key=lambda c: position[c.group.name]), refused
 
 

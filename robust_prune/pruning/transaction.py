@@ -225,9 +225,9 @@ class Ledger:
             self._commit(cuts[len(cuts) // 2 :])
             return
         if outcome.reason and (other := cuts[0].candidate.other_layout()):
-            cuts = [Cut(other, cuts[0].removed)]
-            second = self._bench.attempt(cuts)
-            outcome = outcome if second.reason else second
+            second = [Cut(other, cuts[0].removed)]
+            tried = self._bench.attempt(second)
+            outcome, cuts = (outcome, cuts) if tried.reason else (tried, second)
         if outcome.reason:
             self.failed.append(Refused(cuts[0].candidate.group.name, outcome.reason))
             self.lost += cuts
