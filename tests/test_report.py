@@ -236,7 +236,7 @@ def test_warnings_are_shown_and_silence_the_all_clear() -> None:
     flagged = replace(run.models[1], card=card("pruned", 300, 200, flags=("Buffers moved.",)), latency=(noisy,))
     shown = Page(render(replace(run, models=(run.models[0], flagged)))).text
     assert "pruned: Buffers moved." in shown
-    assert "is noisy" in shown
+    assert "is noisy" in shown and "a noisy measurement, to be repeated" in shown
     assert "No warning was raised" not in shown
     assert "Buffers moved." in to_markdown(replace(run, models=(run.models[0], flagged)))
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..console import track
 from ..errors import UsageError
 from . import hardware
-from .sampler import Arm, Samples, Shape, measure
+from .sampler import LAUNCHES, Arm, Samples, Shape, measure
 from .session import PROVIDERS, import_onnxruntime, signature
 from .statistics import Interval, excludes_one, judged, median_interval, paired_ratio, percentile
 from .types import LatencyRow, LatencyTable
@@ -130,6 +130,7 @@ def _rows(
                 images_per_second=1000 * shape.batch / p50,
                 speedup=speedup,
                 noisy=excludes_one(floor),
+                launches=len(taken.seconds),
             )
         )
     return rows
@@ -140,8 +141,8 @@ def _protocol(provider: str, kind: str) -> str:
     search = ", exhaustive cuDNN search" if provider == "cuda" else ""
     return (
         f"{kind} time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
-        "threads, warmed up until stable, visited in random blocks, the first file twice (A/A); medians and paired "
-        "ratios with 95 % block-bootstrap intervals"
+        "threads, warmed up until stable, visited in random blocks, the first file twice (A/A), processes started up "
+        f"to {LAUNCHES} times; medians and paired ratios with 95 % bootstrap intervals over launches and blocks"
     )
 
 

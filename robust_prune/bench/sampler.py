@@ -1,4 +1,9 @@
-"""Times several models against each other: a process a model, visited in random order, block by block."""
+"""Times several models against each other: a process a model, visited in random order, block by block.
+
+Where its memory happens to lie makes a process faster or slower for as long as it lives, so the processes are started
+anew a few times: a launch is to blocks what a block is to runs (Kalibera and Jones, Rigorous Benchmarking in Reasonable
+Time, ISMM 2013).
+"""
 
 from __future__ import annotations
 
@@ -33,6 +38,7 @@ MAX_RUNS = 64
 # Another process has just filled the caches with its own weights.
 WAKE_RUNS = 1
 BLOCKS = (12, 400)
+LAUNCHES = 5
 PATIENCE = 2.0
 
 
@@ -60,7 +66,7 @@ class Samples:
 
     Attributes:
         provider: the execution provider that the session reported.
-        seconds: float64 [blocks, runs]; row i of every arm was taken in block i.
+        seconds: float64 [launches, blocks, runs]; entry [l, b] of every arm was taken in the same block.
     """
 
     provider: str
@@ -148,6 +154,16 @@ class Worker:
         return f"the process that timed {self.label} {how}{hint}. {lines[-1] if lines else ''}".rstrip()
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """How often the processes are started, and how many blocks (`least` on a busy machine) of runs each time."""
+
+    launches: int
+    blocks: int
+    least: int
+    runs: int
+
+
 def measure(
     arms: Sequence[Arm],
     shape: Shape,
@@ -155,12 +171,13 @@ def measure(
     seed: int,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Samples]:
-    """Times the arms in interleaved random blocks after each has warmed up until it is stable.
+    """Times the arms in interleaved random blocks, after each has warmed up until it is stable.
 
     Args:
         arms: the models, each in its own process.
         shape: batch, threads, provider and kind, the same for all.
-        seconds: timed work to aim for; blocks end after twice that on the clock, but 12 are always taken.
+        seconds: timed work to aim for; blocks end after twice that on the clock, but 12 are always taken. Processes are
+            started up to five times, as long as opening the models takes no longer than this in all.
         seed: of the visiting order and of the input images.
         on_block: told (blocks done, blocks in all) after each block.
 
@@ -170,29 +187,56 @@ def measure(
     Raises:
         UsageError, EnvironmentProblem: as `Worker.ask`. No process is left behind.
     """
-    with _workers([arm.label for arm in arms]) as workers:
-        conditions = {"batch": shape.batch, "threads": shape.threads, "provider": shape.provider, "kind": shape.kind}
-        providers = [
-            worker.ask(op="open", path=str(arm.path.absolute()), seed=seed, **conditions)["provider"]
-            for worker, arm in zip(workers, arms, strict=True)
-        ]
-        typical = [_warm_up(worker) for worker in workers]
-        runs = int(np.clip(VISIT_SECONDS / max(typical), 1, MAX_RUNS))
-        blocks = int(np.clip(seconds / (sum(typical) * (runs + WAKE_RUNS)), *BLOCKS))
-        times = np.empty((len(arms), blocks, runs))
-        rng = np.random.default_rng(seed)
-        deadline = monotonic() + PATIENCE * seconds
-        for block in range(blocks):
-            if block >= BLOCKS[0] and monotonic() > deadline:
-                # The machine is busy with something else: fewer blocks, and intervals that say so.
-                times = times[:, :block]
-                on_block(blocks, blocks)
-                break
-            for index in rng.permutation(len(arms)):
-                answer = workers[index].ask(op="time", runs=runs, wake=WAKE_RUNS)
-                times[index, block] = np.asarray(answer["ns"]) / 1e9
-            on_block(block + 1, blocks)
-    return [Samples(provider, taken) for provider, taken in zip(providers, times, strict=True)]
+    request = {"batch": shape.batch, "threads": shape.threads, "provider": shape.provider, "kind": shape.kind}
+    rng = np.random.default_rng(seed)
+    schedule: _Schedule | None = None
+    launches: list[np.ndarray] = []
+    while schedule is None or len(launches) < schedule.launches:
+        begin = monotonic()
+        with _workers([arm.label for arm in arms]) as workers:
+            providers = [
+                worker.ask(op="open", path=str(arm.path.absolute()), seed=seed, **request)["provider"]
+                for worker, arm in zip(workers, arms, strict=True)
+            ]
+            typical = [_warm_up(worker) for worker in workers]
+            now = monotonic()
+            schedule = schedule or _schedule(typical, seconds, now - begin)
+            deadline = now + PATIENCE * seconds / schedule.launches
+            launches.append(_blocks(workers, schedule, deadline, rng, len(launches), on_block))
+    shortest = min(times.shape[1] for times in launches)
+    together = np.stack([times[:, :shortest] for times in launches], axis=1)
+    return [Samples(provider, taken) for provider, taken in zip(providers, together, strict=True)]
+
+
+def _schedule(typical: Sequence[float], seconds: float, opening: float) -> _Schedule:
+    launches = int(np.clip(seconds / max(opening, 1e-9), 1, LAUNCHES))
+    runs = int(np.clip(VISIT_SECONDS / max(typical), 1, MAX_RUNS))
+    least, most = (-(-blocks // launches) for blocks in BLOCKS)
+    blocks = int(np.clip(seconds / launches / (sum(typical) * (runs + WAKE_RUNS)), least, most))
+    return _Schedule(launches, blocks, least, runs)
+
+
+def _blocks(
+    workers: Sequence[Worker],
+    schedule: _Schedule,
+    deadline: float,
+    rng: np.random.Generator,
+    launch: int,
+    on_block: Callable[[int, int], None],
+) -> np.ndarray:
+    """Seconds of one launch, [arms, blocks, runs]."""
+    times = np.empty((len(workers), schedule.blocks, schedule.runs))
+    before, total = launch * schedule.blocks, schedule.launches * schedule.blocks
+    for block in range(schedule.blocks):
+        if block >= schedule.least and monotonic() > deadline:
+            # The machine is busy with something else: fewer blocks, and intervals that say so.
+            on_block(before + schedule.blocks, total)
+            return times[:, :block]
+        for index in rng.permutation(len(workers)):
+            answer = workers[index].ask(op="time", runs=schedule.runs, wake=WAKE_RUNS)
+            times[index, block] = np.asarray(answer["ns"]) / 1e9
+        on_block(before + block + 1, total)
+    return times
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """What timings allow us to say: medians with intervals, percentiles only with enough samples, paired ratios.
 
-Samples arrive as ``[blocks, runs]``: within a block every arm is visited once, in random order, so drift of
-the machine (clocks, neighbours, temperature) hits all arms of a block alike. Blocks, not samples, are what
-the bootstrap resamples, because samples within a block are correlated.
+Samples arrive as ``[launches, blocks, runs]``: within a block every arm is visited once, in random order, so drift of
+the machine (clocks, neighbours, temperature) hits all arms of a block alike; at a launch every arm gets a new process.
+The bootstrap resamples launches, and blocks within them, not samples: those of a block are correlated, and so are, less
+so, the blocks of a launch. Where launches do not differ, the interval is wider than it need be.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ Interval = tuple[float, float, float]
 
 
 def median_interval(samples: np.ndarray, seed: int = 0) -> Interval:
-    """Median of all samples ([blocks, runs]) with its 95 % block-bootstrap interval, in the samples' unit."""
-    picks = _resampled_blocks(len(samples), seed)
-    medians = np.median(samples[picks].reshape(len(picks), -1), axis=1)
+    """Median of all samples [launches, blocks, runs] with its 95 % bootstrap interval, in the samples' unit."""
+    medians = np.median(_resampled(samples, seed).reshape(RESAMPLES, -1), axis=1)
     return (float(np.median(samples)), *_quantiles(medians))
 
 
 def paired_ratio(base: np.ndarray, arm: np.ndarray, seed: int = 0) -> Interval:
-    """Ratio base / arm (above 1: the arm is faster) with its 95 % paired block-bootstrap interval.
+    """Ratio base / arm (above 1: the arm is faster) with its 95 % paired bootstrap interval.
 
     The estimate is the median over blocks of the ratio of the two block medians.
 
     Args:
-        base, arm: times [blocks, runs] of two arms, row i of both taken in block i.
+        base, arm: times [launches, blocks, runs] of two arms, entry [l, b] of both taken in the same block.
         seed: of the bootstrap.
     """
-    logs = np.log(np.median(base, axis=1)) - np.log(np.median(arm, axis=1))
-    medians = np.median(logs[_resampled_blocks(len(logs), seed)], axis=1)
+    logs = np.log(np.median(base, axis=2)) - np.log(np.median(arm, axis=2))
+    medians = np.median(_resampled(logs, seed).reshape(RESAMPLES, -1), axis=1)
     low, high = _quantiles(medians)
     return float(np.exp(np.median(logs))), float(np.exp(low)), float(np.exp(high))
 
@@ -70,8 +70,12 @@ def excludes_one(interval: Interval) -> bool:
     return interval[1] > 1 or interval[2] < 1
 
 
-def _resampled_blocks(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """`values` [launches, blocks, ...] resampled on both levels, [resamples, launches, blocks, ...]."""
+    rng = np.random.default_rng(seed)
+    launches, blocks = values.shape[:2]
+    which = rng.integers(0, launches, size=(RESAMPLES, launches, 1))
+    return values[which, rng.integers(0, blocks, size=(RESAMPLES, launches, blocks))]
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:

@@ -30,6 +30,7 @@ class LatencyRow:
         kind: ``host`` (arrays in and out) or ``device`` (I/O binding).
         batch, threads: fixed for the row.
         samples: number of timed runs.
+        launches: over how many starts of the process they are spread.
         p50_ms: median time of one run in milliseconds, with its 95 % interval `p50_low`, `p50_high`.
         p90_ms, p95_ms, p99_ms: present only with at least 64, 130 and 662 samples.
         images_per_second: batch / p50.
@@ -53,6 +54,7 @@ class LatencyRow:
     images_per_second: float
     speedup: Ratio | None
     noisy: bool
+    launches: int = 1
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,10 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
     where = f"at batch {row.batch} on {row.threads} thread{'s' if row.threads != 1 else ''} of this machine"
     if row.speedup.verdict == "no difference":
         return f"Its speed {where} cannot be told apart from the {before.label} model's."
+    doubt = "; a noisy measurement, to be repeated" if row.noisy else ""
     return (
         f"It is {row.speedup.value:.2f} times as fast {where} "
-        f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f})."
+        f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f}{doubt})."
     )
 
 
