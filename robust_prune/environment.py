@@ -120,7 +120,7 @@ def gather() -> Facts:
     modules = {name: sys.modules[name] for name in ("torch", "torchvision") if name not in errors}
     cuda = torch is not None and torch.cuda.is_available()
     session = not _import_problem("onnxruntime") and hasattr(sys.modules["onnxruntime"], "InferenceSession")
-    providers = ("cpu", "cuda") if session and "onnx" not in errors else ()
+    providers = ("cpu", "cuda", "tensorrt") if session and "onnx" not in errors else ()
     return Facts(
         python=tuple(sys.version_info[:3]),
         installed=machine.versions(PACKAGES),
@@ -159,7 +159,7 @@ def _provider_problem(provider: str) -> str:
     """Runs a model of one node on the provider; empty when that works."""
     from onnx import TensorProto, helper
 
-    from .bench import session
+    from .bench import providers, session
 
     shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
     graph = helper.make_graph([helper.make_node("Relu", ["images"], ["logits"])], "probe", shapes[:1], shapes[1:])
@@ -168,7 +168,7 @@ def _provider_problem(provider: str) -> str:
         path = Path(folder) / "probe.onnx"
         path.write_bytes(probe.SerializeToString())
         try:
-            problem = session.provider_problem(provider)
+            problem = providers.provider_problem(provider)
             if not problem:
                 session.open_session(path, provider, threads=1, batch=1)
         except Exception as error:
@@ -277,6 +277,9 @@ def _onnxruntime(facts: Facts) -> Iterator[Check]:
     else:
         yield Check("onnxruntime", "ok", f"{both[0]} {facts.installed[both[0]]} runs models on the CPU")
         yield _cuda_provider(facts)
+        if "cuda" not in facts.provider_errors:
+            problem = facts.provider_errors.get("tensorrt", "")
+            yield Check("onnxruntime TensorRT", "ok", f"not used: {problem}" if problem else "runs models on the GPU")
 
 
 def _cuda_provider(facts: Facts) -> Check:

@@ -164,6 +164,7 @@ def _kept(job: Job, model: nn.Module, dense: Path, file: Path) -> float:
         batches=bench.batches[:1],
         threads=bench.threads[:1],
         provider=bench.provider,
+        kinds=bench.kinds[:1],
         seconds_budget=bench.seconds * SECONDS_SHARE,
         seed=job.recipe.seed,
     )

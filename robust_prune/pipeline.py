@@ -188,7 +188,8 @@ def _bench(job: Job, rows: list[ModelRow], todo: StageLog) -> LatencyTable:
             batches=section.batches,
             threads=section.threads,
             provider=section.provider,
-            seconds_budget=section.seconds * len(section.batches) * len(section.threads),
+            kinds=section.kinds,
+            seconds_budget=section.seconds * len(section.batches) * len(section.threads) * len(section.kinds),
             seed=job.recipe.seed,
         ).to_json()
 

@@ -217,6 +217,8 @@ class BenchSection(Section):
     """Threads of one session."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """ONNX Runtime execution provider; a silent fallback to another is refused."""
+    kinds: tuple[Literal["host", "device", "graph"], ...] = Field(("host",), min_length=1)
+    """How inputs and outputs travel: arrays, the device's memory, or that with a CUDA graph (on a GPU provider)."""
     seconds: float = Field(20.0, gt=0)
     """Measuring time for each row's set of files."""
 

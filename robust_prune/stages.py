@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ThreatModel
+from .bench.latency import check_kinds
+from .bench.providers import require
 from .data.base import DataBundle, ImageSet, first, random_subset
 from .errors import EnvironmentProblem, UsageError
 from .evaluation.card import ResultCard
@@ -81,13 +83,11 @@ def check_provider(recipe: Recipe) -> None:
     """Says before hours of work, not after them, that latency cannot be measured where the recipe wants it.
 
     Raises:
-        EnvironmentProblem: a GPU provider was asked for and there is no GPU.
+        EnvironmentProblem: a GPU provider was asked for and does not run here.
+        UsageError: the provider has no rows of the recipe's kinds.
     """
-    if recipe.bench.provider != "cpu" and not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            f"bench.provider {recipe.bench.provider} was asked for, but torch finds no CUDA device. "
-            "Use --set bench.provider=cpu."
-        )
+    require(recipe.bench.provider)
+    check_kinds(recipe.bench.provider, recipe.bench.kinds)
 
 
 def blank_image(spec: ModelSpec) -> Tensor:

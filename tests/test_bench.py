@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from robust_prune.bench import latency, sampler, session, statistics
+from robust_prune.bench import latency, nvml, providers, sampler, session, statistics, worker
 from robust_prune.bench.latency import render_latency, run
 from robust_prune.bench.sampler import Arm, Shape
 from robust_prune.bench.session import open_session
@@ -185,7 +185,7 @@ def test_the_printed_table_fits_80_columns_and_says_none_inside_the_noise_floor(
     def row(label: str, ms: float, samples: int, speedup: Ratio | None) -> LatencyRow:
         tails = [2 * ms if samples >= least else None for least in statistics.MIN_SAMPLES.values()]
         ends = (1000 / ms, speedup, True)
-        return LatencyRow(label, "x", "CPUExecutionProvider", "host", 1, 1, samples, ms, ms, ms, *tails, *ends)
+        return LatencyRow(label, "x", "CPUExecutionProvider", "host", 1, 1, samples, ms, ms, ms, *tails, *ends, 5, 96.4)
 
     rows = (
         row("dense", 12.0, 700, None),
@@ -197,30 +197,53 @@ def test_the_printed_table_fits_80_columns_and_says_none_inside_the_noise_floor(
         render_latency(LatencyTable(rows, {"batch 1 x 1 thread": (1.1, 1.0, 1.2)}, {}, ""))
     )
     shown = out.getvalue()
-    for text in ("dense *", "1.60x [1.56, 1.62]", "none [0.99, 1.01]", "12.0 [12.0, 12.0]", "1,234", "p95 ms"):
+    for text in (
+        "dense*",
+        "1.60x [1.56, 1.62]",
+        "none [0.99, 1.01]",
+        "12.0 [12.0, 12.0]",
+        "1,234",
+        "p95 ms",
+        "pruned 96 MiB",
+    ):
         assert text in shown, shown
     assert "p99 ms" not in shown and "…" not in shown
-    assert "CPU host time, 1 thread. Noise floor (A/A): batch 1 x 1 thread: 1.100 [1.000," in shown
+    assert "CPU host time, 1 thread. Noise floor (A/A): batch 1 x 1 thread: 1.100 [1.000," in " ".join(shown.split())
     assert "* noisy" in shown
 
 
 def test_device_rows_run_on_bound_memory_and_give_the_same_logits(tmp_path: Path) -> None:
-    from robust_prune.bench.worker import runner
-
     opened, takes = open_session(classifier(tmp_path / "m.onnx"), "cpu", threads=1, batch=2)
     images = session.example(takes.batched(2, "m"), takes.dtype, seed=0)
-    (logits,) = runner(opened, takes.name, images, "host", "cpu")()
-    bound = opened.io_binding()
+    (logits,) = worker.runner(opened, takes.name, images, "host", "cpu")()
+    run_bound, taken, (made,) = worker.bound(opened, takes.name, images, "cpu")
+    run_bound()
+    np.testing.assert_array_equal(made.numpy(), logits)
+    taken.update_inplace(np.zeros_like(images))
+    run_bound()
+    np.testing.assert_array_equal(made.numpy(), opened.run(None, {takes.name: np.zeros_like(images)})[0])
+    assert worker.runner(opened, takes.name, images, "device", "cpu")() is None
 
-    class Spy:
+
+def test_a_graph_that_replays_old_inputs_is_refused(tmp_path: Path) -> None:
+    """The CPU provider captures nothing: as it is, it is a sound graph; one that runs only once, a stale one."""
+    opened, takes = open_session(classifier(tmp_path / "m.onnx"), "cpu", threads=1, batch=2)
+    images, other = (session.example(takes.batched(2, "m"), takes.dtype, seed=seed) for seed in (0, 1))
+
+    class Stale:
+        ran = 0
+
         def __getattr__(self, name: str) -> Any:
             return getattr(opened, name)
 
-        def io_binding(self) -> Any:
-            return bound
+        def run_with_iobinding(self, binding: Any) -> None:
+            if not self.ran:
+                opened.run_with_iobinding(binding)
+            self.ran += 1
 
-    runner(Spy(), takes.name, images, "device", "cpu")()
-    np.testing.assert_array_equal(bound.copy_outputs_to_cpu()[0], logits)
+    assert worker.replayed(opened, opened, takes.name, images, other, "cpu")() is None
+    with pytest.raises(EnvironmentProblem, match=r"CUDA graph gives other logits.*kind device"):
+        worker.replayed(opened, Stale(), takes.name, images, other, "cpu")
 
 
 @pytest.mark.usefixtures("quick")
@@ -273,7 +296,9 @@ def test_files_that_are_no_classifiers_are_refused_before_anything_is_timed(
             run([(label, path)], batches=batches)
     for arguments, message in [
         ({"provider": "tpu"}, "unknown provider 'tpu'"),
-        ({"kind": "fast"}, "unknown kind"),
+        ({"kinds": ("host", "fast")}, "unknown kind of row 'fast'"),
+        ({"kinds": ("graph",)}, "graph replay CUDA graphs, which the cpu provider does not have"),
+        ({"energy": True}, "energy is read from.*the provider is cpu"),
         ({"threads": ()}, "threads must be"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -289,7 +314,7 @@ def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], runs_on:
     import onnxruntime as real
 
     class Session(real.InferenceSession):
-        def __init__(self, path: str, options: Any, providers: list[str]) -> None:
+        def __init__(self, path: str, options: Any, providers: list[str], **_: Any) -> None:
             super().__init__(path, real.SessionOptions(), providers=["CPUExecutionProvider"])
 
         def get_providers(self) -> list[str]:
@@ -302,7 +327,8 @@ def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], runs_on:
         get_available_providers=lambda: built,
         __file__=real.__file__,
     )
-    monkeypatch.setattr(session, "import_onnxruntime", lambda: fake)
+    for module in (session, providers):
+        monkeypatch.setattr(module, "import_onnxruntime", lambda: fake)
 
 
 def test_cuda_without_a_gpu_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,17 +341,17 @@ def test_cuda_without_a_gpu_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert caught.value.exit_code == 3
 
     fake_onnxruntime(monkeypatch, [cuda, cpu], [cpu])
-    monkeypatch.setattr(session, "_load_problem", lambda name: "not found" if "cuda.so" in name else "")
-    monkeypatch.setattr(session.sys, "platform", "linux")
+    monkeypatch.setattr(providers, "_load_problem", lambda name: "not found" if "cuda.so" in name else "")
+    monkeypatch.setattr(providers.sys, "platform", "linux")
     with pytest.raises(EnvironmentProblem, match="no NVIDIA driver on this machine"):
         open_session(path, "cuda", 1, 1)
 
     missing = "libcublasLt.so.13: cannot open shared object file"
-    monkeypatch.setattr(session, "_load_problem", lambda name: missing if "providers_cuda" in name else "")
+    monkeypatch.setattr(providers, "_load_problem", lambda name: missing if "providers_cuda" in name else "")
     with pytest.raises(EnvironmentProblem, match=r"libcublasLt\.so\.13.*onnxruntime-gpu\[cuda,cudnn\]"):
         open_session(path, "cuda", 1, 1)
 
-    monkeypatch.setattr(session, "_load_problem", lambda name: "")
+    monkeypatch.setattr(providers, "_load_problem", lambda name: "")
     with pytest.raises(EnvironmentProblem, match=r"CUDAExecutionProvider was asked for.*fell back to CPUExec"):
         open_session(path, "cuda", 1, 1)
 
@@ -333,7 +359,7 @@ def test_cuda_without_a_gpu_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert open_session(path, "cuda", 1, 1)[1].shape == (-1, 3, 8, 8)
 
 
-@pytest.mark.skipif(session.provider_problem("cuda") == "", reason="this machine runs CUDA")
+@pytest.mark.skipif(providers.provider_problem("cuda") == "", reason="this machine runs CUDA")
 def test_cuda_is_refused_by_the_command_on_this_machine(tmp_path: Path) -> None:
     before = left_over()
     with pytest.raises(EnvironmentProblem, match="provider cuda was asked for, but"):
@@ -353,7 +379,7 @@ def test_sessions_refuse_the_cpu_fallback_and_do_not_spin() -> None:
 def test_broken_onnxruntime_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # type: ignore[arg-type]
     with pytest.raises(EnvironmentProblem, match=r"without InferenceSession.*doctor"):
-        session.import_onnxruntime()
+        providers.import_onnxruntime()
 
 
 class FakeWorker:
@@ -363,6 +389,7 @@ class FakeWorker:
 
     def __init__(self, label: str, settles: int = 0) -> None:
         self.label, self.settles, self.windows = label, settles, 0
+        self.pid = os.getpid()
 
     def ask(self, op: str, runs: int = 0, wake: int = 0, **_: Any) -> dict[str, Any]:
         if op == "open":
@@ -410,6 +437,67 @@ def test_processes_are_started_anew_unless_opening_takes_long(monkeypatch: pytes
         taken = sampler.measure([Arm("a", Path("x"))], CPU1, 3.0, 0, lambda *done, s=shown: s.append(done))
         assert len(opened) == launches and taken[0].seconds.shape[0] == launches
         assert shown == [(n, len(shown)) for n in range(1, len(shown) + 1)] and len(shown) >= 12
+
+
+class FakeNvml:
+    """pynvml for one GPU: 2 joules more at every question."""
+
+    NVMLError = OSError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 0, 1, 0
+    spent = 0
+
+    def __getattr__(self, name: str) -> Any:
+        known = {"nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0, "nvmlDeviceGetClockInfo": 1980}
+        if name == "nvmlDeviceGetPowerUsage":
+            raise self.NVMLError("not supported")
+        return lambda *_: known.get(name)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * 2**20), SimpleNamespace(pid=1, usedGpuMemory=9)]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: int) -> int:  # noqa: N802
+        self.spent += 2000
+        return self.spent
+
+
+def test_gpu_memory_clocks_and_energy_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())  # type: ignore[arg-type]
+    assert nvml.memory_mib(os.getpid()) == 3 and nvml.memory_mib(-5) is None
+    assert nvml.states() == [{"sm_mhz": 1980, "memory_mhz": 1980, "celsius": None}]
+    monkeypatch.setattr(
+        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+    )
+    FakeWorker.visits = []
+    gpu = Shape(batch=1, threads=1, provider="cuda", kind="device")
+    (taken,) = sampler.measure([Arm("a", Path("x"))], gpu, 0.1, 0, energy=True)
+    assert taken.joules == pytest.approx(2 / 3000)  # three seconds of runs of a millisecond
+    assert taken.gpu_memory_mib == 3 and taken.memory_mib > 10
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml.joules() is None and nvml.memory_mib(1) is None and nvml.states() == []
+
+
+def test_tensorrt_is_refused_with_the_library_that_is_missing_and_told_of_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    cpu, tensorrt = "CPUExecutionProvider", "TensorrtExecutionProvider"
+    fake_onnxruntime(monkeypatch, [cpu], [cpu])
+    with pytest.raises(EnvironmentProblem, match="built without TensorRT"):
+        open_session(path, "tensorrt", 1, 1)
+    fake_onnxruntime(monkeypatch, [tensorrt, cpu], [cpu])
+    missing = "libnvinfer.so.10: cannot open shared object file"
+    monkeypatch.setattr(providers, "_load_problem", lambda name: missing if "providers_tensorrt" in name else "")
+    with pytest.raises(EnvironmentProblem, match=r"libnvinfer\.so\.10.*pip install 'tensorrt'"):
+        open_session(path, "tensorrt", 1, 1)
+    monkeypatch.setattr(providers, "_load_problem", lambda name: "")
+    with pytest.raises(EnvironmentProblem, match=r"TensorrtExecutionProvider was asked for.*fell back to CPUExec"):
+        open_session(path, "tensorrt", 1, 1)
+    half = onnx.load(path)
+    half.metadata_props.add(key="robust_prune", value=json.dumps({"precision": "fp16"}))
+    onnx.save(half, path)
+    assert open_session(path, "cpu", 1, 1)[1].precision == "fp16"
+    assert providers.provider_options("tensorrt", "fp16", graph=False) == {"trt_fp16_enable": "1"}
+    assert providers.provider_options("cuda", "fp16", graph=True) == {"enable_cuda_graph": "1"}
 
 
 def test_a_busy_machine_ends_the_blocks_early_but_never_below_the_least(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .. import machine
+from . import nvml
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe(provider: str) -> dict[str, Any]:
-    """Processor, cores, load and versions; for ``cuda`` the GPU too, when nvidia-ml-py is installed.
+    """Processor, cores, clock, load and versions; unless for ``cpu`` the GPU too, when nvidia-ml-py is installed.
 
     Values that the system does not tell are left out. No host names and no paths.
     """
@@ -24,13 +27,24 @@ def describe(provider: str) -> dict[str, Any]:
         "platform": machine.platform_name(),
         "versions": machine.versions(("onnxruntime", "onnxruntime-gpu", "numpy")),
     }
+    facts |= state(provider)
+    with contextlib.suppress(OSError):
+        facts["governor"] = GOVERNOR.read_text(encoding="utf-8").strip()
+    if provider != "cpu":
+        facts["gpus"] = machine.gpus()
+    return facts
+
+
+def state(provider: str) -> dict[str, Any]:
+    """What changes by the minute: load, the processor's clock in MHz, the GPUs' clocks, power and temperature."""
+    facts: dict[str, Any] = {}
     load = load_average()
     if load is not None:
         facts["load_1_minute"] = load
-    with contextlib.suppress(OSError):
-        facts["governor"] = GOVERNOR.read_text(encoding="utf-8").strip()
-    if provider == "cuda":
-        facts["gpus"] = machine.gpus()
+    with contextlib.suppress(Exception):  # psutil raises what the system's files make it raise
+        facts["cpu_mhz"] = round(psutil.cpu_freq().current)
+    if provider != "cpu":
+        facts["gpu_states"] = nvml.states()
     return facts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -12,13 +12,18 @@ from rich.table import Table
 
 from ..console import track
 from ..errors import UsageError
-from . import hardware
+from . import hardware, nvml
+from .providers import PROVIDERS, import_onnxruntime
 from .sampler import LAUNCHES, Arm, Samples, Shape, measure
-from .session import PROVIDERS, import_onnxruntime, signature
+from .session import signature
 from .statistics import Interval, excludes_one, judged, median_interval, paired_ratio, percentile
 from .types import LatencyRow, LatencyTable
 
-KINDS = ("host", "device")
+KINDS = {
+    "host": "arrays in and out",
+    "device": "inputs and outputs bound to the device's memory",
+    "graph": "the same, replayed as a CUDA graph that was checked on two inputs",
+}
 SECONDS_BUDGET = 20.0
 PERCENT = 100
 
@@ -29,9 +34,10 @@ def run(
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
     provider: str = "cpu",
-    kind: str = "host",
+    kinds: Sequence[str] = ("host",),
     seconds_budget: float = SECONDS_BUDGET,
     seed: int = 0,
+    energy: bool = False,
 ) -> LatencyTable:
     """Measures the latency of ONNX classifiers against the first of them.
 
@@ -42,20 +48,22 @@ def run(
         files: (label, path) pairs; the first is what the others are compared with.
         batches: batch sizes, each >= 1.
         threads: intra-op thread counts, each >= 1.
-        provider: ``cpu`` or ``cuda``; running anywhere else is an error, never a silent fallback.
-        kind: ``host`` (arrays in and out) or ``device`` (inputs and outputs bound to the device's memory).
-        seconds_budget: timed work over all batches and threads; at least 12 blocks of each are taken.
+        provider: ``cpu``, ``cuda`` or ``tensorrt``; running anywhere else is an error, never a silent fallback.
+        kinds: of rows: ``host`` (arrays in and out), ``device`` (inputs and outputs bound to the device's memory) or
+            ``graph`` (the same, replayed as a CUDA graph that is checked on two inputs; on GPUs).
+        seconds_budget: timed work over all batches, threads and kinds; at least 12 blocks of each are taken.
         seed: of the visiting order and the input images.
+        energy: whether GPU energy is read too, from NVML's counter around three seconds of runs of each model.
 
     Raises:
         UsageError: a file that is missing, is no image classifier, has a fixed batch or dies while it runs.
         EnvironmentProblem: the provider does not run here.
     """
     paths = [(label, Path(path)) for label, path in files]
-    _check(paths, batches, threads, provider, kind)
+    _check(paths, batches, threads, provider, kinds, energy)
     before = hardware.describe(provider)
     arms = [Arm(label, path) for label, path in (*paths, (f"{paths[0][0]} (again)", paths[0][1]))]
-    shapes = [Shape(batch, count, provider, kind) for batch, count in product(batches, threads)]
+    shapes = [Shape(b, count, provider, kind) for kind, b, count in product(kinds, batches, threads)]
     rows: list[LatencyRow] = []
     floors: dict[str, Interval] = {}
     with track("Latency", total=PERCENT * len(shapes)) as advance:
@@ -68,27 +76,37 @@ def run(
                 advance(PERCENT * done // total - shown, note=describe(shape))
                 shown = PERCENT * done // total
 
-            samples = measure(arms, shape, seconds_budget / len(shapes), seed, on_block)
+            samples = measure(arms, shape, seconds_budget / len(shapes), seed, on_block, energy)
             floors[describe(shape)] = floor = paired_ratio(samples[0].seconds, samples[-1].seconds, seed)
             rows += _rows(arms[:-1], shape, samples, floor, seed)
-    environment = {**before, "load_1_minute_after": hardware.load_average()}
-    return LatencyTable(tuple(rows), floors, environment, _protocol(provider, kind))
+    environment = {**before, "after": hardware.state(provider)}
+    return LatencyTable(tuple(rows), floors, environment, _protocol(provider, kinds))
 
 
 def describe(shape: Shape) -> str:
     """The conditions in words, e.g. ``batch 1 x 2 threads``: the key of the noise floor."""
-    return f"batch {shape.batch} x {shape.threads} thread{'' if shape.threads == 1 else 's'}"
+    kind = "" if shape.kind == "host" else f" ({shape.kind})"
+    return f"batch {shape.batch} x {shape.threads} thread{'' if shape.threads == 1 else 's'}{kind}"
 
 
 def _check(
-    files: Sequence[tuple[str, Path]], batches: Sequence[int], threads: Sequence[int], provider: str, kind: str
+    files: Sequence[tuple[str, Path]],
+    batches: Sequence[int],
+    threads: Sequence[int],
+    provider: str,
+    kinds: Sequence[str],
+    energy: bool,
 ) -> None:
     if not files:
         raise UsageError("no ONNX file to measure was given. Name at least one.")
     if provider not in PROVIDERS:
         raise UsageError(f"unknown provider {provider!r}. Choose one of: {', '.join(PROVIDERS)}.")
-    if kind not in KINDS:
-        raise UsageError(f"unknown kind of row {kind!r}. Choose one of: {', '.join(KINDS)}.")
+    check_kinds(provider, kinds)
+    if energy and (provider == "cpu" or nvml.joules() is None):
+        raise UsageError(
+            "energy is read from the counters of NVIDIA GPUs, on a GPU provider with nvidia-ml-py installed: "
+            f"{'the provider is cpu' if provider == 'cpu' else 'no counter was found'}. Leave it out."
+        )
     for name, values in (("batch", batches), ("threads", threads)):
         if not values or min(values) < 1:
             raise UsageError(f"{name} must be whole numbers >= 1, got {', '.join(map(str, values)) or 'none'}. Try 1.")
@@ -102,6 +120,15 @@ def _check(
         takes = signature(ort, path)
         for batch in batches:
             takes.batched(batch, f"{label} ({path.name})")
+
+
+def check_kinds(provider: str, kinds: Sequence[str]) -> None:
+    """Raises UsageError for kinds of rows that are unknown, or that the provider does not have."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UsageError(f"unknown kind of row {', '.join(unknown)!r}. Choose one of: {', '.join(KINDS)}.")
+    if provider == "cpu" and "graph" in kinds:
+        raise UsageError("rows of kind graph replay CUDA graphs, which the cpu provider does not have. Use kind host.")
 
 
 def _rows(
@@ -131,16 +158,19 @@ def _rows(
                 speedup=speedup,
                 noisy=excludes_one(floor),
                 launches=len(taken.seconds),
+                memory_mib=taken.memory_mib,
+                gpu_memory_mib=taken.gpu_memory_mib,
+                millijoules_per_image=None if taken.joules is None else 1000 * taken.joules / shape.batch,
             )
         )
     return rows
 
 
-def _protocol(provider: str, kind: str) -> str:
-    memory = "arrays in and out" if kind == "host" else "inputs and outputs bound to the device's memory"
-    search = ", exhaustive cuDNN search" if provider == "cuda" else ""
+def _protocol(provider: str, kinds: Sequence[str]) -> str:
+    memory = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
+    search = "; exhaustive cuDNN search, TF32 allowed" if provider == "cuda" else ""
     return (
-        f"{kind} time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
+        f"time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
         "threads, warmed up until stable, visited in random blocks, the first file twice (A/A), processes started up "
         f"to {LAUNCHES} times; medians and paired ratios with 95 % bootstrap intervals over launches and blocks"
     )
@@ -148,8 +178,7 @@ def _protocol(provider: str, kind: str) -> str:
 
 def render_latency(table: LatencyTable) -> Table:
     """The table for a terminal; a tail percentile appears when every row has enough samples for it."""
-    tails = [q for q in (90, 95, 99) if all(getattr(row, f"p{q}_ms") is not None for row in table.rows)][-1:]
-    counts = {row.threads for row in table.rows}
+    counts, kinds = {row.threads for row in table.rows}, {row.kind for row in table.rows}
     view = Table(
         title="Latency (ONNX Runtime)",
         caption=_caption(table, counts),
@@ -159,20 +188,34 @@ def render_latency(table: LatencyTable) -> Table:
         collapse_padding=True,
     )
     view.add_column("model", min_width=6)
-    measured = ("p50 ms [95 %]", *(f"p{q} ms" for q in tails), "images/s", "speed-up [95 %]")
-    for name in ("batch", *(("threads",) if len(counts) > 1 else ()), *measured):
+    columns = [(name, cell) for name, shown, cell in _columns(table, counts, kinds) if shown]
+    for name, _ in columns:
         view.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
-        view.add_row(
-            escape(row.label + (" *" if row.noisy else "")),
-            str(row.batch),
-            *((str(row.threads),) if len(counts) > 1 else ()),
-            escape(f"{_short(row.p50_ms)} [{_short(row.p50_low)}, {_short(row.p50_high)}]"),
-            *(_short(getattr(row, f"p{q}_ms")) for q in tails),
-            f"{row.images_per_second:,.0f}",
-            escape(speedup_text(row)),
-        )
+        view.add_row(escape(row.label + ("*" if row.noisy else "")), *(escape(cell(row)) for _, cell in columns))
     return view
+
+
+def _columns(
+    table: LatencyTable, counts: set[int], kinds: set[str]
+) -> list[tuple[str, bool, Callable[[LatencyRow], str]]]:
+    """Head of each column but the first, whether it is shown, and a row's cell."""
+    tail = next((q for q in (99, 95, 90) if all(getattr(row, f"p{q}_ms") is not None for row in table.rows)), 0)
+    energy = any(row.millijoules_per_image is not None for row in table.rows)
+    return [
+        ("batch", True, lambda row: str(row.batch)),
+        ("threads", len(counts) > 1, lambda row: str(row.threads)),
+        ("kind", len(kinds) > 1, lambda row: row.kind),
+        ("p50 ms [95 %]", True, lambda row: f"{_short(row.p50_ms)} [{_short(row.p50_low)}, {_short(row.p50_high)}]"),
+        (f"p{tail} ms", bool(tail), lambda row: _short(getattr(row, f"p{tail}_ms"))),
+        ("images/s", True, lambda row: f"{row.images_per_second:,.0f}"),
+        (
+            "mJ/image",
+            energy,
+            lambda row: "-" if row.millijoules_per_image is None else _short(row.millijoules_per_image),
+        ),
+        ("speed-up [95 %]", True, speedup_text),
+    ]
 
 
 def _short(milliseconds: float) -> str:
@@ -195,4 +238,18 @@ def _caption(table: LatencyTable, counts: set[int]) -> str:
     where = sorted({f"{row.provider.removesuffix('ExecutionProvider')} {row.kind}" for row in table.rows})
     noisy = any(row.noisy for row in table.rows)
     advice = "\n* noisy: the first file differs from itself. Measure again on a quiet machine." if noisy else ""
-    return escape(f"{', '.join(where)} time{threads}. Noise floor (A/A): {'; '.join(floors)}.{advice}")
+    return escape(f"{', '.join(where)} time{threads}. Noise floor (A/A): {'; '.join(floors)}.{_memory(table)}{advice}")
+
+
+def _memory(table: LatencyTable) -> str:
+    """A line on the largest memory that each model took."""
+    lines = []
+    for name, words in (("memory_mib", "Memory of its process"), ("gpu_memory_mib", "on the GPU")):
+        largest: dict[str, float] = {}
+        for row in table.rows:
+            used = getattr(row, name)
+            if used is not None:
+                largest[row.label] = max(used, largest.get(row.label, 0.0))
+        if largest:
+            lines.append(f"{words}: {', '.join(f'{label} {used:,.0f} MiB' for label, used in largest.items())}")
+    return f"\n{'; '.join(lines)}." if lines else ""

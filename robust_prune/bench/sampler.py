@@ -24,10 +24,12 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
+import psutil
 
 import robust_prune
 
 from ..errors import EnvironmentProblem, UsageError
+from . import nvml
 
 ANSWER_SECONDS = 300.0
 WARMUP_WINDOW_SECONDS = 0.1
@@ -39,6 +41,7 @@ MAX_RUNS = 64
 WAKE_RUNS = 1
 BLOCKS = (12, 400)
 LAUNCHES = 5
+ENERGY_SECONDS = 3.0
 PATIENCE = 2.0
 
 
@@ -59,6 +62,11 @@ class Shape:
     provider: str
     kind: str
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the provider runs on a GPU."""
+        return self.provider != "cpu"
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -67,10 +75,16 @@ class Samples:
     Attributes:
         provider: the execution provider that the session reported.
         seconds: float64 [launches, blocks, runs]; entry [l, b] of every arm was taken in the same block.
+        memory_mib: resident memory of the process after its runs, the largest of the launches.
+        gpu_memory_mib: its memory on the GPU, if NVML tells.
+        joules: energy of all GPUs for one run, idle power included, if it was asked for.
     """
 
     provider: str
     seconds: np.ndarray
+    memory_mib: float
+    gpu_memory_mib: float | None = None
+    joules: float | None = None
 
 
 class Worker:
@@ -170,6 +184,7 @@ def measure(
     seconds: float,
     seed: int,
     on_block: Callable[[int, int], None] = lambda done, total: None,
+    energy: bool = False,
 ) -> list[Samples]:
     """Times the arms in interleaved random blocks, after each has warmed up until it is stable.
 
@@ -180,6 +195,7 @@ def measure(
             started up to five times, as long as opening the models takes no longer than this in all.
         seed: of the visiting order and of the input images.
         on_block: told (blocks done, blocks in all) after each block.
+        energy: whether each model then runs alone for three seconds more, to read NVML's counter around them.
 
     Returns:
         One set of samples an arm, in the order of `arms`, all of the same shape.
@@ -191,6 +207,8 @@ def measure(
     rng = np.random.default_rng(seed)
     schedule: _Schedule | None = None
     launches: list[np.ndarray] = []
+    memory: list[list[tuple[float, float | None]]] = []
+    spent: list[float | None] = [None] * len(arms)
     while schedule is None or len(launches) < schedule.launches:
         begin = monotonic()
         with _workers([arm.label for arm in arms]) as workers:
@@ -203,9 +221,17 @@ def measure(
             schedule = schedule or _schedule(typical, seconds, now - begin)
             deadline = now + PATIENCE * seconds / schedule.launches
             launches.append(_blocks(workers, schedule, deadline, rng, len(launches), on_block))
+            memory.append([(_resident_mib(w.pid), nvml.memory_mib(w.pid) if shape.on_gpu else None) for w in workers])
+            if energy and len(launches) == schedule.launches:
+                spent = [_joules(worker, seconds) for worker, seconds in zip(workers, typical, strict=True)]
     shortest = min(times.shape[1] for times in launches)
     together = np.stack([times[:, :shortest] for times in launches], axis=1)
-    return [Samples(provider, taken) for provider, taken in zip(providers, together, strict=True)]
+    return [
+        Samples(
+            provider, taken, max(m for m, _ in used), max((g for _, g in used if g is not None), default=None), cost
+        )
+        for provider, taken, used, cost in zip(providers, together, zip(*memory, strict=True), spent, strict=True)
+    ]
 
 
 def _schedule(typical: Sequence[float], seconds: float, opening: float) -> _Schedule:
@@ -237,6 +263,19 @@ def _blocks(
             times[index, block] = np.asarray(answer["ns"]) / 1e9
         on_block(before + block + 1, total)
     return times
+
+
+def _resident_mib(pid: int) -> float:
+    return float(psutil.Process(pid).memory_info().rss) / 2**20
+
+
+def _joules(worker: Worker, typical: float) -> float | None:
+    """Energy of a run, from NVML's counter around some seconds of them; None where there is no counter."""
+    runs = max(1, round(ENERGY_SECONDS / typical))
+    before = nvml.joules()
+    worker.ask(op="time", runs=runs, wake=0)
+    after = nvml.joules()
+    return None if before is None or after is None else (after - before) / runs
 
 
 @contextlib.contextmanager

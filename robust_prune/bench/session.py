@@ -5,10 +5,7 @@ Only numpy and onnxruntime are imported here: a benchmark's worker process must 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
-import sys
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import EnvironmentProblem, UsageError
+from ..export.types import MANIFEST_KEY
+from .providers import PROVIDERS, import_onnxruntime, provider_options, require
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
@@ -30,12 +28,14 @@ class Signature:
         dtype: numpy name of the input's type.
         shape: of the input; -1 in front when the batch is free.
         symbol: the file's name for a free batch; empty when it has none.
+        precision: ``fp16`` or ``int8`` where our manifest in the file says so, else ``fp32``.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     symbol: str = ""
+    precision: str = "fp32"
 
     def batched(self, batch: int, label: str) -> tuple[int, ...]:
         """The input's shape at a batch size.
@@ -51,14 +51,15 @@ class Signature:
         return (batch, *self.shape[1:])
 
 
-def open_session(path: Path, provider: str, threads: int, batch: int) -> tuple[Any, Signature]:
+def open_session(path: Path, provider: str, threads: int, batch: int, *, graph: bool = False) -> tuple[Any, Signature]:
     """Opens a file on one provider; nodes that would silently run on the CPU instead are refused.
 
     Args:
         path: the ONNX file.
-        provider: ``cpu`` or ``cuda``.
+        provider: ``cpu``, ``cuda`` or ``tensorrt``.
         threads: intra-op threads, >= 1; they never spin, so that an idle session takes nothing from others.
         batch: fixes a free batch, so that arithmetic on shapes is folded away and not left on the CPU.
+        graph: whether runs on bound memory are captured in a CUDA graph and replayed.
 
     Returns:
         The `onnxruntime.InferenceSession` and what it takes.
@@ -72,21 +73,20 @@ def open_session(path: Path, provider: str, threads: int, batch: int) -> tuple[A
         raise UsageError(f"unknown provider {provider!r}. Choose one of: {', '.join(PROVIDERS)}.")
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is no file")
-    if provider == "cuda":
-        _require_cuda(ort)
+    require(provider)
     found = signature(ort, path)
     found.batched(batch, path.name)
-    wanted = PROVIDERS[provider]
+    wanted, chosen = PROVIDERS[provider], provider_options(provider, found.precision, graph)
     options = _options(ort, provider, threads)
     if found.symbol:
         options.add_free_dimension_override_by_name(found.symbol, batch)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[chosen])
     except Exception as error:
         if provider == "cpu":
             raise UsageError(f"ONNX Runtime cannot run {path.name}: {first_line(error)}") from error
         raise EnvironmentProblem(
-            f"{path.name} does not run wholly on {wanted}: {first_line(error)} Use --provider cpu to measure the CPU."
+            f"{path.name} does not run wholly on {wanted}: {first_line(error)} Use provider cpu to measure the CPU."
         ) from error
     if session.get_providers()[0] != wanted:
         raise EnvironmentProblem(
@@ -94,24 +94,6 @@ def open_session(path: Path, provider: str, threads: int, batch: int) -> tuple[A
             "`robust-prune doctor` says what is missing."
         )
     return session, found
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module.
-
-    Raises:
-        EnvironmentProblem: it is missing, or broken by another build that shares its folder.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EnvironmentProblem(f"onnxruntime does not import: {error}. Run `robust-prune doctor`.") from error
-    if not hasattr(onnxruntime, "InferenceSession"):
-        raise EnvironmentProblem(
-            "onnxruntime is installed without InferenceSession: two of its builds share one folder and one was "
-            "removed. `robust-prune doctor` prints the repair."
-        )
-    return onnxruntime
 
 
 def signature(ort: Any, path: Path) -> Signature:
@@ -123,9 +105,10 @@ def signature(ort: Any, path: Path) -> Signature:
     options = _options(ort, "cpu", 1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        inputs = ort.InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]]).get_inputs()
+        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]])
     except Exception as error:
         raise UsageError(f"{path} is not an ONNX file that ONNX Runtime can open: {first_line(error)}") from error
+    inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) < 2:
         listed = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
         raise UsageError(f"{path} must take one floating-point batch of images, but its inputs are: {listed or 'none'}")
@@ -135,17 +118,16 @@ def signature(ort: Any, path: Path) -> Signature:
             f"{path} takes {inputs[0].shape}: only the batch may be free. Export it with a fixed image size."
         )
     shape = (free if isinstance(free, int) else -1, *rest)
-    return Signature(inputs[0].name, DTYPES[inputs[0].type], shape, free if isinstance(free, str) else "")
+    symbol = free if isinstance(free, str) else ""
+    return Signature(inputs[0].name, DTYPES[inputs[0].type], shape, symbol, _precision(session))
 
 
-def provider_problem(provider: str) -> str:
-    """Why a provider does not run here; empty when it seems to.
-
-    `onnxruntime.get_available_providers` lists what the package was built with, not what works: this loads
-    the driver and the provider's own library.
-    """
-    ort = import_onnxruntime()
-    return _cuda_problem(ort) if provider == "cuda" else ""
+def _precision(session: Any) -> str:
+    stored = session.get_modelmeta().custom_metadata_map.get(MANIFEST_KEY, "")
+    try:
+        return str(json.loads(stored).get("precision", "fp32"))
+    except (ValueError, AttributeError):
+        return "fp32"
 
 
 def first_line(error: Exception) -> str:
@@ -168,36 +150,3 @@ def _options(ort: Any, provider: str, threads: int) -> Any:
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
-
-
-def _require_cuda(ort: Any) -> None:
-    problem = _cuda_problem(ort)
-    if problem:
-        raise EnvironmentProblem(f"provider cuda was asked for, but {problem} Use --provider cpu, or repair it.")
-
-
-def _cuda_problem(ort: Any) -> str:
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        return "this onnxruntime was built without CUDA. Install onnxruntime-gpu in its place (never beside it)."
-    if sys.platform == "darwin":
-        return "macOS has no CUDA."
-    windows = sys.platform == "win32"
-    driver = _load_problem("nvcuda.dll" if windows else "libcuda.so.1")
-    if driver:
-        return f"there is no NVIDIA driver on this machine ({driver})."
-    with contextlib.redirect_stdout(io.StringIO()):
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-    name = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
-    missing = _load_problem(str(Path(ort.__file__).parent / "capi" / name))
-    if "cannot open shared object file" in missing or "could not find" in missing.lower():
-        return f"a CUDA library is missing ({missing}). Try: pip install 'onnxruntime-gpu[cuda,cudnn]'."
-    return ""
-
-
-def _load_problem(library: str) -> str:
-    try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        return str(error)
-    return ""

@@ -27,7 +27,7 @@ class LatencyRow:
         label: how the table names the file, e.g. ``dense`` or ``pruned``.
         path: the ONNX file.
         provider: the execution provider that was proven to run it.
-        kind: ``host`` (arrays in and out) or ``device`` (I/O binding).
+        kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (that, replayed as a CUDA graph).
         batch, threads: fixed for the row.
         samples: number of timed runs.
         launches: over how many starts of the process they are spread.
@@ -36,6 +36,9 @@ class LatencyRow:
         images_per_second: batch / p50.
         speedup: against the first file of the table; None for that file.
         noisy: True when the A/A ratio's interval excludes 1, so that the row should be measured again.
+        memory_mib: resident memory of a process that holds only ONNX Runtime and the model, after its runs.
+        gpu_memory_mib: its memory on the GPU; None on a CPU, or where NVML does not tell.
+        millijoules_per_image: energy of all GPUs for one image, idle power included; None unless asked for.
     """
 
     label: str
@@ -55,6 +58,9 @@ class LatencyRow:
     speedup: Ratio | None
     noisy: bool
     launches: int = 1
+    memory_mib: float | None = None
+    gpu_memory_mib: float | None = None
+    millijoules_per_image: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class LatencyTable:
 
     Attributes:
         rows: one a file, batch size and thread count.
-        noise_floor: A/A ratio (the first file against itself) by "batch x threads" key, as [value, low, high].
+        noise_floor: A/A ratio (the first file against itself) by "batch x threads (kind)" key, as [value, low, high].
         environment: hardware, versions and load at the time.
         protocol: one line that says how it was measured.
     """

@@ -16,6 +16,10 @@ def bench(
     batch: Annotated[str, Parameter(help="Batch sizes, separated by commas.")] = "1",
     threads: Annotated[str, Parameter(help="Threads of a session, separated by commas.")] = "1",
     provider: Annotated[str, Parameter(help="cpu, cuda or tensorrt; a silent fallback is refused.")] = "cpu",
+    kind: Annotated[
+        str, Parameter(help="host, device (bound memory), graph (CUDA graph); separated by commas.")
+    ] = "host",
+    energy: Annotated[bool, Parameter(help="Also read the GPU's energy (NVML).")] = False,
     seconds: Annotated[float, Parameter(help="Measuring time in all.")] = 20.0,
     out: Annotated[Path | None, Parameter(help="Also write the table as JSON.")] = None,
     seed: Annotated[int, Parameter(help="Seed of the visiting order.")] = 0,
@@ -38,6 +42,8 @@ def bench(
         batches=_numbers("--batch", batch),
         threads=_numbers("--threads", threads),
         provider=provider,
+        kinds=tuple(part.strip() for part in kind.split(",")),
+        energy=energy,
         seconds_budget=seconds,
         seed=seed,
     )

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from ..errors import QualityGateError, UsageError
 from ..run_dir import atomic_write, file_sha256
 from .parity import check_images, check_parity, eval_copy, logits_of
-from .types import OnnxArtifact, Parity
+from .types import MANIFEST_KEY, OnnxArtifact, Parity
 
 MIN_OPSET = 18
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
-MANIFEST_KEY = "robust_prune"
 # Protobuf refuses messages of 2 GiB; the graph itself needs some room too.
 MAX_EMBEDDED_BYTES = 1_800_000_000
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
 from ..run_dir import atomic_write, file_sha256
-from .onnx import INPUT_NAME, MANIFEST_KEY, MAX_EMBEDDED_BYTES, quiet
+from .onnx import INPUT_NAME, MAX_EMBEDDED_BYTES, quiet
 from .parity import check_images, check_parity, eval_copy, logits_of
-from .types import OnnxArtifact
+from .types import MANIFEST_KEY, OnnxArtifact
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+MANIFEST_KEY = "robust_prune"
+"""Under which an ONNX file's metadata holds our manifest."""
+
 
 @dataclass(frozen=True)
 class Parity:

@@ -1,0 +1,66 @@
+"""What NVIDIA's management library tells of the GPUs: clocks, memory of a process, energy.
+
+Nothing is known without nvidia-ml-py or a driver; no function raises for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MIB = 2**20
+
+
+@contextlib.contextmanager
+def _devices() -> Iterator[tuple[Any, list[Any]]]:
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:
+        yield None, []
+        return
+    try:
+        yield nvml, [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    finally:
+        nvml.nvmlShutdown()
+
+
+def states() -> list[dict[str, float]]:
+    """Clocks in MHz, temperature in degrees Celsius and power in watts of every GPU, as far as it tells them."""
+    found = []
+    with _devices() as (nvml, devices):
+        for device in devices:
+            facts: dict[str, Callable[[Any], float]] = {
+                "sm_mhz": lambda d: nvml.nvmlDeviceGetClockInfo(d, nvml.NVML_CLOCK_SM),
+                "memory_mhz": lambda d: nvml.nvmlDeviceGetClockInfo(d, nvml.NVML_CLOCK_MEM),
+                "celsius": lambda d: nvml.nvmlDeviceGetTemperature(d, nvml.NVML_TEMPERATURE_GPU),
+                "watts": lambda d: nvml.nvmlDeviceGetPowerUsage(d) / 1000,
+            }
+            state = {}
+            for name, ask in facts.items():
+                with contextlib.suppress(nvml.NVMLError):
+                    state[name] = ask(device)
+            found.append(state)
+    return found
+
+
+def joules() -> float | None:
+    """Energy that all GPUs have used since their driver was loaded, or None where one does not count it."""
+    with _devices() as (nvml, devices):
+        try:
+            return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(d) for d in devices) / 1000 if devices else None
+        except nvml.NVMLError:
+            return None
+
+
+def memory_mib(pid: int) -> float | None:
+    """GPU memory of a process in MiB, or None where NVML does not see it (in a container, say)."""
+    with _devices() as (nvml, devices):
+        used = []
+        for device in devices:
+            with contextlib.suppress(nvml.NVMLError):
+                running = nvml.nvmlDeviceGetComputeRunningProcesses(device)
+                used += [p.usedGpuMemory for p in running if p.pid == pid and p.usedGpuMemory is not None]
+        return sum(used) / MIB if used else None

@@ -1,0 +1,97 @@
+"""ONNX Runtime's execution providers: what they are called, what they need, and why one does not run here.
+
+Only numpy and onnxruntime are imported here: a benchmark's worker process must hold nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import EnvironmentProblem
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
+"""Whose memory a provider reads."""
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        EnvironmentProblem: it is missing, or broken by another build that shares its folder.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentProblem(f"onnxruntime does not import: {error}. Run `robust-prune doctor`.") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise EnvironmentProblem(
+            "onnxruntime is installed without InferenceSession: two of its builds share one folder and one was "
+            "removed. `robust-prune doctor` prints the repair."
+        )
+    return onnxruntime
+
+
+def provider_options(provider: str, precision: str, graph: bool) -> dict[str, str]:
+    """ONNX Runtime's options of a provider; all others stay at its defaults.
+
+    Args:
+        provider: a key of `PROVIDERS`.
+        precision: ``fp32``, ``fp16`` or ``int8``: TensorRT computes in less than fp32 only when it is told to.
+        graph: whether runs are captured in a CUDA graph and replayed.
+    """
+    if provider == "cuda":
+        return {"enable_cuda_graph": "1"} if graph else {}
+    if provider == "tensorrt":
+        chosen = {"trt_cuda_graph_enable": graph, "trt_fp16_enable": precision == "fp16"}
+        return {key: "1" for key, wanted in {**chosen, "trt_int8_enable": precision == "int8"}.items() if wanted}
+    return {}
+
+
+def require(provider: str) -> None:
+    """Raises EnvironmentProblem, with the reason, when a provider does not run here."""
+    problem = provider_problem(provider)
+    if problem:
+        raise EnvironmentProblem(f"provider {provider} was asked for, but {problem} Use provider cpu, or repair it.")
+
+
+def provider_problem(provider: str) -> str:
+    """Why a provider does not run here; empty when it seems to.
+
+    `onnxruntime.get_available_providers` lists what the package was built with, not what works: this loads
+    the driver and the provider's own library.
+    """
+    ort = import_onnxruntime()
+    if provider == "cpu":
+        return ""
+    kind = {"cuda": "CUDA", "tensorrt": "TensorRT"}[provider]
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        return f"this onnxruntime was built without {kind}. Install onnxruntime-gpu in its place (never beside it)."
+    if sys.platform == "darwin":
+        return "macOS has no CUDA."
+    windows = sys.platform == "win32"
+    driver = _load_problem("nvcuda.dll" if windows else "libcuda.so.1")
+    if driver:
+        return f"there is no NVIDIA driver on this machine ({driver})."
+    with contextlib.redirect_stdout(io.StringIO()):
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+    name = f"onnxruntime_providers_{provider}.dll" if windows else f"libonnxruntime_providers_{provider}.so"
+    missing = _load_problem(str(Path(ort.__file__).parent / "capi" / name))
+    if "cannot open shared object file" in missing or "could not find" in missing.lower():
+        package = "onnxruntime-gpu[cuda,cudnn]" if provider == "cuda" else "tensorrt"
+        return f"a {kind} library is missing ({missing}). Try: pip install '{package}'."
+    return ""
+
+
+def _load_problem(library: str) -> str:
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return ""
