@@ -41,6 +41,7 @@ def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed:
     return {
         "seed": seed,
         "load_before": load,
+        "launches": rows["dense"].launches,
         "floor": list(floor),
         "p50_ms": {label: row.p50_ms for label, row in rows.items()},
         **{name: asdict(ratio) for name in ("copy", "small") if (ratio := rows[name].speedup) is not None},
@@ -83,7 +84,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Latency: how far a repeat can be believed\n",
         f"`benchmarks/noise_floor.py` on {result['environment']['cpu']}: batch {settings['batch']}, "
-        f"{settings['threads']} threads, {settings['seconds']:g} s a repeat, {len(rows)} repeats.\n",
+        f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}, {settings['seconds']:g} s a repeat over "
+        f"{min(r['launches'] for r in rows)} to {max(r['launches'] for r in rows)} starts of the processes, "
+        f"{len(rows)} repeats.\n",
         f"- The A/A interval leaves 1 in **{outside} of {len(rows)}** repeats.",
         f"- A copy of the file: {_counted(verdicts['copy'])}.",
         f"- The smaller model: {_counted(verdicts['small'])}; speed-up {np.median(speedups):.2f} "
