@@ -84,8 +84,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Latency: how far a repeat can be believed\n",
         f"`benchmarks/noise_floor.py` on {result['environment']['cpu']}: batch {settings['batch']}, "
-        f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}, {settings['seconds']:g} s a repeat over "
-        f"{min(r['launches'] for r in rows)} to {max(r['launches'] for r in rows)} starts of the processes, "
+        f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}, {settings['seconds']:g} s a repeat "
+        f"over {min(r['launches'] for r in rows)} to {max(r['launches'] for r in rows)} starts of the processes, "
         f"{len(rows)} repeats.\n",
         f"- The A/A interval leaves 1 in **{outside} of {len(rows)}** repeats.",
         f"- A copy of the file: {_counted(verdicts['copy'])}.",
