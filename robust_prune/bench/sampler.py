@@ -209,21 +209,24 @@ def measure(
     launches: list[np.ndarray] = []
     memory: list[list[tuple[float, float | None]]] = []
     spent: list[float | None] = [None] * len(arms)
+    providers = [""] * len(arms)
     while schedule is None or len(launches) < schedule.launches:
         begin = monotonic()
-        with _workers([arm.label for arm in arms]) as workers:
-            providers = [
-                worker.ask(op="open", path=str(arm.path.absolute()), seed=seed, **request)["provider"]
-                for worker, arm in zip(workers, arms, strict=True)
-            ]
-            typical = [_warm_up(worker) for worker in workers]
+        # Whoever is opened first stays a little slower, so each launch opens them in another order.
+        order = rng.permutation(len(arms))
+        with _workers([arms[index].label for index in order]) as opened:
+            for worker, index in zip(opened, order, strict=True):
+                answer = worker.ask(op="open", path=str(arms[index].path.absolute()), seed=seed, **request)
+                providers[index] = answer["provider"]
+            warmed = [(worker, _warm_up(worker)) for worker in opened]
+            workers, typical = zip(*(warmed[place] for place in np.argsort(order)), strict=True)
             now = monotonic()
             schedule = schedule or _schedule(typical, seconds, now - begin)
             deadline = now + PATIENCE * seconds / schedule.launches
             launches.append(_blocks(workers, schedule, deadline, rng, len(launches), on_block))
             memory.append([(_resident_mib(w.pid), nvml.memory_mib(w.pid) if shape.on_gpu else None) for w in workers])
             if energy and len(launches) == schedule.launches:
-                spent = [_joules(worker, seconds) for worker, seconds in zip(workers, typical, strict=True)]
+                spent = [_joules(worker, time) for worker, time in zip(workers, typical, strict=True)]
     shortest = min(times.shape[1] for times in launches)
     together = np.stack([times[:, :shortest] for times in launches], axis=1)
     return [
