@@ -81,11 +81,12 @@ def table(result: dict[str, Any]) -> str:
     outside = sum(not low <= 1 <= high for _, low, high in (row["floor"] for row in rows))
     verdicts = {name: [row[name]["verdict"] for row in rows] for name in ("copy", "small")}
     speedups = [row["small"]["value"] for row in rows]
+    starts = sorted({row["launches"] for row in rows})
     lines = [
         "# Latency: how far a repeat can be believed\n",
         f"`benchmarks/noise_floor.py` on {result['environment']['cpu']}: batch {settings['batch']}, "
         f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}, {settings['seconds']:g} s a repeat "
-        f"over {min(r['launches'] for r in rows)} to {max(r['launches'] for r in rows)} starts of the processes, "
+        f"over {' or '.join(map(str, starts))} starts of the processes, "
         f"{len(rows)} repeats.\n",
         f"- The A/A interval leaves 1 in **{outside} of {len(rows)}** repeats.",
         f"- A copy of the file: {_counted(verdicts['copy'])}.",

@@ -123,7 +123,9 @@ def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path
         console.print(f"Exporting {path.name} and checking it against float64")
         return stages.export(model, job.loaded.spec, job.data, path, section.opset, job.recipe.seed).to_json()
 
-    files = {"fp32": OnnxArtifact.from_json(todo.once(f"export-{label}", identity, make, (path,)))}
+    # Paths are those of now: the folder may have been moved since the files were made.
+    stored = OnnxArtifact.from_json(todo.once(f"export-{label}", identity, make, (path,)))
+    files = {"fp32": replace(stored, path=str(path))}
     if label != "pruned" or not section.precisions:
         return files
 
@@ -134,7 +136,9 @@ def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path
 
     paths = tuple(stages.reduced_path(path, precision) for precision in section.precisions)
     reduced = todo.once(f"export-{label}-reduced", [identity, files["fp32"].sha256], reduce, paths)
-    return files | {precision: OnnxArtifact.from_json(value) for precision, value in reduced.items()}
+    for precision, value in reduced.items():
+        files[precision] = replace(OnnxArtifact.from_json(value), path=str(stages.reduced_path(path, precision)))
+    return files
 
 
 def _evaluate(
