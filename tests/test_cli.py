@@ -90,6 +90,14 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     _compress("run")
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]
 
+    # So does one for its folder at another place, and the files are those there.
+    folder.rename("moved")
+    _compress("moved")
+    again = json.loads(Path("moved/result.json").read_text())["models"]
+    assert [model["onnx"]["path"] for model in again] == ["moved/dense.onnx", "moved/model.onnx"]
+    Path("moved").rename(folder)
+    _compress("run")
+
     # Other inputs do not overwrite these results.
     code, message = _fails(
         capsys, "compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.3",
