@@ -170,7 +170,7 @@ def _protocol(provider: str, kinds: Sequence[str]) -> str:
     memory = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
     search = "; exhaustive cuDNN search, TF32 allowed" if provider == "cuda" else ""
     return (
-        f"time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
+        f"Time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
         "threads, warmed up until stable, visited in random blocks, the first file twice (A/A), processes started up "
         f"to {LAUNCHES} times; medians and paired ratios with 95 % bootstrap intervals over launches and blocks"
     )

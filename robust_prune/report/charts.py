@@ -18,7 +18,7 @@ from .types import RunReport
 
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
-LETTER, LINE = 6.8, 13.0
+LETTER, LINE = 7.8, 13.0
 
 
 def tradeoff(run: RunReport) -> Markup:
@@ -86,18 +86,19 @@ def speedups(run: RunReport) -> Markup:
     rows = [(m.label, r, r.speedup) for m in run.models[1:] for r in m.latency if r.speedup is not None]
     if not rows:
         return Markup("")
+    many = len(run.models) > 2
+    names = [f"{name}, b{row.batch}" if many else f"batch {row.batch}" for name, row, _ in rows]
     step = 30.0
     bottom = TOP + step * len(rows) + 6
-    x = svg.axis([1.0, *(v for _, _, ratio in rows for v in (ratio.low, ratio.high))], LEFT + 66, RIGHT - 10)
+    start = min(max(LEFT + 66, LETTER * max(map(len, names)) + 14), RIGHT - 150)
+    x = svg.axis([1.0, *(v for _, _, ratio in rows for v in (ratio.low, ratio.high))], start, RIGHT - 10)
     parts = [svg.label(LEFT - 30, TOP - 14, "speed-up", "axis-title")]
     for tick in x.ticks:
         parts.append(svg.line(x(tick), TOP, x(tick), bottom, "rule" if tick == 1 else "grid"))
         parts.append(svg.label(x(tick), bottom + 17, svg.number(tick) + text.TIMES, "tick", "middle"))
-    many = len(run.models) > 2
-    for position, (name, row, ratio) in enumerate(rows):
+    for position, (label, (_, _, ratio)) in enumerate(zip(names, rows, strict=True)):
         y = TOP + step * (position + 0.5) + 3
         css = "base" if ratio.verdict == "no difference" else "main"
-        label = f"{name}, b{row.batch}" if many else f"batch {row.batch}"
         parts.append(svg.label(x.start - 12, y + 4, label, "", "end"))
         parts.append(svg.line(x(ratio.low), y, x(ratio.high), y, f"bar {css}"))
         parts.append(svg.dot(x(ratio.value), y, 5, f"dot {css}", f"{label}: {text.speedup(ratio)}"))
