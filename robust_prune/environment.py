@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, machine
+from . import __version__, machine, nvml
 
 PACKAGES = (
     "torch",
@@ -131,7 +131,7 @@ def gather() -> Facts:
         provider_errors={name: problem for name in providers if (problem := _provider_problem(name))},
         torch_cuda=str(torch.version.cuda or "") if torch is not None else "",
         gpu=str(torch.cuda.get_device_name()) if torch is not None and cuda else "",
-        driver_gpus=tuple(gpu["name"] for gpu in machine.gpus()),
+        driver_gpus=tuple(gpu["name"] for gpu in nvml.gpus()),
         bf16=bool(torch.cuda.is_bf16_supported()) if torch is not None and cuda else machine.cpu_has_bf16(),
         disk_gib=shutil.disk_usage(Path.cwd()).free / machine.GIB,
         writable=_writable(),

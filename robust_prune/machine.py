@@ -1,10 +1,9 @@
-"""Facts about the machine, read without importing torch: processor, memory, GPUs, versions, commit."""
+"""Facts about the machine, read without importing torch: processor, memory, versions, commit."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+
+from . import nvml
 
 GIB = 2**30
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -84,32 +85,12 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def gpus() -> list[dict[str, str]]:
-    """Names and drivers of NVIDIA GPUs; empty without nvidia-ml-py or a driver."""
-    try:
-        pynvml = importlib.import_module("pynvml")
-        pynvml.nvmlInit()
-    except Exception:
-        return []
-    try:
-        driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [{"name": _text(pynvml.nvmlDeviceGetName(handle)), "driver": driver} for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    # Old releases of nvidia-ml-py return bytes.
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def device_name() -> str:
     """The accelerator that torch, if it is loaded, or else NVML reports; ``cpu`` without one."""
     torch = sys.modules.get("torch")
     if torch is not None:
         return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
-    found = gpus()
+    found = nvml.gpus()
     return found[0]["name"] if found else "cpu"
 
 

@@ -1,15 +1,13 @@
-"""Latency: the protocol on fake workers, and real processes on tiny files."""
+"""Latency: real processes on tiny files, and providers that do not run here."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from robust_prune.bench import latency, nvml, providers, sampler, session, statistics, worker
+from robust_prune.bench import latency, providers, sampler, session, statistics, worker
 from robust_prune.bench.latency import render_latency, run
 from robust_prune.bench.sampler import Arm, Shape
 from robust_prune.bench.session import open_session
@@ -285,100 +283,6 @@ def test_broken_onnxruntime_is_an_environment_problem(monkeypatch: pytest.Monkey
         providers.import_onnxruntime()
 
 
-class FakeWorker:
-    """Answers like a process; its runs get faster for `settles` windows, as a cold model's do."""
-
-    visits: list[str]
-
-    def __init__(self, label: str, settles: int = 0) -> None:
-        self.label, self.settles, self.windows = label, settles, 0
-        self.pid = os.getpid()
-
-    def ask(self, op: str, runs: int = 0, wake: int = 0, **_: Any) -> dict[str, Any]:
-        if op == "open":
-            return {"provider": "CPUExecutionProvider"}
-        if wake:
-            FakeWorker.visits.append(self.label)
-        self.windows += 1
-        return {"ns": [1_000_000 * (1 + max(0, self.settles - self.windows))] * runs}
-
-
-def test_every_block_visits_every_arm_once_in_an_order_that_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
-    )
-
-    def visits(seed: int) -> list[tuple[str, ...]]:
-        FakeWorker.visits = []
-        taken = sampler.measure([Arm(label, Path("x")) for label in "abc"], CPU1, 3.0, seed)
-        assert len(taken) == 3 and all(arm.seconds.shape == taken[0].seconds.shape for arm in taken)
-        return list(zip(*[iter(FakeWorker.visits)] * 3, strict=True))
-
-    blocks = visits(0)
-    assert len(blocks) >= 12
-    assert all(sorted(block) == ["a", "b", "c"] for block in blocks)
-    assert len(set(blocks)) == 6
-    assert blocks == visits(0) != visits(1)
-
-
-def test_processes_are_started_anew_unless_opening_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[list[str]] = []
-    clock, opening = [0.0], [0.0]
-
-    @contextlib.contextmanager
-    def workers(labels: list[str]) -> Iterator[list[FakeWorker]]:
-        opened.append(labels)
-        clock[0] += opening[0]
-        yield [FakeWorker(label) for label in labels]
-
-    monkeypatch.setattr(sampler, "_workers", workers)
-    monkeypatch.setattr(sampler, "monotonic", lambda: clock[0])
-    for opening[0], launches in ((0.1, 5), (1.2, 2), (60.0, 1)):
-        opened.clear()
-        FakeWorker.visits = []
-        shown: list[tuple[int, int]] = []
-        taken = sampler.measure([Arm("a", Path("x"))], CPU1, 3.0, 0, lambda *done, s=shown: s.append(done))
-        assert len(opened) == launches and taken[0].seconds.shape[0] == launches
-        assert shown == [(n, len(shown)) for n in range(1, len(shown) + 1)] and len(shown) >= 12
-
-
-class FakeNvml:
-    """pynvml for one GPU: 2 joules more at every question."""
-
-    NVMLError = OSError
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 0, 1, 0
-    spent = 0
-
-    def __getattr__(self, name: str) -> Any:
-        known = {"nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0, "nvmlDeviceGetClockInfo": 1980}
-        if name == "nvmlDeviceGetPowerUsage":
-            raise self.NVMLError("not supported")
-        return lambda *_: known.get(name)
-
-    def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> list[Any]:  # noqa: N802
-        return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=3 * 2**20), SimpleNamespace(pid=1, usedGpuMemory=9)]
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, device: int) -> int:  # noqa: N802
-        self.spent += 2000
-        return self.spent
-
-
-def test_gpu_memory_clocks_and_energy_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())  # type: ignore[arg-type]
-    assert nvml.memory_mib(os.getpid()) == 3 and nvml.memory_mib(-5) is None
-    assert nvml.states() == [{"sm_mhz": 1980, "memory_mhz": 1980, "celsius": None}]
-    monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
-    )
-    FakeWorker.visits = []
-    gpu = Shape(batch=1, threads=1, provider="cuda", kind="device")
-    (taken,) = sampler.measure([Arm("a", Path("x"))], gpu, 0.1, 0, energy=True)
-    assert taken.joules == pytest.approx(2 / 3000)  # three seconds of runs of a millisecond
-    assert taken.gpu_memory_mib == 3 and taken.memory_mib > 10
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert nvml.joules() is None and nvml.memory_mib(1) is None and nvml.states() == []
-
-
 def test_tensorrt_is_refused_with_the_library_that_is_missing_and_told_of_the_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,35 +305,6 @@ def test_tensorrt_is_refused_with_the_library_that_is_missing_and_told_of_the_pr
     assert open_session(path, "cpu", 1, 1)[1].precision == "fp16"
     assert providers.provider_options("tensorrt", "fp16", graph=False) == {"trt_fp16_enable": "1"}
     assert providers.provider_options("cuda", "fp16", graph=True) == {"enable_cuda_graph": "1"}
-
-
-def test_a_busy_machine_ends_the_blocks_early_but_never_below_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1_000_000, 10))
-    monkeypatch.setattr(sampler, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
-    )
-    FakeWorker.visits = []
-    shown: list[tuple[int, int]] = []
-    for seconds, blocks in ((3.0, 12), (10.0, 14)):
-        taken = sampler.measure([Arm("a", Path("x"))], CPU1, seconds, 0, lambda *done: shown.append(done))
-        assert taken[0].seconds.shape[:2] == (1, blocks)  # opening took longer than the blocks may: no second launch
-        assert np.isfinite(taken[0].seconds).all() and (taken[0].seconds > 0).all()
-        assert shown[-1][0] == shown[-1][1]
-
-
-def test_warm_up_goes_on_until_it_is_stable_but_not_for_ever() -> None:
-    steady, slow, never = FakeWorker("a"), FakeWorker("b", settles=9), FakeWorker("c")
-    assert sampler._warm_up(steady) == pytest.approx(0.001) and steady.windows == 4  # type: ignore[arg-type]
-    assert sampler._warm_up(slow) == pytest.approx(0.001) and slow.windows == 11  # type: ignore[arg-type]
-
-    def unstable(**request: Any) -> dict[str, Any]:
-        never.windows += 1
-        return {"ns": [1_000_000 * (1 + never.windows % 2)] * request["runs"]}
-
-    never.ask = unstable  # type: ignore[method-assign]
-    sampler._warm_up(never)  # type: ignore[arg-type]
-    assert never.windows == 1 + sampler.WARMUP_WINDOWS[1]
 
 
 def test_the_worker_holds_no_torch_and_keeps_prints_out_of_its_answers(tmp_path: Path) -> None:

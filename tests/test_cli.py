@@ -337,9 +337,10 @@ def test_train_then_sensitivity_evaluate_export_and_bench(here, capsys):
     card = json.loads((here / "card.json").read_text())
     assert card["clean"]["correct"] == result["models"][0]["card"]["clean"]["correct"]
 
-    cli.main(["bench", "base.onnx", "base.onnx", "--seconds", "0.3", "--out", "bench.json"])
+    cli.main(["bench", "base.onnx", "base.onnx", "--seconds", "0.3", "--kind", "host,device", "--out", "bench.json"])
     rows = json.loads((here / "bench.json").read_text())["rows"]
-    assert len(rows) == 2 and rows[1]["speedup"] is not None
+    assert [row["kind"] for row in rows] == ["host", "host", "device", "device"]
+    assert rows[1]["speedup"] is not None and rows[3]["memory_mib"] > 0
 
 
 def test_recipes_are_listed_shown_and_copied(here, capsys):

@@ -9,8 +9,7 @@ from typing import Any
 
 import psutil
 
-from .. import machine
-from . import nvml
+from .. import machine, nvml
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -31,7 +30,7 @@ def describe(provider: str) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         facts["governor"] = GOVERNOR.read_text(encoding="utf-8").strip()
     if provider != "cpu":
-        facts["gpus"] = machine.gpus()
+        facts["gpus"] = nvml.gpus()
     return facts
 
 

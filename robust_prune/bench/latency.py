@@ -10,9 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from .. import nvml
 from ..console import track
 from ..errors import UsageError
-from . import hardware, nvml
+from . import hardware
 from .providers import PROVIDERS, import_onnxruntime
 from .sampler import LAUNCHES, Arm, Samples, Shape, measure
 from .session import signature
@@ -178,17 +179,16 @@ def _protocol(provider: str, kinds: Sequence[str]) -> str:
 
 def render_latency(table: LatencyTable) -> Table:
     """The table for a terminal; a tail percentile appears when every row has enough samples for it."""
-    counts, kinds = {row.threads for row in table.rows}, {row.kind for row in table.rows}
     view = Table(
         title="Latency (ONNX Runtime)",
-        caption=_caption(table, counts),
+        caption=_caption(table),
         caption_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
     view.add_column("model", min_width=6)
-    columns = [(name, cell) for name, shown, cell in _columns(table, counts, kinds) if shown]
+    columns = [(name, cell) for name, shown, cell in _columns(table) if shown]
     for name, _ in columns:
         view.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
@@ -196,16 +196,14 @@ def render_latency(table: LatencyTable) -> Table:
     return view
 
 
-def _columns(
-    table: LatencyTable, counts: set[int], kinds: set[str]
-) -> list[tuple[str, bool, Callable[[LatencyRow], str]]]:
+def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow], str]]]:
     """Head of each column but the first, whether it is shown, and a row's cell."""
     tail = next((q for q in (99, 95, 90) if all(getattr(row, f"p{q}_ms") is not None for row in table.rows)), 0)
     energy = any(row.millijoules_per_image is not None for row in table.rows)
     return [
         ("batch", True, lambda row: str(row.batch)),
-        ("threads", len(counts) > 1, lambda row: str(row.threads)),
-        ("kind", len(kinds) > 1, lambda row: row.kind),
+        ("threads", len({row.threads for row in table.rows}) > 1, lambda row: str(row.threads)),
+        ("kind", len({row.kind for row in table.rows}) > 1, lambda row: row.kind),
         ("p50 ms [95 %]", True, lambda row: f"{_short(row.p50_ms)} [{_short(row.p50_low)}, {_short(row.p50_high)}]"),
         (f"p{tail} ms", bool(tail), lambda row: _short(getattr(row, f"p{tail}_ms"))),
         ("images/s", True, lambda row: f"{row.images_per_second:,.0f}"),
@@ -232,7 +230,8 @@ def speedup_text(row: LatencyRow) -> str:
     return f"{figure} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _caption(table: LatencyTable, counts: set[int]) -> str:
+def _caption(table: LatencyTable) -> str:
+    counts = {row.threads for row in table.rows}
     floors = (f"{key}: {v:.3f} [{low:.3f}, {high:.3f}]" for key, (v, low, high) in table.noise_floor.items())
     threads = "".join(f", {n} thread{'' if n == 1 else 's'}" for n in counts) if len(counts) == 1 else ""
     where = sorted({f"{row.provider.removesuffix('ExecutionProvider')} {row.kind}" for row in table.rows})

@@ -65,7 +65,7 @@ def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, devic
         for value, array in zip(made, arrays, strict=True):
             if not np.allclose(value.numpy(), array, rtol=GRAPH_TOLERANCE, atol=GRAPH_TOLERANCE * np.abs(array).max()):
                 raise EnvironmentProblem(
-                    "the captured CUDA graph gives other logits than the session without it. Use --kind device."
+                    "the captured CUDA graph gives other logits than the session without it. Use kind device."
                 )
     return run
 

@@ -1,4 +1,4 @@
-"""What NVIDIA's management library tells of the GPUs: clocks, memory of a process, energy.
+"""What NVIDIA's management library tells of the GPUs: names, clocks, memory of a process, energy.
 
 Nothing is known without nvidia-ml-py or a driver; no function raises for that.
 """
@@ -25,6 +25,20 @@ def _devices() -> Iterator[tuple[Any, list[Any]]]:
         yield nvml, [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     finally:
         nvml.nvmlShutdown()
+
+
+def gpus() -> list[dict[str, str]]:
+    """Names and drivers of the GPUs."""
+    with _devices() as (nvml, devices):
+        return [
+            {"name": _text(nvml.nvmlDeviceGetName(device)), "driver": _text(nvml.nvmlSystemGetDriverVersion())}
+            for device in devices
+        ]
+
+
+def _text(value: str | bytes) -> str:
+    # Old releases of nvidia-ml-py return bytes.
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def states() -> list[dict[str, float]]:
