@@ -5,16 +5,19 @@
 The reference is a plain re-creation of Module Robust Criticality as RiFT (arXiv 2308.02533) describes it: for every
 convolution and linear weight, ten epochs of SGD ascent at learning rate 1 over the fixed adversarial set in batches of
 512, projected to the ball of relative radius ρ after each epoch; the largest loss that was seen counts. Only that
-weight takes gradients; nothing is cached between steps or modules.
+weight takes gradients; nothing is cached between steps or modules. Its time is the same in every epoch: with
+`--reference-epochs` below ten it is measured over so many and scaled up, and its MRS is left out.
 
 All methods see the same adversarial set and take turns, in a new order each round; times are medians over the rounds,
 ratios their quotients (of processor seconds on a CPU, which other work on the machine spoils less) with the smallest
-and largest over the rounds. Agreement is Spearman's rank correlation over modules.
+and largest over the rounds. Agreement is Spearman's rank correlation over modules. Results are written after every
+method; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Callable
@@ -45,7 +48,7 @@ EPOCHS = 10
 BATCH = 512
 
 
-def reference(model: nn.Module, adv: AdversarialSet, rho: float, device: str) -> dict[str, float]:
+def reference(model: nn.Module, adv: AdversarialSet, rho: float, epochs: int, device: str) -> dict[str, float]:
     """MRS by module name, by the published procedure."""
     found = {}
     x, y = adv.images.to(device), adv.labels.to(device)
@@ -55,7 +58,7 @@ def reference(model: nn.Module, adv: AdversarialSet, rho: float, device: str) ->
             base = _mean_loss(model, x, y)
         with track("Reference procedure", len(targets)) as advance:
             for target in targets:
-                found[target.name] = _ascend(model, target.weight, x, y, rho) - base
+                found[target.name] = _ascend(model, target.weight, x, y, rho, epochs) - base
                 advance()
     return found
 
@@ -65,13 +68,13 @@ def _mean_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return sum(F.cross_entropy(model(a), b, reduction="sum").item() for a, b in parts) / len(y)
 
 
-def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Tensor, rho: float) -> float:
+def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Tensor, rho: float, epochs: int) -> float:
     start = weight.detach().clone()
     weight.requires_grad_(True)
     optimizer = torch.optim.SGD([weight], lr=1.0, maximize=True)
     best = -float("inf")
     try:
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True):
                 optimizer.zero_grad()
                 F.cross_entropy(model(a), b).backward()
@@ -89,7 +92,7 @@ def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Te
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times and values of every method."""
+    """Times and values of every method; what `args.out` holds is not measured again."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device, "sensitivity.images": args.images})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, args.arch)
@@ -103,52 +106,72 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {module.name: module.mrs for module in profile.modules}
 
     methods: dict[str, Callable[[], dict[str, float]]] = {
-        REFERENCE: lambda: reference(model, adv, rho, device),
+        REFERENCE: lambda: reference(model, adv, rho, args.reference_epochs, device),
         **{name: (lambda name=name: estimate(name)) for name in ESTIMATORS},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    processor: dict[str, list[float]] = {name: [] for name in methods}
-    values: dict[str, dict[str, float]] = {}
-    order = list(methods)
-    shuffler = random.Random(0)
-    for _ in range(args.rounds):
-        shuffler.shuffle(order)
-        for name in order:
-            begin, used = time.perf_counter(), time.process_time()
-            values[name] = methods[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-            processor[name].append(time.process_time() - used)
-            console.print(f"{name}: {seconds[name][-1]:.2f} s", markup=False)
-    return {
-        "model": models_hash(model.cpu()),
+    settings = {
+        "model": models_hash(model),
         "arch": loaded.spec.arch,
         "data": data.name,
         "images": len(adv),
-        "modules": len(values[REFERENCE]),
+        "modules": len(find_targets(model)),
         "rho": rho,
         "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "processor_seconds": processor,
-        "mrs": values,
+        "rounds": args.rounds,
+        "reference_epochs": args.reference_epochs,
+    }
+    result = _stored(args.out, settings) or {
+        **settings,
+        "seconds": {name: [] for name in methods},
+        "processor_seconds": {name: [] for name in methods},
+        "mrs": {},
         "environment": snapshot(),
     }
+    order = list(methods)
+    shuffler = random.Random(0)
+    for number in range(args.rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            if len(result["seconds"][name]) > number:
+                continue
+            begin, used = time.perf_counter(), time.process_time()
+            result["mrs"][name] = methods[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            scale = EPOCHS / args.reference_epochs if name == REFERENCE else 1.0
+            result["seconds"][name].append(scale * (time.perf_counter() - begin))
+            result["processor_seconds"][name].append(scale * (time.process_time() - used))
+            console.print(f"{name}: {result['seconds'][name][-1]:.2f} s", markup=False)
+            write_json(args.out, result)
+    return result
+
+
+def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if any(found.get(key) != value for key, value in settings.items()):
+        raise SystemExit(f"{path} holds results of other settings. Choose another --out, or remove it.")
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown of one result."""
-    names = list(result["mrs"][REFERENCE])
+    names = list(result["mrs"]["ascent"])
     mrs = {method: np.array([found[name] for name in names]) for method, found in result["mrs"].items()}
     environment = result["environment"]
     # Other work on the machine makes a method wait; on a CPU that is left out.
     clock = "processor_seconds" if environment["device"] == "cpu" else "seconds"
     slow = np.array(result[clock][REFERENCE])
+    whole = result["reference_epochs"] == EPOCHS
+    scaled = (
+        "" if whole else f" The reference ran for {result['reference_epochs']} of its {EPOCHS} epochs, times scaled."
+    )
     lines = [
         f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
         f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {len(slow)}, torch "
         f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}, {result['threads']} "
-        f"threads). Ratios of {clock.replace('_', ' ')}: median and range over the rounds.\n",
+        f"threads). Ratios of {clock.replace('_', ' ')}: median and range over the rounds.{scaled}\n",
         "| method | seconds (median) | times faster than the reference | processor seconds | Spearman with ascent | "
         "mean MRS |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -157,11 +180,12 @@ def table(result: dict[str, Any]) -> str:
         mine = np.array(result[clock][method])
         ratio = slow / mine
         faster = f"{np.median(slow) / np.median(mine):.1f} [{ratio.min():.1f}, {ratio.max():.1f}]"
-        agreement = spearmanr(mrs[method], mrs["ascent"]).statistic
+        agreement, mean = f"{spearmanr(mrs[method], mrs['ascent']).statistic:.3f}", f"{mrs[method].mean():.3f}"
+        if method == REFERENCE and not whole:
+            agreement = mean = ""
         lines.append(
             f"| {method} | {np.median(result['seconds'][method]):.2f} | {'' if method == REFERENCE else faster} | "
-            f"{np.median(result['processor_seconds'][method]):.2f} | {agreement:.3f} | "
-            f"{mrs[method].mean():.3f} |"
+            f"{np.median(result['processor_seconds'][method]):.2f} | {agreement} | {mean} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -174,6 +198,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=None)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--reference-epochs", type=int, default=EPOCHS, choices=range(1, EPOCHS + 1), metavar="1..10")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sensitivity.json")
     args = parser.parse_args()

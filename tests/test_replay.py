@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from robust_prune.sensitivity import ascent, estimators, replay, starts
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.estimators import measure
+from robust_prune.sensitivity.losses import RobustLoss
+from robust_prune.sensitivity.recordings import Recordings, bounded, bytes_an_image
 from robust_prune.sensitivity.search import Effort
 from robust_prune.sensitivity.targets import exchanged, find_targets
 
@@ -72,19 +74,19 @@ def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_pla
     monkeypatch.setattr(estimators, "SHORT", short)
     monkeypatch.setattr(estimators, "LONG", short)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Try the layout, trace; per batch a gradient pass. The search: its base for either stage, the likely classes, joint
-    # climbs along the gradient and towards each of three classes with a recording and what lies behind each layer; in
-    # either stage each layer records its prefix once (the first has none) and runs what follows. Then a recording and
-    # what lies behind each layer.
+    # Try the layout, trace, weigh a recording; per batch a gradient pass. The search: its base for either stage, the
+    # likely classes, joint climbs along the gradient and towards each of three classes with a recording and what lies
+    # behind each layer; either stage weighs and makes one recording, then each layer runs what follows it. At last a
+    # recording and what lies behind each layer.
     whole, behind, joint = 2 * 6, 2 * 21, starts.JOINT_STEPS
     begun = (joint + 3 * (1 + joint)) * whole + 4 * (whole + behind)
-    search = 2 * whole + whole + begun + 2 * 5 * whole + (2 + 3) * behind
-    assert counter.calls == 6 + 6 + whole + search + whole + behind
+    search = 2 * whole + whole + begun + 2 * (6 + whole) + (2 + 3) * behind
+    assert counter.calls == 3 * 6 + whole + search + whole + behind
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
     # The short search, the long one, whose second stage climbs from where the short one arrived as well, the whole set.
-    both = search + (search + 3 * behind) + (whole + 5 * whole + 3 * behind)
-    assert counter.calls == 6 + 6 + whole + both + whole + behind
+    both = search + (search + 3 * behind) + (whole + 6 + whole + 3 * behind)
+    assert counter.calls == 3 * 6 + whole + both + whole + behind
 
 
 class Viewing(nn.Module):
@@ -109,10 +111,34 @@ def test_models_that_refuse_channels_last_get_contiguous_images() -> None:
         assert found[name] == pytest.approx(value, rel=1e-4)
 
 
-def test_ascent_without_cache_gives_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
-    kept = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5)
-    plain = measure(resnet, adv, THREAT, estimator="ascent", ascent_steps=2, batch_size=5, cache_bytes=0)
-    assert by_name(kept) == pytest.approx(by_name(plain), abs=1e-6)
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_less_memory_makes_smaller_batches_and_the_same_values(
+    resnet: nn.Module, adv: AdversarialSet, estimator: str
+) -> None:
+    images = []
+    hook = resnet.stem[0].register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
+    resnet.double()
+    plenty = by_name(measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2))
+    assert max(images) == len(adv)
+    images.clear()
+    none = by_name(measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2, memory_bytes=0))
+    assert max(images) == estimators.TRACE_IMAGES and images.count(1) >= len(adv)
+    hook.remove()
+    assert none == pytest.approx(plenty, rel=1e-4, abs=1e-9)
+
+
+def test_recordings_keep_to_their_limit(resnet: nn.Module, adv: AdversarialSet) -> None:
+    resnet.eval()
+    loss = RobustLoss(resnet, adv, 3, torch.device("cpu"))
+    weights = [t.weight for t in find_targets(resnet)]
+    trace = replay.trace_calls(resnet, adv.images[:2], weights)
+    an_image = bytes_an_image(loss, trace, weights)
+    kept = Recordings(loss, trace, weights, 7 * an_image)
+    for _ in range(2):
+        held = [recording.nbytes() for _, _, recording in kept.batches()]
+        assert held[0] > 0 and held[2:] == [0, 0] and sum(held) <= 7 * an_image
+    assert bounded(loss, trace, weights, 2 * an_image).batch_size == 2
+    assert bounded(loss, trace, weights, 100 * an_image).batch_size == 3
 
 
 def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet, no_plateau: None) -> None:

@@ -156,6 +156,12 @@ def test_many_models_stand_below_each_other() -> None:
     page = Page(render(run))
     assert page is not None and "5.11 times as fast as the dense one" in " ".join(words.summary(run))
     assert "The pruned model does 50" in words.summary(run)[0]
+    level = latency("half", 1, 3.1, Ratio(1.01, 0.99, 1.03, "no difference"))
+    fourth = replace(run.models[1], label="half", latency=(level,))
+    assert words.summary(replace(run, models=(*run.models, fourth)))[-1] == (
+        "The half file cannot be told apart in speed from the dense one at batch 1 and is right on 38.8 % of the "
+        "images even when each one is attacked."
+    )
 
 
 def test_speed_inside_the_noise_floor_is_no_difference() -> None:

@@ -44,12 +44,12 @@ def _from_to(before: int, after: int) -> str:
 
 
 def summary(run: RunReport) -> list[str]:
-    """Two or three sentences that a reader without the tables understands."""
+    """What a reader without the tables understands: the first two models compared, a sentence for each further one."""
     if len(run.models) < 2:
         return [_alone(run.models[0])] if run.models and run.models[0].card else []
     before, after = run.models[0], run.models[1]
     found = [_size(before, after), _speed(run, before, after), _accuracy(before, after)]
-    found += [_reduced(run, model) for model in run.models[2:] if model.card is None]
+    found += [_further(run, model) for model in run.models[2:]]
     return [sentence for sentence in found if sentence]
 
 
@@ -88,16 +88,22 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
     )
 
 
-def _reduced(run: RunReport, model: ModelRow) -> str:
-    """A file of lower precision, whose accuracy is its own."""
+def _further(run: RunReport, model: ModelRow) -> str:
+    """A file after the first two: of lower precision, or of another run. Its accuracy is its own."""
     keys = latency_keys(run)
     row = find_latency(model, keys[0]) if keys else None
-    robust = model.onnx_robust
+    robust = model.onnx_robust or (model.card.robust if model.card else None)
     if row is None or row.speedup is None or robust is None:
         return ""
+    first = run.models[0].label
+    speed = (
+        f"cannot be told apart in speed from the {first} one"
+        if row.speedup.verdict == "no difference"
+        else f"is {row.speedup.value:.2f} times as fast as the {first} one"
+    )
     return (
-        f"The {model.label} file is {row.speedup.value:.2f} times as fast as the {run.models[0].label} one at batch "
-        f"{row.batch} and right on {text.percent(robust.value)} of the images even when each one is attacked."
+        f"The {model.label} file {speed} at batch {row.batch} and is right on {text.percent(robust.value)} of the "
+        "images even when each one is attacked."
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .losses import RobustLoss, cross_entropy_sum, finite
-from .replay import Recording, Trace, record, replay
+from .losses import cross_entropy_sum, finite
+from .recordings import Recordings
 from .starts import unit
 from .targets import Target, exchanged
 
@@ -29,31 +29,21 @@ PLATEAU, PLATEAU_STEPS = 0.002, 2
 
 
 def ascend(
-    loss: RobustLoss,
-    trace: Trace,
-    target: Target,
-    starts: Sequence[Tensor],
-    radius: float,
-    steps: int,
-    cache_bytes: int,
-    base: float,
+    recordings: Recordings, target: Target, starts: Sequence[Tensor], radius: float, steps: int, base: float
 ) -> Tensor:
     """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each start.
 
     The first iterate is the boundary point along the start; each later one steps from the highest so far along the
     normalised gradient, by `STRIDE` radii or, after steps that led down, less, and projects back. Per step one forward
-    and one backward over the set, both only through what lies behind the weight, as long as the inputs to that part fit
-    into `cache_bytes` (batches beyond that are computed in full).
+    and one backward over the set, both only through what lies behind the weight where a batch is recorded.
 
     Args:
-        loss: what to maximise.
-        trace: of the same model.
+        recordings: of the loss to maximise, for this weight among others.
         target: whose weight moves.
         starts: directions to begin with, at least one; not zero.
         radius: of the ball, > 0.
         steps: most iterates of each ascent, >= 1. One ends before that once `PLATEAU_STEPS` of them in a row raise the
             rise of the loss by less than `PLATEAU`.
-        cache_bytes: limit on what is kept between the steps.
         base: R at the given weights.
 
     Returns:
@@ -62,19 +52,18 @@ def ascend(
     Raises:
         UsageError: a loss is not finite.
     """
-    kept = _KeptBatches(loss, trace, trace.frontier(target.weight), cache_bytes)
-    climbs = [_climb(loss, kept, target, start, radius, steps, base) for start in starts]
+    climbs = [_climb(recordings, target, start, radius, steps, base) for start in starts]
     return max(climbs, key=lambda found: found[1])[0]
 
 
 def _climb(
-    loss: RobustLoss, kept: _KeptBatches, target: Target, direction: Tensor, radius: float, steps: int, base: float
+    recordings: Recordings, target: Target, direction: Tensor, radius: float, steps: int, base: float
 ) -> tuple[Tensor, float]:
     """The direction of the best iterate, and R there."""
     delta = radius * unit(direction)
     best, best_loss, uphill, idle, stride = delta, -math.inf, None, 0, STRIDE
     for step in range(steps):
-        value, slope = _loss_and_slope(loss, kept, target, delta, step + 1 < steps)
+        value, slope = _loss_and_slope(recordings, target, delta, step + 1 < steps)
         idle = 0 if value - base > (1 + PLATEAU) * max(best_loss - base, 0.0) else idle + 1
         if value > best_loss:
             best, best_loss, uphill = delta, value, slope
@@ -88,44 +77,15 @@ def _climb(
 
 
 def _loss_and_slope(
-    loss: RobustLoss, kept: _KeptBatches, target: Target, delta: Tensor, need_slope: bool
+    recordings: Recordings, target: Target, delta: Tensor, need_slope: bool
 ) -> tuple[float, Tensor | None]:
-    total = 0.0
+    loss, total = recordings.loss, 0.0
     slope = torch.zeros_like(delta) if need_slope else None
     moved = (target.weight.detach() + delta).requires_grad_(need_slope)
-    for position, (x, y) in enumerate(loss.batches()):
-        recording = kept.get(position, x)
+    for x, y, recording in recordings.batches():
         with exchanged(target, moved) as weight, torch.set_grad_enabled(need_slope), loss.autocast():
-            value = cross_entropy_sum(kept.run(x, recording), y)
+            value = cross_entropy_sum(recordings.replay(target.weight, x, recording), y)
         if slope is not None:
             slope += torch.autograd.grad(value, weight)[0]
         total += finite(value.item(), f"while ascending on {target.name!r}")
     return total / len(loss.adv), slope
-
-
-class _KeptBatches:
-    """Recordings of one weight's frontier, kept across passes while they fit into a budget."""
-
-    def __init__(self, loss: RobustLoss, trace: Trace, frontier: frozenset[int], limit: int) -> None:
-        self._loss, self._trace, self._frontier, self._limit = loss, trace, frontier, limit
-        self._held: dict[int, Recording] = {}
-        self._bytes = 0
-
-    def get(self, position: int, x: Tensor) -> Recording:
-        """The recording of batch `position`; an empty one once the budget is spent."""
-        held = self._held.get(position)
-        if held is None:
-            held = Recording()
-            if self._frontier and self._bytes < self._limit:
-                with self._loss.autocast():
-                    held = record(self._loss.model, self._trace, x, self._frontier)[1]
-                size = held.nbytes()
-                if self._bytes + size > self._limit:
-                    held, size = Recording(), self._limit - self._bytes
-                self._bytes += size
-            self._held[position] = held
-        return held
-
-    def run(self, x: Tensor, recording: Recording) -> Tensor:
-        """The model's output with the recorded prefix."""
-        return replay(self._loss.model, self._trace, x, recording, self._frontier)

@@ -24,7 +24,7 @@ def render_table(profile: SensitivityProfile) -> Table:
     """One row a module in order of execution: MRS, its rank (1 is the most sensitive) and a bar on a log scale."""
     table = Table(
         title=f"Module robustness sensitivity ({profile.estimator}, rho {profile.rho:g}, {profile.images} images)",
-        caption=f"robust loss {profile.base_loss:.4f} nats; MRS is its largest rise found",
+        caption=f"robust loss {profile.base_loss:.3f} nats; MRS is its largest rise found",
     )
     for heading in ("#", "module", "kind"):
         table.add_column(heading, justify="right" if heading == "#" else "left", overflow="fold")

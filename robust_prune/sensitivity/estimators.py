@@ -32,6 +32,7 @@ from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
 from .losses import Ray, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
+from .recordings import bounded
 from .replay import NEVER, Trace, trace_calls
 from .search import LONG, SHORT, find_directions
 from .targets import Target, find_targets
@@ -58,7 +59,7 @@ def measure(
     aggregation: str = "sum",
     batch_size: int = 256,
     ascent_steps: int = 10,
-    cache_bytes: int = 1 << 30,
+    memory_bytes: int = 2 << 30,
     device: torch.device | str = "cpu",
 ) -> SensitivityProfile:
     """Measures the MRS of every convolution, linear layer and attention projection.
@@ -88,10 +89,10 @@ def measure(
         radii: relative radii of the curves, > 0; `rho` is added.
         groups: coupled groups to aggregate for.
         aggregation: see `aggregate_groups`.
-        batch_size: images per pass. ``boundary`` holds one batch's module outputs in memory, and six copies of the
-            weights.
+        batch_size: most images per pass.
         ascent_steps: for ``ascent``, >= 1.
-        cache_bytes: for ``ascent``, limit on the module inputs kept between steps.
+        memory_bytes: limit on the module outputs kept at once: batches are made smaller to fit, and ascents compute
+            again what does not. On top come what one backward pass keeps, about as much, and six copies of the weights.
         device: where to compute.
 
     Returns:
@@ -110,6 +111,7 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
+        loss = bounded(loss, trace, weights, memory_bytes)
         base, gradients = _gradients(loss if estimator == "gradient" else loss.part(GRADIENT_IMAGES), weights)
         live = [
             (target, gradient)
@@ -122,10 +124,10 @@ def measure(
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
             searched = loss.fast() if rho >= BF16_RHO else loss
-            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, cache_bytes)
+            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, memory_bytes)
             if estimator == "ascent":
                 directions = find_directions(
-                    searched, trace, live, float(rho), LONG, ascent_steps, cache_bytes, others=directions
+                    searched, trace, live, float(rho), LONG, ascent_steps, memory_bytes, others=directions
                 )
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
@@ -195,7 +197,7 @@ def _along(
         small = [[k for k, rise in enumerate(row) if abs(rise) < FINE_BELOW] for row in rises]
         rows = [i for i, found in enumerate(small) if found]
         again = [replace(rays[i], lengths=tuple(rays[i].lengths[k] for k in small[i])) for i in rows]
-        base, exact = _rises(loss, trace, again, "Sensitivity, small losses")
+        exact = _rises(loss, trace, again, "Sensitivity, small losses")[1] if again else []
         for i, values in zip(rows, exact, strict=True):
             for k, value in zip(small[i], values, strict=True):
                 rises[i][k] = value

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..console import track
 from .ascent import ascend
 from .losses import RobustLoss
+from .recordings import Recordings, bytes_an_image
 from .replay import Trace
 from .starts import shortlist
 from .targets import Target
@@ -45,7 +46,7 @@ def find_directions(
     rho: float,
     effort: Effort,
     whole_steps: int,
-    cache_bytes: int,
+    memory_bytes: int,
     others: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The steepest direction found for each target.
@@ -57,7 +58,7 @@ def find_directions(
         rho: relative radius of the balls, > 0.
         effort: how long to search on parts of the set.
         whole_steps: most iterates on the whole set after that; 0 for none.
-        cache_bytes: limit on what an ascent keeps between its steps.
+        memory_bytes: limit on the recordings kept for the ascents.
         others: for each target one more direction, to be compared with the best start and gone on with if it is better.
 
     Returns:
@@ -74,15 +75,27 @@ def find_directions(
     if whole_steps:
         stages.append((loss, whole_steps))
     bases = [stage.value() for stage, _ in stages]
+    weights = [target.weight for target in targets]
+    recorders = [_recorder(stage, trace, weights, memory_bytes // len(stages)) for stage, _ in stages]
     found = []
     starts = shortlist(few, trace, targets, gradients, rho, effort.starts)
     with track("Sensitivity, directions", len(live)) as advance:
         for position, (target, directions) in enumerate(zip(targets, starts, strict=True)):
             radius = rho * float(target.weight.detach().norm())
-            for number, ((stage, steps), base) in enumerate(zip(stages, bases, strict=True)):
+            for number, ((_, steps), recorder, base) in enumerate(zip(stages, recorders, bases, strict=True)):
                 if number == 1 and others:
                     directions = [*directions, others[position]]
-                directions = [ascend(stage, trace, target, directions, radius, steps, cache_bytes, base)]
+                directions = [ascend(recorder(target.weight), target, directions, radius, steps, base)]
             found += directions
             advance()
     return found
+
+
+def _recorder(
+    stage: RobustLoss, trace: Trace, weights: Sequence[nn.Parameter], limit: int
+) -> Callable[[nn.Parameter], Recordings]:
+    """What gives the recordings for one weight: the same ones for all, where they fit, or new ones for each."""
+    if bytes_an_image(stage, trace, weights) * len(stage.adv) > limit:
+        return lambda weight: Recordings(stage, trace, [weight], limit)
+    shared = Recordings(stage, trace, weights, limit)
+    return lambda _: shared

@@ -1,0 +1,71 @@
+"""Recordings of what lies before a weight, over the batches of a set and within a limit of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from .losses import RobustLoss
+from .replay import Recording, Trace, record, replay
+
+FEW = 2
+"""Images to weigh recordings on."""
+
+
+class Recordings:
+    """What some weights leave unchanged, recorded once a batch and kept across passes while it fits.
+
+    Args:
+        loss: whose batches are recorded.
+        trace: of the same model.
+        weights: which may change, one at a time.
+        limit: bytes to keep at most; batches beyond that have empty recordings, from which everything is computed.
+    """
+
+    def __init__(self, loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> None:
+        self.loss, self._trace, self._limit = loss, trace, limit
+        self._reuse = {id(weight): trace.frontier(weight) for weight in weights}
+        self._keep = frozenset[int]().union(*self._reuse.values())
+        self._held: dict[int, Recording] = {}
+        self._bytes = 0
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Recording]]:
+        """Images, labels and recording of each batch."""
+        for position, (x, y) in enumerate(self.loss.batches()):
+            if position not in self._held:
+                self._held[position] = self._record(x)
+            yield x, y, self._held[position]
+
+    def _record(self, x: Tensor) -> Recording:
+        if not self._keep or self._bytes >= self._limit:
+            return Recording()
+        with self.loss.autocast():
+            made = record(self.loss.model, self._trace, x, self._keep)[1]
+        self._bytes += made.nbytes()
+        if self._bytes <= self._limit:
+            return made
+        self._bytes = self._limit
+        return Recording()
+
+    def replay(self, weight: nn.Parameter, x: Tensor, recording: Recording) -> Tensor:
+        """The model's output on a batch, with what lies before `weight` taken from the recording."""
+        return replay(self.loss.model, self._trace, x, recording, self._reuse[id(weight)])
+
+
+def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter]) -> int:
+    """Memory that recordings for `weights` take per image."""
+    few = next(loss.part(FEW).batches())[0]
+    keep = frozenset[int]().union(*(trace.frontier(weight) for weight in weights))
+    with loss.autocast():
+        return record(loss.model, trace, few, keep)[1].nbytes() // len(few)
+
+
+def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> RobustLoss:
+    """The same loss in batches small enough for the recordings of one to fit into `limit` bytes; of one image at least.
+
+    A backward pass keeps about as much.
+    """
+    fitting = limit // max(1, bytes_an_image(loss, trace, weights))
+    return replace(loss, batch_size=max(1, min(loss.batch_size, fitting)))
