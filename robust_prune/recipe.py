@@ -193,8 +193,8 @@ class EvaluationSection(Section):
     """Other radii to measure by PGD on the first 256 images; fractions such as 4/255 are welcome."""
     images: int | None = Field(None, ge=1)
     """Test images; all of them by default."""
-    batch_size: int = Field(250, ge=1)
-    """Images a pass."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images a pass; by default 250, fewer if they are larger than 64x64 pixels."""
 
 
 class ExportSection(Section):

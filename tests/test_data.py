@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robust_prune.data import sample
-from robust_prune.data.base import DataBundle, ImageSet
+from robust_prune.data.base import DataBundle, ImageSet, TensorImages, images_at_once
 from robust_prune.data.class_names import BY_DATA
 from robust_prune.data.npz import load_npz
 from robust_prune.data.sources import load_data
@@ -345,6 +345,13 @@ def test_the_samples_coding_is_lossless(seed: int, count: int, side: int, high: 
     rng = np.random.default_rng(seed)
     images = (rng.integers(0, high, (count, side, side, 3)) * (255 // (high - 1))).astype(np.uint8)
     assert np.array_equal(sample.decode(sample.encode(images), count, side), images)
+
+
+@pytest.mark.parametrize(("side", "count"), [(32, 256), (64, 256), (96, 113), (224, 20), (1024, 16)])
+def test_fewer_large_images_are_attacked_at_once(side: int, count: int) -> None:
+    images = TensorImages(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+    assert images_at_once(images) == count
+    assert images_at_once(images, 8) == 8
 
 
 def test_a_damaged_sample_is_an_environment_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import processes
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
-from ..data.base import ImageSet
+from ..data.base import ImageSet, images_at_once
 from ..errors import UsageError
 from ..models.layout import fastest_layout
 from .card import Accuracy, ClassAccuracy, ResultCard
@@ -34,6 +34,8 @@ from .scoring import Precision, full_precision
 from .standard import check_classes
 from .state import EvalState, load_state
 from .tiers import find_tier
+
+DEFAULT_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def evaluate(
     tier: str = "pgd",
     steps: int = 20,
     restarts: int = 2,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     state_path: Path | None = None,
@@ -95,7 +97,7 @@ def evaluate_with_twins(
     tier: str = "pgd",
     steps: int = 20,
     restarts: int = 2,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     state_path: Path | None = None,
@@ -120,7 +122,7 @@ def evaluate_with_twins(
         tier: a name of `TIERS`.
         steps: gradient steps of PGD.
         restarts: random starts of PGD; each attacks only what survived those before.
-        batch_size: images a batch.
+        batch_size: images a batch; 250 by default, fewer where they are large (see `images_at_once`).
         seed: of the random starts.
         device: where to run; the model comes back to where it was.
         state_path: file that keeps the progress; written after every batch.
@@ -145,7 +147,8 @@ def evaluate_with_twins(
         few = few.to(where).float() / 255
         job = Job(
             model=model, images=images, threat=threat, name=model_name, tier=chosen,
-            steps=steps, restarts=restarts, sweep=tuple(sweep), batch_size=batch_size, seed=seed, device=where,
+            steps=steps, restarts=restarts, sweep=tuple(sweep),
+            batch_size=batch_size or images_at_once(images, DEFAULT_BATCH), seed=seed, device=where,
             precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
             together=together and processes.count() > 1,
         )  # fmt: skip
@@ -169,12 +172,12 @@ def evaluate_with_twins(
 
 
 def _check_request(
-    model: nn.Module, images: ImageSet, steps: int, restarts: int, batch_size: int, sweep: Sequence[float]
+    model: nn.Module, images: ImageSet, steps: int, restarts: int, batch_size: int | None, sweep: Sequence[float]
 ) -> None:
     if len(images) == 0:
         raise UsageError("there are no images to evaluate on. Check the data set and --limit.")
     for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
     for radius in sweep:
         ThreatModel("linf", radius)

@@ -11,7 +11,7 @@ from ..attacks.context import frozen_eval
 from ..attacks.pgd import pgd
 from ..attacks.threat import ThreatModel
 from ..console import track
-from ..data.base import ImageSet, batches, random_subset
+from ..data.base import ImageSet, batches, images_at_once, random_subset
 from ..errors import UsageError
 
 
@@ -49,7 +49,7 @@ def make_adversarial_set(
     *,
     count: int = 1024,
     steps: int = 10,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AdversarialSet:
@@ -63,7 +63,7 @@ def make_adversarial_set(
         threat: what the attacker may do.
         count: number of images.
         steps: PGD steps.
-        batch_size: images attacked at once.
+        batch_size: images attacked at once; see `images_at_once` for the default.
         seed: of the choice of images and of the random starts.
         device: where the attack runs.
 
@@ -71,7 +71,7 @@ def make_adversarial_set(
         UsageError: no images, or `count`, `steps` or `batch_size` below 1.
     """
     for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{name} of the adversarial set must be at least 1, got {value}")
     chosen = random_subset(images, count, seed)
     if len(chosen) == 0:
@@ -80,7 +80,7 @@ def make_adversarial_set(
     made: list[Tensor] = []
     labels: list[Tensor] = []
     with frozen_eval(model), track(f"Adversarial set, PGD-{steps}", len(chosen)) as advance:
-        for x, y in batches(chosen, batch_size, device):
+        for x, y in batches(chosen, batch_size or images_at_once(chosen), device):
             made.append(pgd(model, x, y, threat, steps=steps, generator=generator).float().cpu())
             labels.append(y.long().cpu())
             advance(len(y))

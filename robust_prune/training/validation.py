@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import processes
 from ..attacks import ThreatModel, frozen_eval, pgd
-from ..data.base import ImageSet, batches
+from ..data.base import ImageSet, batches, images_at_once
 from .precision import Precision
 from .randomness import generator_at
 
@@ -31,7 +31,6 @@ def score(
     seed: int,
     device: torch.device,
     precision: Precision,
-    batch_size: int = 256,
 ) -> Score:
     """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked.
 
@@ -39,7 +38,7 @@ def score(
     """
     right = survived = 0
     with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
-        for index, (x, y) in enumerate(batches(images, batch_size, device)):
+        for index, (x, y) in enumerate(batches(images, images_at_once(images), device)):
             if index % processes.count() != processes.index():
                 continue
             x = x.contiguous(memory_format=precision.memory_format)
