@@ -8,10 +8,10 @@ convolution and linear weight, ten epochs of SGD ascent at learning rate 1 over 
 weight takes gradients; nothing is cached between steps or modules. Its time is the same in every epoch: with
 `--reference-epochs` below ten it is measured over so many and scaled up, and its MRS is left out.
 
-All methods see the same adversarial set and take turns, in a new order each round; times are medians over the rounds,
-ratios their quotients (of processor seconds on a CPU, which other work on the machine spoils less) with the smallest
-and largest over the rounds. Agreement is Spearman's rank correlation over modules. Results are written after every
-method; the same command goes on with what is missing.
+All methods see the same adversarial set and take turns, in a new order each round, the reference in the first one
+only; times are medians over the rounds, ratios their quotients (of processor seconds on a CPU, which other work on the
+machine spoils less) with the smallest and largest over the rounds. Agreement is Spearman's rank correlation over
+modules. Results are written after every method; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "modules": len(find_targets(model)),
         "rho": rho,
         "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
         "reference_epochs": args.reference_epochs,
     }
     result = _stored(args.out, settings) or {
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(args.rounds):
         shuffler.shuffle(order)
         for name in order:
-            if len(result["seconds"][name]) > number:
+            if len(result["seconds"][name]) > (0 if name == REFERENCE else number):
                 continue
             begin, used = time.perf_counter(), time.process_time()
             result["mrs"][name] = methods[name]()
@@ -163,13 +162,14 @@ def table(result: dict[str, Any]) -> str:
     # Other work on the machine makes a method wait; on a CPU that is left out.
     clock = "processor_seconds" if environment["device"] == "cpu" else "seconds"
     slow = np.array(result[clock][REFERENCE])
+    rounds = len(result[clock]["ascent"])
     whole = result["reference_epochs"] == EPOCHS
     scaled = (
         "" if whole else f" The reference ran for {result['reference_epochs']} of its {EPOCHS} epochs, times scaled."
     )
     lines = [
         f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
-        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {len(slow)}, torch "
+        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {rounds} (reference: {len(slow)}), torch "
         f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}, {result['threads']} "
         f"threads). Ratios of {clock.replace('_', ' ')}: median and range over the rounds.{scaled}\n",
         "| method | seconds (median) | times faster than the reference | processor seconds | Spearman with ascent | "
