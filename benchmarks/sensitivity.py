@@ -169,7 +169,8 @@ def table(result: dict[str, Any]) -> str:
     )
     lines = [
         f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
-        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {rounds} (reference: {len(slow)}), torch "
+        f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {rounds} (reference: "
+        f"{len(slow)}), torch "
         f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}, {result['threads']} "
         f"threads). Ratios of {clock.replace('_', ' ')}: median and range over the rounds.{scaled}\n",
         "| method | seconds (median) | times faster than the reference | processor seconds | Spearman with ascent | "
