@@ -116,6 +116,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images": len(adv),
         "modules": len(find_targets(model)),
         "rho": rho,
+        "threat": threat.to_json(),
+        "attack_steps": recipe.sensitivity.steps,
+        "seed": recipe.seed,
+        "device": device,
         "threads": torch.get_num_threads(),
         "reference_epochs": args.reference_epochs,
     }
@@ -160,7 +164,7 @@ def table(result: dict[str, Any]) -> str:
     mrs = {method: np.array([found[name] for name in names]) for method, found in result["mrs"].items()}
     environment = result["environment"]
     # Other work on the machine makes a method wait; on a CPU that is left out.
-    clock = "processor_seconds" if environment["device"] == "cpu" else "seconds"
+    clock = "processor_seconds" if result["device"] == "cpu" else "seconds"
     slow = np.array(result[clock][REFERENCE])
     rounds = len(result[clock]["ascent"])
     whole = result["reference_epochs"] == EPOCHS
@@ -171,7 +175,7 @@ def table(result: dict[str, Any]) -> str:
         f"# MRS estimators: {result['arch']}, {result['images']} images of {result['data']}\n",
         f"`benchmarks/sensitivity.py`: {result['modules']} modules, ρ = {result['rho']}, rounds: {rounds} (reference: "
         f"{len(slow)}), torch "
-        f"{environment['versions']['torch']} on {environment['cpu']} ({environment['device']}, {result['threads']} "
+        f"{environment['versions']['torch']} on {environment['cpu']} ({result['device']}, {result['threads']} "
         f"threads). Ratios of {clock.replace('_', ' ')}: median and range over the rounds.{scaled}\n",
         "| method | seconds (median) | times faster than the reference | processor seconds | Spearman with ascent | "
         "mean MRS |",

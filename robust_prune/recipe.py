@@ -94,9 +94,9 @@ class SensitivitySection(Section):
     """Training images in the adversarial set."""
     steps: int = Field(10, ge=1)
     """PGD steps that make the adversarial set."""
-    rho: float = Field(0.1, gt=0)
+    rho: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Relative radius of the weight perturbation."""
-    aggregation: Literal["sum", "mean", "max"] = "sum"
+    aggregation: Literal["sum", "mean", "max", "quadrature"] = "sum"
     """How the modules of a coupled group make the group's value."""
 
 
@@ -116,8 +116,8 @@ class PruningSection(Section):
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
     """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone."""
-    min_keep: float = Field(0.1, gt=0, le=1)
-    """Smallest share of a group's channels that stays."""
+    min_keep: float = Field(0.1, ge=0, lt=1)
+    """Smallest share of a group's channels that stays; one channel always does."""
     steps: int = Field(1, ge=1, le=100)
     """Cuts that the ratio is spread over; before each, sensitivities are measured anew on what the one before left."""
     step_epochs: int = Field(1, ge=0)

@@ -15,7 +15,8 @@ from .evaluation.hashing import models_hash
 from .job import Job, StageLog, warn
 from .latency_budget import plan_for_latency
 from .models import artifact
-from .pruning.iterative import compose, remaining_ratio
+from .pruning.counting import count_macs, count_params
+from .pruning.iterative import compose, dense_widths, realised, remaining_ratio
 from .pruning.plan import render_plan
 from .pruning.types import PruningPlan, Refused
 from .run_dir import digest, finite, write_json
@@ -70,15 +71,18 @@ def shrink(job: Job, log: StageLog, folder: Path) -> Shrunk:
         plan, profile = _planned(job, model, tuple(plans), log, f"plan{suffix}")
         console.print(render_plan(plan))
         warn(plan.note)
-        plans.append(plan)
         profiles.append(profile)
         model, rolled_back, before, history = _step(job, model, plan, log, folder, suffix)
+        macs, params = count_macs(model, stages.blank_image(job.loaded.spec)), count_params(model)
+        plans.append(realised(plan, {refused.name for refused in rolled_back}, macs, params))
     return Shrunk(model, compose(plans, job.recipe.pruning.ratio), profiles[0], rolled_back, before, history)
 
 
 def _plan(job: Job, model: nn.Module, before: tuple[PruningPlan, ...]) -> tuple[SensitivityProfile, PruningPlan]:
     recipe, section = job.recipe, job.recipe.pruning
-    analysis = stages.analyse(model, job.loaded.spec, job.data.train, recipe, stages.device_of(recipe))
+    analysis = stages.analyse(
+        model, job.loaded.spec, job.data.train, recipe, stages.device_of(recipe), dense_widths(before)
+    )
     if section.of == "latency":
         wanted = (1 - section.ratio) ** ((len(before) + 1) / section.steps)
         return analysis.profile, plan_for_latency(job, model, analysis, wanted)

@@ -27,7 +27,7 @@ from .pruning.compensation import reestimate_batchnorm
 from .pruning.cost import CostModel, cost_model, count_macs, count_params
 from .pruning.groups import GroupSearch, find_groups
 from .pruning.importance import channel_scores, removed_fraction_curve
-from .pruning.plan import make_plan
+from .pruning.plan import check_groups, make_plan
 from .pruning.reconstruction import reconstruct
 from .pruning.surgery import Surgery, apply
 from .pruning.types import PruningPlan
@@ -100,7 +100,7 @@ def adversarial_set(
 ) -> AdversarialSet:
     """The fixed adversarial set D_adv, from training images."""
     return make_adversarial_set(
-        model, images, threat, count=min(section.images, len(images)), steps=section.steps, seed=seed, device=device
+        model, images, threat, count=section.images, steps=section.steps, seed=seed, device=device
     )
 
 
@@ -125,11 +125,23 @@ def measure_sensitivity(
     )
 
 
-def analyse(model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe, device: str) -> Analysis:
-    """Groups, costs, sensitivity and channel scores of a model, from training images only."""
+def analyse(
+    model: nn.Module,
+    spec: ModelSpec,
+    images: ImageSet,
+    recipe: Recipe,
+    device: str,
+    dense: Mapping[str, int] | None = None,
+) -> Analysis:
+    """Groups, costs, sensitivity and channel scores of a model, from training images only.
+
+    `dense` are the groups' channels before earlier cuts, by name: floors are a share of them.
+    """
     threat, example = threat_of(recipe), blank_image(spec)
     model.cpu()
     search = find_groups(model, example)
+    check_groups(search)
+    search = replace(search, groups=tuple(replace(g, dense=(dense or {}).get(g.name)) for g in search.groups))
     cost = cost_model(model, example, search.groups)
     model.to(device)
     adv = adversarial_set(model, images, threat, recipe.sensitivity, recipe.seed, device)

@@ -295,7 +295,7 @@ def test_errors_name_what_is_wrong(model: nn.Module, adv: AdversarialSet) -> Non
         channel_scores(model, GROUPS, "magnitude")
     with pytest.raises(UsageError, match="adversarial_taylor gives 4 of 4 channels"):
         channel_scores(model, GROUPS, "adversarial_taylor", adv)
-    with pytest.raises(UsageError, match="expected a finite number > 0"):
+    with pytest.raises(UsageError, match="expected a finite number"):
         removed_fraction_curve(model, FIRST, torch.ones(4))
 
 
@@ -305,6 +305,11 @@ def test_removed_fraction_is_the_norm_of_what_goes(model: nn.Module) -> None:
     weight = model[0].weight.detach()
     for k, gone in enumerate(([], [1], [1, 3], [1, 3, 0], [1, 3, 0, 2])):
         assert float(curve[k]) == pytest.approx(float(weight[gone].norm() / weight.norm()), abs=1e-12)
+
+
+def test_removed_fraction_of_weights_that_are_zero(model: nn.Module) -> None:
+    model[0].weight.data.zero_()
+    assert not removed_fraction_curve(nn.DataParallel(model), FIRST, torch.ones(4)).any()
 
 
 def test_removed_fraction_joins_all_producers(model: nn.Module) -> None:

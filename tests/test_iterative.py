@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from robust_prune.errors import UsageError
-from robust_prune.pruning.iterative import compose, remaining_ratio
+from robust_prune.pruning.iterative import compose, dense_widths, realised, remaining_ratio
 from robust_prune.pruning.types import PlannedGroup, PruningPlan
 
 
@@ -54,3 +54,18 @@ def test_one_cut_is_itself_and_misfits_are_refused() -> None:
         compose([first, first], 0.4)
     with pytest.raises(UsageError, match="no cut"):
         compose([], 0.4)
+
+
+def test_a_group_that_was_rolled_back_counts_as_whole_in_the_cuts_that_follow() -> None:
+    first = plan(1000, 600, PlannedGroup("a", 8, (1, 4), 0.5), PlannedGroup("b", 4, (0, 1), 0.7))
+    real = realised(first, {"b"}, 700, 1400)
+    assert [(g.name, g.keep) for g in real.groups] == [("a", 6), ("b", 4)]
+    assert (real.macs_after, real.params_after) == (700, 1400)
+    assert realised(first, (), 1, 1) is first
+    second = plan(
+        700, 500, PlannedGroup("a", 6, (0,), 9.0), PlannedGroup("b", 4, (2,), 9.0), PlannedGroup("c", 3, (1,), 9.0)
+    )
+    whole = compose([real, second], 0.5)
+    assert [(g.name, g.removed) for g in whole.groups] == [("a", (0, 1, 4)), ("b", (2,)), ("c", (1,))]
+    assert dense_widths([real, second]) == {"a": 8, "b": 4, "c": 3}
+    assert remaining_ratio((real,), 0.5, "macs", 2) == pytest.approx(1 - 500 / 700)

@@ -12,6 +12,8 @@ from torch import nn
 
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
+from robust_prune.pruning.allocation import allocate
+from robust_prune.pruning.budget import floor_of
 from robust_prune.pruning.compensation import reestimate_batchnorm
 from robust_prune.pruning.cost import cost_model, count_macs, count_params
 from robust_prune.pruning.groups import GroupSearch, find_groups
@@ -95,7 +97,7 @@ def test_a_budget_in_parameters():
 def test_a_step_too_coarse_for_the_budget_gives_the_nearest_and_says_so():
     plan, _ = plan_for(0.6, of="channels")  # 38.4 of 96 channels in steps of 4
     assert sum(g.keep for g in plan.groups) == 40
-    assert "asked to remove 60.0% of channels, the nearest that the structure allows is 58.3%" in plan.note
+    assert "asked to remove 60.0% of channels, the nearest found is 58.3%" in plan.note
     assert "too coarse" in plan.note
 
 
@@ -104,7 +106,37 @@ def test_an_unreachable_budget_gives_the_floor_and_says_so():
     assert [g.keep for g in plan.groups] == [16, 32]
     reached = 1 - plan.macs_after / plan.macs_before
     assert f"the nearest that the structure allows is {reached:.1%}" in plan.note
-    assert "floor of 50%" in plan.note and "1 groups stay whole" in plan.note
+    assert "every group is at its floor and 1 groups stay whole. Lower min_keep or the ratio." in plan.note
+    assert plan_for(0.99, min_keep=0.0)[0].note.endswith(
+        "every group is at its floor and 1 groups stay whole. Lower the ratio."
+    )
+
+
+def test_whole_widths_inside_the_budgets_tolerance_are_found():
+    def land_at(widths: list[int], ratio: float) -> float:
+        layers: list[nn.Module] = []
+        for before, after in zip([3, *widths], [*widths, 10], strict=True):
+            layers += [nn.Conv2d(before, after, 1), nn.ReLU()]
+        model = nn.Sequential(*layers)
+        groups = [chain_group(2 * i, width) for i, width in enumerate(widths)]
+        cost = cost_model(model, X, groups)
+        keep = allocate("uniform", groups, cost, (1 - ratio) * cost.macs({}))
+        return 1 - cost.macs(keep) / cost.macs({})
+
+    for widths, ratio in (([16, 32], 0.436), ([64, 16], 0.219)):
+        assert land_at(widths, ratio) == pytest.approx(ratio, abs=0.01), (widths, ratio)
+
+
+def chain_group(position: int, width: int) -> ChannelGroup:
+    every = tuple(range(width))
+    parts = (GroupSlice(str(position), "out", every, every), GroupSlice(str(position + 2), "in", every, every))
+    return ChannelGroup(str(position), width, parts)
+
+
+def test_floors_are_shares_of_the_dense_model_in_later_cuts():
+    later = dataclasses.replace(GROUPS[0], dense=2 * GROUPS[0].channels)
+    assert (floor_of(GROUPS[0], 0.25), floor_of(later, 0.25)) == (8, 16)
+    assert floor_of(later, 0.9) == later.channels
 
 
 @pytest.mark.parametrize("ratio", [1.5, 0.0, 1.0, -0.2, float("nan")])
@@ -199,13 +231,19 @@ def test_batchnorm_small_last_batch_is_left_out():
     assert model[1].num_batches_tracked == 2
 
 
-def test_batchnorm_mixes_adversarial_images():
-    model, clean = normed(), images(200)
-    adversarial = torch.rand(200, 3, 4, 4) * 0.1
-    reestimate_batchnorm(model, clean, batch_size=100, adversarial=adversarial)
-    both = torch.cat([clean.images.float() / 255, adversarial])
-    assert model[1].num_batches_tracked == 4
-    assert torch.allclose(model[1].running_mean, model[0](both).mean((0, 2, 3)), atol=1e-5)
+def test_batchnorm_keeps_its_statistics_if_an_image_cannot_be_read():
+    class Broken(TensorImages):
+        def get(self, indices):
+            if int(indices.max()) > 150:
+                raise OSError("truncated")
+            return super().get(indices)
+
+    model, source = normed(), images(200)
+    reestimate_batchnorm(model, source, batch_size=100)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(OSError, match="truncated"):
+        reestimate_batchnorm(model, Broken(source.images, source.labels), batch_size=50)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_batchnorm_without_layers_or_images():

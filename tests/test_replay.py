@@ -74,19 +74,19 @@ def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_pla
     monkeypatch.setattr(estimators, "SHORT", short)
     monkeypatch.setattr(estimators, "LONG", short)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Try the layout, trace, weigh a recording; per batch a gradient pass. The search: its base for either stage, the
-    # likely classes, joint climbs along the gradient and towards each of three classes with a recording and what lies
-    # behind each layer; either stage weighs and makes one recording, then each layer runs what follows it. At last a
-    # recording and what lies behind each layer.
+    # Try the layout, trace, weigh a recording and what two backward passes keep; per batch a gradient pass. The search:
+    # its base for either stage, the likely classes, joint climbs along the gradient and towards each of three classes
+    # with a recording and what lies behind each layer; either stage weighs and makes one recording, then each layer
+    # runs what follows it. At last a recording and what lies behind each layer.
     whole, behind, joint = 2 * 6, 2 * 21, starts.JOINT_STEPS
     begun = (joint + 3 * (1 + joint)) * whole + 4 * (whole + behind)
     search = 2 * whole + whole + begun + 2 * (6 + whole) + (2 + 3) * behind
-    assert counter.calls == 3 * 6 + whole + search + whole + behind
+    assert counter.calls == 5 * 6 + whole + search + whole + behind
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
     # The short search, the long one, whose second stage climbs from where the short one arrived as well, the whole set.
     both = search + (search + 3 * behind) + (whole + 6 + whole + 3 * behind)
-    assert counter.calls == 3 * 6 + whole + both + whole + behind
+    assert counter.calls == 5 * 6 + whole + both + whole + behind
 
 
 class Viewing(nn.Module):
@@ -137,8 +137,34 @@ def test_recordings_keep_to_their_limit(resnet: nn.Module, adv: AdversarialSet) 
     for _ in range(2):
         held = [recording.nbytes() for _, _, recording in kept.batches()]
         assert held[0] > 0 and held[2:] == [0, 0] and sum(held) <= 7 * an_image
-    assert bounded(loss, trace, weights, 2 * an_image).batch_size == 2
-    assert bounded(loss, trace, weights, 100 * an_image).batch_size == 3
+    assert bounded(loss, trace, weights, 1000 * an_image).batch_size == 3
+    assert bounded(loss, trace, weights, 0).batch_size == 1
+
+
+class Squares(nn.Module):
+    """Activations that no module returns."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.conv, self.head, self.times = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        for _ in range(self.times):
+            h = (h * h).sigmoid()
+        return self.head(h.mean((2, 3)))
+
+
+def test_batches_are_smaller_where_a_backward_pass_keeps_more(adv: AdversarialSet) -> None:
+    def batch(model: nn.Module) -> int:
+        loss = RobustLoss(model, adv, 1000, torch.device("cpu"))
+        weights = [t.weight for t in find_targets(model)]
+        found = bounded(loss, replay.trace_calls(model, adv.images[:2], weights), weights, 1 << 20).batch_size
+        assert not any(p.requires_grad for p in model.parameters())
+        return found
+
+    few, many = (batch(Squares(times).eval().requires_grad_(False)) for times in (1, 20))
+    assert few > 5 * many
 
 
 def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet, no_plateau: None) -> None:
@@ -157,6 +183,41 @@ def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet, no
     expected = plain_boundary(model, adv, 0.1, (0.1,))
     found = by_name(measure(model, adv, THREAT, rho=0.1, radii=()))
     assert found == pytest.approx({name: rises[0] for name, rises in expected.items()}, rel=1e-6)
+
+
+class Sometimes(nn.Module):
+    """Uses one of its layers on bright batches only, and gives another away for its parent to apply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.own = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), Giving()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if x.mean() > 0.5:
+            h = self.b(h.relu())
+        return nn.functional.linear(h.mean((2, 3)), self.own())
+
+
+class Giving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 5, bias=False)
+
+    def forward(self) -> Tensor:
+        return self.inner.weight
+
+
+@pytest.mark.parametrize("estimator", ["boundary", "ascent"])
+def test_batches_that_do_not_use_a_weight_and_modules_that_return_theirs(estimator: str) -> None:
+    adv = noise_set((3, 4, 4), 5, count=8)
+    bright = torch.arange(8).view(-1, 1, 1, 1) % 4 < 2
+    images = torch.where(bright, 0.6 + 0.4 * adv.images, 0.4 * adv.images)
+    adv = AdversarialSet(images, adv.labels, adv.seed)
+    profile = measure(Sometimes().double(), adv, THREAT, estimator=estimator, rho=0.3, radii=(), batch_size=2)
+    assert all(value > 0 for value in by_name(profile).values())
+    assert set(by_name(profile)) == {"a", "b", "own.inner"}
 
 
 def test_tied_weights_move_together(adv: AdversarialSet, no_plateau: None) -> None:

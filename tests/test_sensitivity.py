@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from sensitivity_models import THREAT, by_name, loss_value, mean_loss, noise_set
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
@@ -291,6 +292,20 @@ def test_models_that_cannot_be_measured(adv: AdversarialSet) -> None:
     normed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5)))
     with pytest.raises(UsageError, match="remove_parametrizations"):
         measure(normed, adv, THREAT)
+    masked = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    prune.l1_unstructured(masked[1], "weight", 0.5)
+    with pytest.raises(UsageError, match=r"'1' is computed from others.*torch\.nn\.utils\.prune\.remove"):
+        measure(masked, adv, THREAT)
+
+
+def test_wrapped_and_double_models(resnet: nn.Module, adv: AdversarialSet) -> None:
+    groups = [ChannelGroup("shared", 6, (GroupSlice("shared", "out", tuple(range(6)), tuple(range(6))),))]
+    plain = measure(resnet, adv, THREAT, groups=groups)
+    for wrapped in (nn.DataParallel(resnet), torch.compile(resnet, backend="eager")):
+        assert measure(wrapped, adv, THREAT, groups=groups) == plain
+    images = TensorImages((adv.images * 255).byte(), adv.labels)
+    made = make_adversarial_set(resnet.double(), images, THREAT, steps=2)
+    assert made.images.dtype == torch.float32
 
 
 def test_adversarial_set(resnet: nn.Module) -> None:

@@ -82,13 +82,13 @@ def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
 def images_at_once(images: ImageSet, most: int = 256) -> int:
     """How many of `images` to attack at once, so that what a backward pass keeps fits into memory.
 
-    `most`, and fewer above 64x64 pixels, in inverse proportion to the area, but 16 or more: a ResNet-50 at 224 pixels
+    `most`, and fewer above 64x64 pixels, in inverse proportion to the area, but 4 or more: a ResNet-50 at 224 pixels
     needs 0.1 GiB an image.
     """
     if len(images) == 0:
         return most
     height, width = images.get(torch.arange(1))[0].shape[-2:]
-    return min(most, max(16, most * 64 * 64 // (height * width)))
+    return min(most, max(4, most * 64 * 64 // (height * width)))
 
 
 def batches(images: ImageSet, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:

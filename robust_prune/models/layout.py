@@ -23,6 +23,11 @@ def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of the model's parameters, in which it wants its images; fp32 if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the hardware computes bf16 itself; where it does not, emulation is many times slower than fp32."""
     if device.type == "cuda":

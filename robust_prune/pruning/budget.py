@@ -31,13 +31,13 @@ Floats = npt.NDArray[np.float64]
 
 
 def floor_of(group: ChannelGroup, min_keep: float) -> int:
-    """Fewest channels that `group` may keep: `min_keep` of it, never zero, whole blocks.
+    """Fewest channels that `group` may keep: `min_keep` of its dense size, never zero, whole blocks.
 
     Args:
         group: the group.
         min_keep: share in [0, 1).
     """
-    least = max(1, math.ceil(min_keep * group.channels - 1e-9))
+    least = max(1, math.ceil(min_keep * (group.dense or group.channels) - 1e-9))
     return min(group.channels, math.ceil(least / group.blocks) * group.blocks)
 
 
@@ -116,6 +116,10 @@ def _land_from(
     search.solve()
     while not search.landed() and (choice := search.most_helpful()) is not None:
         search.relax(choice)
+        search.solve()
+    if not search.landed() and bool((search.keep > search.floors).any()):
+        for group in range(len(groups)):
+            search.relax(group)
         search.solve()
     return search
 

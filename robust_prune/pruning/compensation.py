@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.base import ImageSet
 from ..errors import UsageError
+from ..models.layout import weights_dtype
 
 
 @torch.no_grad()
@@ -21,7 +22,6 @@ def reestimate_batchnorm(
     count: int = 2048,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-    adversarial: Tensor | None = None,
     seed: int = 0,
 ) -> int:
     """Replaces the running statistics of every batch-norm by the plain average over batches of training images.
@@ -35,14 +35,13 @@ def reestimate_batchnorm(
         count: most clean images to use, drawn at random under `seed` so that sorted classes do not matter.
         batch_size: images a pass. A last batch of less than half of it is left out, since batches weigh the same.
         device: where to compute.
-        adversarial: float images [N, C, H, W] in [0, 1] that are averaged in as further batches.
         seed: of the draw.
 
     Returns:
         Number of batch-norm layers that were re-estimated; 0 leaves the model as it was.
 
     Raises:
-        UsageError: no images, or fewer than two in a batch.
+        UsageError: no images, or fewer than two in a batch. After any error the old statistics stand.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
@@ -53,14 +52,10 @@ def reestimate_batchnorm(
             f"batch_size {batch_size}"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with _estimating(model, layers):
         for part in _batches(order, batch_size):
             x, _ = images.get(part)
-            model((x.to(device).float() / 255).to(dtype))
-        if adversarial is not None:
-            for x in _batches(adversarial, batch_size):
-                model(x.to(device, dtype))
+            model((x.to(device).float() / 255).to(weights_dtype(model)))
     return len(layers)
 
 
@@ -76,6 +71,7 @@ def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """Only the batch-norms train, from scratch and with equal weight for all batches."""
     modes = [(m, m.training) for m in model.modules()]
     momenta = [layer.momentum for layer in layers]
+    kept = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -83,6 +79,11 @@ def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
         layer.train()
     try:
         yield
+    except BaseException:
+        for layer, buffers in zip(layers, kept, strict=True):
+            for name, buffer in buffers.items():
+                getattr(layer, name).copy_(buffer)
+        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

@@ -18,7 +18,9 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..models.layout import weights_dtype
 from .counting import Product, count_macs, count_params, trace_products
+from .twin import unwrap
 from .types import ChannelGroup
 
 __all__ = ["CostModel", "Of", "QuadraticForm", "cost_model", "count_macs", "count_params"]
@@ -112,7 +114,7 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
 
     Args:
         model: left as it came; the pass runs in eval mode.
-        example: [B, C, H, W] on the model's device; costs are those of one image of this size.
+        example: [B, C, H, W] on the model's device, in any precision; costs are those of one image of this size.
         groups: of this model.
 
     Raises:
@@ -121,6 +123,8 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
     names = tuple(group.name for group in groups)
     if len(set(names)) != len(names):
         raise UsageError("two channel groups have the same name; the cost of each needs its own")
+    model = unwrap(model)
+    example = example.to(weights_dtype(model))
     sides = _Sides(model, groups)
     macs, params = _Terms(len(names)), _Terms(len(names))
     _add_macs(macs, sides, trace_products(model, example), len(example))

@@ -21,6 +21,7 @@ magnitude plus the spread, which is the empirical Fisher estimate of the second-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -31,10 +32,12 @@ from torch import Tensor, nn
 from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
+from ..models.layout import weights_dtype
 from ..recipe import Criterion
 from .attention import find_attention
 from .baselines import BASELINES, baseline_scores
 from .slices import parameters_of, per_channel, weight_of
+from .twin import unwrap
 from .types import ChannelGroup, GroupSlice
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ def channel_scores(
         raise UsageError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    model = unwrap(model)
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         raw = {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in groups}
@@ -141,16 +145,20 @@ def removed_fraction_curve(model: nn.Module, group: ChannelGroup, scores: Tensor
         scores: [channels]; the order is `removal_order`'s.
 
     Returns:
-        float64 [channels + 1], ascending from 0; it ends at 1 if the group cuts all of its producers' outputs.
+        float64 [channels + 1], ascending from 0; it ends at 1 if the group cuts all of its producers' outputs. All 0 if
+        their weights are zero.
 
     Raises:
-        UsageError: the producers' weights are all zero, not finite, or of a kind that cannot be read.
+        UsageError: the producers' weights are not finite, or of a kind that cannot be read.
     """
+    model = unwrap(model)
     energy = _weight_norm(model, group, _is_out).square()
     weights = {id(w): w for s in group.slices if _is_out(s) and (w := weight_of(model, s)) is not None}
     total = sum(float(w.detach().double().square().sum()) for w in weights.values())
-    if not (total > 0 and torch.isfinite(energy).all()):
-        raise UsageError(f"the weights of group {group.name!r} have norm {total**0.5}, expected a finite number > 0")
+    if not (math.isfinite(total) and torch.isfinite(energy).all()):
+        raise UsageError(f"the weights of group {group.name!r} have norm {total**0.5}, expected a finite number")
+    if total == 0:
+        return energy.new_zeros(group.channels + 1)
     removed = energy[removal_order(group, scores)].cumsum(0) / total
     return torch.cat([removed.new_zeros(1), removed.clamp(max=1.0).sqrt()])
 
@@ -239,7 +247,7 @@ def _taylor(
     device: torch.device,
 ) -> dict[str, Tensor]:
     squares = {group.name: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = weights_dtype(model)
     with frozen_eval(model), track("Channel importance, Taylor", len(labels)) as advance:
         roots = {block.producers[0] for block in find_attention(model, images[:1].to(device, dtype))}
         faces = {group.name: _face(model, group, group.name in roots) for group in groups}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ..errors import UsageError
@@ -42,6 +42,25 @@ def _cost(plan: PruningPlan, of: str, *, after: bool) -> int:
     return plan.macs_after if after else plan.macs_before
 
 
+def realised(plan: PruningPlan, whole: Collection[str], macs: int, params: int) -> PruningPlan:
+    """The plan as surgery carried it out.
+
+    Args:
+        plan: as it was made.
+        whole: names of the groups that were rolled back.
+        macs, params: of the model that came out.
+    """
+    if not whole:
+        return plan
+    groups = tuple(replace(g, removed=()) if g.name in whole else g for g in plan.groups)
+    return replace(plan, groups=groups, macs_after=macs, params_after=params)
+
+
+def dense_widths(before: Sequence[PruningPlan]) -> dict[str, int]:
+    """Channels that each group had when it was first planned for, by name."""
+    return {g.name: g.channels for plan in reversed(before) for g in plan.groups}
+
+
 def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
     """All cuts as one, in channels of the dense model.
 
@@ -60,17 +79,22 @@ def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
     if len(plans) == 1:
         return plans[0]
     first, last = plans[0], plans[-1]
-    alive = {g.name: list(range(g.channels)) for g in first.groups}
+    # A group may be missing from a cut for which it could not be proven, and stays as it was.
+    seen = {g.name: g for plan in reversed(plans) for g in plan.groups}
+    alive = {name: list(range(g.channels)) for name, g in seen.items()}
     for plan in plans:
         for group in plan.groups:
-            if len(alive.get(group.name, ())) != group.channels:
+            if len(alive[group.name]) != group.channels:
                 raise UsageError(
                     f"group {group.name!r} has {group.channels} channels in a later cut, but "
-                    f"{len(alive.get(group.name, ()))} were left by the one before it"
+                    f"{len(alive[group.name])} were left by the one before it"
                 )
             gone = set(group.removed)
             alive[group.name] = [c for position, c in enumerate(alive[group.name]) if position not in gone]
-    groups = tuple(replace(g, removed=tuple(sorted(set(range(g.channels)) - set(alive[g.name])))) for g in first.groups)
+    names = dict.fromkeys(g.name for plan in plans for g in plan.groups)
+    groups = tuple(
+        replace(seen[name], removed=tuple(sorted(set(range(seen[name].channels)) - set(alive[name])))) for name in names
+    )
     if first.of == "latency":  # measured against the dense model in every cut, so the last one's word holds
         reached, note = ratio, last.note
     else:

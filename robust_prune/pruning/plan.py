@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -33,6 +34,13 @@ class GroupsFound(Protocol):
     def refused(self) -> Sequence[Refused]:
         """Groups that stay whole."""
         ...
+
+
+def check_groups(found: GroupsFound) -> None:
+    """Raises UsageError if there is nothing to cut."""
+    if not found.groups:
+        reason = f": {found.refused[0].name}: {found.refused[0].reason}" if found.refused else ""
+        raise UsageError(f"the model has no group of channels that can be cut{reason}")
 
 
 def make_plan(
@@ -74,9 +82,7 @@ def make_plan(
     """
     if not 0 < ratio < 1:
         raise UsageError(f"ratio must be in (0, 1), got {ratio}. Try 0.5.")
-    if not found.groups:
-        reason = f": {found.refused[0].name}: {found.refused[0].reason}" if found.refused else ""
-        raise UsageError(f"the model has no group of channels that can be cut{reason}")
+    check_groups(found)
     before = cost.cost({}, of)
     keep = allocate(
         allocation,
@@ -116,7 +122,7 @@ def make_plan(
 def render_plan(plan: PruningPlan) -> Table:
     """The plan as a table: channels before and after with a bar and MRS a group, totals at the foot."""
     title = f"Plan: remove {plan.ratio:.0%} of {plan.of} ({plan.allocation} allocation, {plan.criterion} scores)"
-    table = Table(title=title, caption=plan.note or None, show_footer=True)
+    table = Table(title=title, caption=escape(plan.note) or None, show_footer=True)
     left = (plan.macs_after / plan.macs_before, plan.params_after / plan.params_before)
     # Layer names differ at their ends, so a narrow terminal must fold them rather than cut them off.
     table.add_column("group", footer="MACs\nparameters", overflow="fold")
@@ -130,7 +136,7 @@ def render_plan(plan: PruningPlan) -> Table:
         mrs = "" if math.isnan(group.mrs) else f"{group.mrs:.3g}"
         table.add_row(group.name, str(group.channels), str(group.keep), f"{share:.0%}", _bar(share), mrs)
     for refused in plan.refused:
-        table.add_row(f"{refused.name}: {refused.reason}", "", "whole", "", "", "", style="dim")
+        table.add_row(escape(f"{refused.name}: {refused.reason}"), "", "whole", "", "", "", style="dim")
     return table
 
 
@@ -146,11 +152,13 @@ def _note(found: GroupsFound, cost: CostModel, keep: Mapping[str, int], ratio: f
     reached = 1 - after / before
     if abs(reached - ratio) <= TOLERANCE:
         return ""
-    said = f"asked to remove {ratio:.1%} of {of}, the nearest that the structure allows is {reached:.1%}"
+    asked = f"asked to remove {ratio:.1%} of {of}, the nearest"
     if all(keep[g.name] == floor_of(g, min_keep) for g in found.groups):
         whole = f" and {len(found.refused)} groups stay whole" if found.refused else ""
-        return f"{said}: every group is at its floor of {min_keep:.0%}{whole}. Lower min_keep or the ratio."
-    return f"{said}: one channel more or less is too coarse a step."
+        lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in found.groups) else ""
+        said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"
+        return f"{said}. Lower {lower}the ratio."
+    return f"{asked} found is {reached:.1%}: one channel more or less is too coarse a step."
 
 
 def _totals(macs: int, params: int) -> str:

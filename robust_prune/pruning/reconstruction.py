@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
+from ..models.layout import weights_dtype
 from .cutting import Place
 
 RIDGE = 1e-3
@@ -73,10 +74,10 @@ def reconstruct(
     device = next(small.parameters()).device
     solved = []
     with frozen_eval(small), frozen_eval(dense):
-        order = _order(small, readers, images[:1].to(device))
+        order = _order(small, readers, images[:1].to(device, weights_dtype(small)))
         with track("Reconstruction, least squares", len(order)) as advance:
             for name in order:
-                if _solve(small, dense, name, readers[name].to(device), images.to(device), ridge, batch_size):
+                if _solve(small, dense, name, readers[name].to(device), images, ridge, batch_size):
                     solved.append(name)
                 advance()
     return tuple(solved)
@@ -118,11 +119,11 @@ def _passed(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output of module `name`, where the pass ends."""
     kept: list[Tensor] = []
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        kept.extend((inputs[0], output))
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        kept.extend((args[0] if args else kwargs["input"], output))
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
+    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
         model(x)
     except _Reached:
@@ -138,7 +139,8 @@ def _solve(
     layer: Any = small.get_submodule(name)
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for x in images.split(batch_size):
+    for part in images.split(batch_size):
+        x = part.to(layer.weight)
         (given, found), (_, wanted) = _passed(small, name, x), _passed(dense, name, x)
         some = max(1, _MOST_ELEMENTS // (given[0].numel() * layer.weight[0, 0].numel()))
         parts = zip(given.split(some), found.split(some), wanted.split(some), strict=True)

@@ -40,6 +40,7 @@ class ChannelGroup:
         slices: everything that is cut together; the first is the root's ``out`` side.
         traced: whether it was found by watching values, where the graph had it wrong.
         members: names of the groups that it bundles, because the model's code wants equal widths of them; else empty.
+        dense: channels before any cut, of which floors are a share; None if there was no cut before.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ChannelGroup:
     blocks: int = 1
     traced: bool = False
     members: tuple[str, ...] = ()
+    dense: int | None = None
 
     @property
     def producers(self) -> tuple[str, ...]:

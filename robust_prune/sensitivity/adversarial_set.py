@@ -13,6 +13,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..data.base import ImageSet, batches, images_at_once, random_subset
 from ..errors import UsageError
+from ..models.layout import weights_dtype
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def make_adversarial_set(
     chosen = random_subset(images, count, seed)
     if len(chosen) == 0:
         raise UsageError("the adversarial set needs training images, found none. Check the data source.")
-    generator = torch.Generator().manual_seed(seed)
+    generator, dtype = torch.Generator().manual_seed(seed), weights_dtype(model)
     made: list[Tensor] = []
     labels: list[Tensor] = []
     with frozen_eval(model), track(f"Adversarial set, PGD-{steps}", len(chosen)) as advance:
         for x, y in batches(chosen, batch_size or images_at_once(chosen), device):
-            made.append(pgd(model, x, y, threat, steps=steps, generator=generator).float().cpu())
+            made.append(pgd(model, x.to(dtype), y, threat, steps=steps, generator=generator).float().cpu())
             labels.append(y.long().cpu())
             advance(len(y))
     return AdversarialSet(torch.cat(made), torch.cat(labels), seed)

@@ -85,7 +85,8 @@ def _loss_and_slope(
     for x, y, recording in recordings.batches():
         with exchanged(target, moved) as weight, torch.set_grad_enabled(need_slope), loss.autocast():
             value = cross_entropy_sum(recordings.replay(target.weight, x, recording), y)
-        if slope is not None:
-            slope += torch.autograd.grad(value, weight)[0]
+        if slope is not None and value.requires_grad:  # else this batch took a path that does not use the weight
+            (part,) = torch.autograd.grad(value, weight, allow_unused=True)
+            slope += 0 if part is None else part
         total += finite(value.item(), f"while ascending on {target.name!r}")
     return total / len(loss.adv), slope

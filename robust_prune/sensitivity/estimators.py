@@ -27,6 +27,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import fastest_layout
+from ..pruning.twin import unwrap
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
@@ -91,8 +92,9 @@ def measure(
         aggregation: see `aggregate_groups`.
         batch_size: most images per pass.
         ascent_steps: for ``ascent``, >= 1.
-        memory_bytes: limit on the module outputs kept at once: batches are made smaller to fit, and ascents compute
-            again what does not. On top come what one backward pass keeps, about as much, and six copies of the weights.
+        memory_bytes: limit on what recordings and backward passes keep of the images: batches are made smaller to fit
+            (of one image at least), and ascents compute again what does not. On top come about ten copies of the
+            measured weights, for ``gradient`` three.
         device: where to compute.
 
     Returns:
@@ -102,6 +104,7 @@ def measure(
         UsageError: an argument out of range, a model without such layers, or a loss that is NaN or infinite.
     """
     _check(estimator, rho, radii, batch_size, ascent_steps)
+    model = unwrap(model)
     check_aggregation(aggregation)
     all_radii = tuple(sorted({float(r) for r in radii} | {float(rho)}))
     loss = RobustLoss(model, adv, batch_size, torch.device(device))
@@ -111,7 +114,8 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
-        loss = bounded(loss, trace, weights, memory_bytes)
+        half = memory_bytes // 2  # for what is kept, and for the batch that is at work
+        loss = bounded(loss, trace, weights, half)
         base, gradients = _gradients(loss if estimator == "gradient" else loss.part(GRADIENT_IMAGES), weights)
         live = [
             (target, gradient)
@@ -124,10 +128,10 @@ def measure(
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
             searched = loss.fast() if rho >= BF16_RHO else loss
-            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, memory_bytes)
+            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, half)
             if estimator == "ascent":
                 directions = find_directions(
-                    searched, trace, live, float(rho), LONG, ascent_steps, memory_bytes, others=directions
+                    searched, trace, live, float(rho), LONG, ascent_steps, half, others=directions
                 )
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.layout import has_fast_bf16
+from ..models.layout import has_fast_bf16, weights_dtype
 from .adversarial_set import AdversarialSet
 from .replay import Trace, record, replay
 from .targets import Target, exchanged
@@ -34,8 +34,7 @@ class RobustLoss:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images in the model's precision and labels, in order, on the device."""
-        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        dtype = next(floats, torch.float32)
+        dtype = weights_dtype(self.model)
         for start in range(0, len(self.adv), self.batch_size):
             part = slice(start, start + self.batch_size)
             images = self.adv.images[part].to(self.device, dtype)
@@ -50,7 +49,7 @@ class RobustLoss:
 
     def fast(self) -> RobustLoss:
         """The same in bf16, where the hardware has it and the weights are single precision."""
-        single = next(self.model.parameters()).dtype == torch.float32
+        single = weights_dtype(self.model) == torch.float32
         return replace(self, bf16=single and has_fast_bf16(self.device))
 
     def autocast(self) -> torch.autocast:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .losses import RobustLoss
@@ -63,9 +64,33 @@ def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Paramete
 
 
 def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> RobustLoss:
-    """The same loss in batches small enough for the recordings of one to fit into `limit` bytes; of one image at least.
+    """The same loss in batches of which recordings and what a backward pass keeps fit into `limit` bytes each.
 
-    A backward pass keeps about as much.
+    A batch is of one image at least.
     """
-    fitting = limit // max(1, bytes_an_image(loss, trace, weights))
-    return replace(loss, batch_size=max(1, min(loss.batch_size, fitting)))
+    weights = list(weights)
+    one, two = (_saved_bytes(loss, next(loss.part(count).batches())[0], weights) for count in (1, 2))
+    an_image = max(1, two - one, bytes_an_image(loss, trace, weights))
+    return replace(loss, batch_size=max(1, min(loss.batch_size, limit // an_image)))
+
+
+def _saved_bytes(loss: RobustLoss, x: Tensor, weights: Sequence[nn.Parameter]) -> int:
+    """What autograd keeps of one forward, converted weights included."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    wanted = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad(), loss.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            logits = loss.model(x)  # held, so that no two storages have one address
+    finally:
+        for weight, flag in zip(weights, wanted, strict=True):
+            weight.requires_grad_(flag)
+    del logits
+    return sum(saved.values())

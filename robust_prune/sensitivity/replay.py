@@ -5,8 +5,8 @@ of its first use: whether by its own module, by a parent that reads it, or by a 
 that moment give the same output whatever the weight is. A *recording* keeps those outputs for one batch, and a
 *replay* returns them instead of computing them: a whole stage where possible, single layers next to the weight.
 
-Two kinds of calls are always computed, since a stored output cannot stand for them: calls that write to their inputs
-(in-place activations) and calls that return a view of their inputs (flatten, identity). Outputs that later code
+Some calls are always computed, since a stored output cannot stand for them: those that write to their inputs (in-place
+activations), and those that return a view of their inputs (flatten, identity) or a weight. Outputs that later code
 overwrites are copied at recording and at every replay. If a batch takes another path through the model than the trace
 did, the rest of that pass is computed plainly.
 
@@ -119,6 +119,8 @@ class _Tracer(TorchFunctionMode):
 
     def __init__(self, watched: Iterable[nn.Parameter]) -> None:
         super().__init__()
+        watched = list(watched)
+        self._parameters = {_storage(weight) for weight in watched}
         self.calls: list[Call] = []
         self.first_use: dict[int, int] = {}
         self._watched = {id(weight) for weight in watched}
@@ -149,7 +151,7 @@ class _Tracer(TorchFunctionMode):
         call.reusable = (
             all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves)
             and all(tensor._version == version for tensor, version in zip(inputs, versions, strict=True))
-            and not {_storage(t) for t in inputs} & {_storage(t) for t in tensors}
+            and not ({_storage(t) for t in inputs} | self._parameters) & {_storage(t) for t in tensors}
         )
         self._returned += [(call, tensor, tensor._version) for tensor in tensors]
         return output

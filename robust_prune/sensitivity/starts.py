@@ -41,7 +41,7 @@ def shortlist(
     """The most promising starts of each target, best first.
 
     For each start, `JOINT_STEPS` + 1 forwards and backwards over the set, and a partial forward a target. Memory:
-    `count` + 2 copies of the targets' weights, and what `losses_along` holds.
+    `count` + 5 copies of the targets' weights, and what `losses_along` holds.
 
     Args:
         loss: what to raise, over few images.

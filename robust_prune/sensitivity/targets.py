@@ -52,11 +52,7 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
             weight = module._parameters.get(attribute)
             if weight is None:
                 if attribute == "weight":
-                    raise UsageError(
-                        f"the weight of {name!r} is computed by a parametrization (weight or spectral norm), so it "
-                        "cannot be perturbed or pruned. Fold it in with torch.nn.utils.parametrize"
-                        ".remove_parametrizations first."
-                    )
+                    raise UsageError(_computed(name, module))
                 continue
             label = name if attribute in ("weight", "in_proj_weight") else f"{name}.{attribute}"
             found.append(Target(label, type(module).__name__, weight, tuple(owners[id(weight)])))
@@ -65,6 +61,19 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
             f"{type(model).__name__} has no convolution, linear or attention layer, so it has no module to measure"
         )
     return tuple(found)
+
+
+def _computed(name: str, module: nn.Module) -> str:
+    remedies = {
+        "weight_orig": "masks of torch.nn.utils.prune: torch.nn.utils.prune.remove(module, 'weight')",
+        "weight_g": "weight norm: torch.nn.utils.remove_weight_norm(module)",
+    }
+    plain = "a parametrization: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    remedy = next((text for attribute, text in remedies.items() if hasattr(module, attribute)), plain)
+    return (
+        f"the weight of {name!r} is computed from others, so it cannot be perturbed or pruned. Fold it in first; it is "
+        f"{remedy}."
+    )
 
 
 def _weight_names(module: nn.Module) -> tuple[str, ...]:
