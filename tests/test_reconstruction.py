@@ -118,6 +118,30 @@ def test_layers_that_are_not_their_weights_linear_map_are_left_alone(net: Net) -
     assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
 
 
+def test_a_layer_with_too_many_inputs_is_left_alone(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    surgery = cut(net, {"first": (5,), "third": (0, 3)})
+    monkeypatch.setattr(reconstruction, "_MOST_GRAM", 20**2)
+    before = surgery.model.second.weight.clone()
+    assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ("head",)
+    assert torch.equal(surgery.model.second.weight, before)
+
+
+def test_double_models_and_layers_called_by_keyword(net: Net) -> None:
+    class Keyword(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.second(input=torch.relu(self.norm(self.first(x)))))
+            return self.head(input=torch.relu(self.third(x)).mean((2, 3)))
+
+    keyword = Keyword().eval()
+    keyword.load_state_dict(net.state_dict())
+    images, results = torch.rand(64, 3, 8, 8), []
+    for model in (net.double(), keyword.double()):
+        surgery = cut(model, {"first": (5,), "third": (0, 3)})
+        assert reconstruct(surgery.model, model, surgery.gone, images) == ("second", "head")
+        results.append(surgery.model.head.weight)
+    torch.testing.assert_close(*results)
+
+
 def test_a_layer_that_runs_twice_is_left_alone(net: Net) -> None:
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ _MOST_ELEMENTS = 1 << 26
 """Of unfolded inputs held at once: 256 MB in single precision."""
 
 
+_MOST_GRAM = 1 << 27
+"""Elements of X'ᵀX': 1 GiB in double precision, 11,585 inputs. The head of a VGG at 224 pixels has more."""
+
+
 class _Reached(Exception):
     """The layer has run; what lies behind it is not needed."""
 
@@ -49,21 +53,22 @@ def reconstruct(
 ) -> tuple[str, ...]:
     """Solves the weights of every ordinary convolution and linear layer of `small` that lost inputs; in place.
 
-    Two partial forwards over `images` a layer. Memory: at most 256 MB of unfolded inputs (or one image's) and a square
-    matrix of the layer's inputs times its kernel area. Batch-norm statistics stay: they still fit, since what they
-    normalise is brought back to what it was.
+    Two partial forwards over `images` a layer. Memory: at most 256 MB of unfolded inputs (or one image's), what a
+    forward of a batch takes, and a few square matrices, of at most 1 GiB each, of the layer's inputs times its kernel
+    area. Batch-norm statistics stay: they still fit, since what they normalise is brought back to what it was.
 
     Args:
         small: the pruned model; its mode leaves as it came.
         dense: the model that it was cut from, on the same device; likewise.
         gone: positions of the dense model that went, as `Surgery.gone` tells them.
-        images: training images, clean and adversarial, [N, C, H, W] in [0, 1].
+        images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
         ridge: >= 0, see `RIDGE`. The more, the nearer the weights stay to the cut ones.
         batch_size: images a pass.
 
     Returns:
-        Names of the layers that were solved. Grouped and transposed convolutions, layers that run more than once a pass
-        and layers whose outputs cannot be matched stay as they were cut.
+        Names of the layers that were solved. Grouped and transposed convolutions, layers that run more than once a
+        pass, that have more inputs than such a matrix can have, or whose outputs cannot be matched stay as they were
+        cut.
 
     Raises:
         UsageError: no images, or a ridge below 0.
@@ -137,6 +142,8 @@ def _solve(
     small: nn.Module, dense: nn.Module, name: str, keep: Tensor, images: Tensor, ridge: float, batch_size: int
 ) -> bool:
     layer: Any = small.get_submodule(name)
+    if layer.weight[0].numel() ** 2 > _MOST_GRAM:
+        return False
     gram: Tensor | None = None
     moment: Tensor | None = None
     for part in images.split(batch_size):
