@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -306,6 +307,16 @@ def test_wrapped_and_double_models(resnet: nn.Module, adv: AdversarialSet) -> No
     images = TensorImages((adv.images * 255).byte(), adv.labels)
     made = make_adversarial_set(resnet.double(), images, THREAT, steps=2)
     assert made.images.dtype == torch.float32
+
+
+def test_gradient_checkpointing_is_put_aside() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    adv = noise_set((3, 32, 32), 5, count=2)
+    plain = measure(model, adv, THREAT)
+    model.set_grad_checkpointing(True)
+    assert measure(model, adv, THREAT) == plain
+    assert model.grad_checkpointing
 
 
 def test_adversarial_set(resnet: nn.Module) -> None:

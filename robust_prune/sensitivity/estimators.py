@@ -108,7 +108,7 @@ def measure(
     check_aggregation(aggregation)
     all_radii = tuple(sorted({float(r) for r in radii} | {float(rho)}))
     loss = RobustLoss(model, adv, batch_size, torch.device(device))
-    with frozen_eval(model), _plain_attention():
+    with frozen_eval(model), _plain_passes(model):
         targets = find_targets(model)
         weights = list({id(t.weight): t.weight for t in targets}.values())
         few = next(loss.batches())[0][:TRACE_IMAGES]
@@ -160,14 +160,23 @@ def _check(estimator: str, rho: float, radii: Sequence[float], batch_size: int, 
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keeps attention on one code path: the fused one runs without gradients only and hides its inner modules."""
+def _plain_passes(model: nn.Module) -> Iterator[None]:
+    """Keeps attention on one code path, and timm's models from checkpointing.
+
+    Fused attention runs without gradients only and hides its inner modules; a checkpointed part runs again during the
+    backward pass, when its recorded outputs and exchanged weights are gone.
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
+    checkpointing = [module for module in model.modules() if getattr(module, "grad_checkpointing", False) is True]
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        for module in checkpointing:
+            module.grad_checkpointing = False  # type: ignore[assignment]
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+        for module in checkpointing:
+            module.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def _norm(target: Target) -> float:
