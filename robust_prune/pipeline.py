@@ -202,7 +202,7 @@ def _bench(job: Job, rows: list[ModelRow], todo: StageLog) -> LatencyTable:
 
 def notes(job: Job, plan: PruningPlan | None = None, table: LatencyTable | None = None) -> tuple[str, ...]:
     """Sentences that the reader of a report must know."""
-    found = [SAMPLE_NOTE] if job.data.sample else []
+    found = [*([SAMPLE_NOTE] if job.data.sample else []), *job.data.notes]
     if plan is not None and plan.note:
         found.append(plan.note)
     section = job.recipe.pruning

@@ -35,11 +35,15 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     part = Path(name)
     try:
         write(part)
-        with part.open("rb") as stream:
+        with part.open("r+b") as stream:
             os.fsync(stream.fileno())
         part.chmod(0o666 & ~_umask())
         part.replace(path)
-    except OSError as error:
+    except Exception as error:
+        # torch and safetensors have errors of their own for a full disk.
+        full = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
+        if not (full or isinstance(error, OSError)):
+            raise
         raise EnvironmentProblem(f"cannot write {path}: {error}. Free some space or choose another --out.") from error
     finally:
         part.unlink(missing_ok=True)
@@ -121,23 +125,36 @@ class RunDir:
             stored = json.loads(mark.read_text(encoding="utf-8"))
         except ValueError:
             return None
-        return stored["outcome"] if stored.get("key") == key else None
+        return stored.get("outcome") if isinstance(stored, dict) and stored.get("key") == key else None
 
     def finish(self, stage: str, key: str, outcome: Any) -> None:
         """Marks `stage` as done for inputs `key`; write its files first."""
         write_json(self.stage(stage) / "stage.json", {"key": key, "outcome": outcome})
 
 
+_WRITTEN = (
+    "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
+    "result.md",
+)  # fmt: skip
+
+
 def claim(folder: Path, key: str, command: str) -> str:
     """Makes `folder` the place of the run whose inputs have hash `key`; a second call with the same key is a resume.
 
     Raises:
-        UsageError: the folder holds a run with other inputs, or is a file.
+        UsageError: the folder holds a run with other inputs or files of another origin that would be overwritten, or is
+            a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file. Name a folder.")
     mark = folder / "run.json"
-    if mark.exists() and read_json(mark).get("key") != key:
+    if not mark.exists() and (others := sorted(name for name in _WRITTEN if (folder / name).exists())):
+        raise UsageError(
+            f"{folder} is not a run folder and holds {', '.join(others)}, which a run would overwrite. "
+            "Name another folder with --out."
+        )
+    stored = read_json(mark) if mark.exists() else {"key": key}
+    if not isinstance(stored, dict) or stored.get("key") != key:
         raise UsageError(
             f"{folder} holds a run with another model, data, recipe or version. "
             "Name another folder with --out, or remove it."

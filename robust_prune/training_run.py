@@ -98,7 +98,7 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
         title=f"{name}: adversarial training ({recipe.training.loss})",
         command=command,
         recipe=recipe.model_dump(mode="json"),
-        notes=(SAMPLE_NOTE,) if data.sample else (),
+        notes=((SAMPLE_NOTE,) if data.sample else ()) + data.notes,
         models=(row,),
         history=tuple(trained["history"]),
         environment=snapshot(),

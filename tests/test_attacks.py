@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from robust_prune.attacks import ThreatModel, frozen_eval, n_fgsm, pgd, project, random_start
 from robust_prune.attacks.pgd import cross_entropy_objective, default_step_size
@@ -136,3 +136,14 @@ def test_step_size_crosses_the_ball_but_is_never_longer_than_it():
 def test_threat_model_refuses_nonsense(arguments, text):
     with pytest.raises(UsageError, match=text):
         ThreatModel(*arguments)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_infinite_slope_leaves_the_images_finite(norm: str) -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp_min(0).sqrt().mean((2, 3))
+
+    x = torch.zeros(4, 3, 4, 4)
+    found = pgd(Root(), x, torch.arange(4) % 3, ThreatModel(norm, 0.1), steps=3, start_random=False)
+    assert found.isfinite().all() and (found - x).abs().max() <= 0.1 + 1e-6

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robust_prune.attacks import ThreatModel, frozen_eval
 from robust_prune.data.base import TensorImages
-from robust_prune.errors import QualityGateError
+from robust_prune.errors import QualityGateError, UsageError
 from robust_prune.evaluation import worst_case
 from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.evaluate import evaluate
@@ -212,3 +212,13 @@ def test_start_seeds_differ_everywhere() -> None:
     seeds = {start_seed(s, b, r) for s in range(3) for b in (0, 1, 256) for r in range(3)}
     assert len(seeds) == 27
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_a_label_that_the_model_lacks_is_named_wherever_it_is(
+    trained: nn.Module, images: TensorImages, wrong: int
+) -> None:
+    labels = images.labels.clone()
+    labels[-1] = wrong
+    with pytest.raises(UsageError, match=f"label {wrong} found, but the model has"):
+        evaluate(trained, TensorImages(images.images, labels), THREAT, **NAMES, steps=1, batch_size=32)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from evaluation_sample import (
@@ -22,7 +23,7 @@ from robust_prune.errors import UsageError
 from robust_prune.evaluation.card import Accuracy
 from robust_prune.evaluation.evaluate import evaluate_with_twins
 from robust_prune.evaluation.examples import make_examples
-from robust_prune.evaluation.onnx_scores import OnnxTwin, score_onnx
+from robust_prune.evaluation.onnx_scores import OnnxTwin
 
 # --- the exported file -------------------------------------------------------------------------------------------
 
@@ -72,20 +73,19 @@ def test_twin_figures_survive_a_kill(trained: Tiny, images: TensorImages, onnx_f
     assert whole.twins == resumed.twins
 
 
-def test_score_onnx_counts_and_refuses(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
-    x, y = images.images.float() / 255, images.labels
-    with torch.no_grad():
-        right = int((trained(x).argmax(1) == y).sum())
-    assert score_onnx(onnx_file, x.split(64), y.split(64)) == Accuracy(right, 150)
-    with pytest.raises(UsageError, match="same number of batches"):
-        score_onnx(onnx_file, x.split(64), y.split(64)[:1])
-    with pytest.raises(UsageError, match="64 images but 50 labels"):
-        score_onnx(onnx_file, x.split(64), y.split(50))
+def test_files_that_cannot_be_scored(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        score_onnx(tmp_path / "none.onnx", [x], [y])
+        OnnxTwin(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(UsageError, match="cannot be read as an ONNX model"):
-        score_onnx(tmp_path / "text.onnx", [x], [y])
+        OnnxTwin(tmp_path / "text.onnx")
+    with pytest.raises(UsageError, match=r"does not run on images of \(2, 3, 5\)"):
+        OnnxTwin(onnx_file).logits(torch.zeros(2, 3, 5))
+    proto = onnx.load(onnx_file)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(proto, tmp_path / "one.onnx")
+    with pytest.raises(UsageError, match=r"takes batches of 1 only.*Export it with a dynamic batch"):
+        OnnxTwin(tmp_path / "one.onnx")
 
 
 def test_examples_show_every_model_the_same_points(trained: Tiny, images: TensorImages) -> None:

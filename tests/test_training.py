@@ -14,9 +14,12 @@ from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.recipe import LOSSES, TrainSettings
+from robust_prune.run_dir import RunDir, atomic_write, claim
 from robust_prune.training import trainer
 from robust_prune.training.losses import Batch, make_loss
+from robust_prune.training.precision import choose_precision
 from robust_prune.training.trainer import decay_groups, train
+from robust_prune.training.validation import score
 
 THREAT = ThreatModel("linf", 4 / 255)
 
@@ -113,11 +116,10 @@ def test_a_killed_run_ends_bit_identical(tmp_path, monkeypatch, kill_at):
     arguments = dict(checkpoint=checkpoint, checkpoint_seconds=0.0)
     with pytest.raises(_Killed):
         train(_model(), _images(96), _images(30, 1), THREAT, settings, **arguments)
-    monkeypatch.setattr(trainer._Run, "_step", real)
-    resumed = _model(seed=99)
-    if not checkpoint.exists():
-        resumed = _model()
+    begun, calls, kill_at = checkpoint.exists(), 0, 0
+    resumed = _model()
     result = train(resumed, _images(96), _images(30, 1), THREAT, settings, **arguments)
+    assert (calls < 18) == begun
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in _weights(whole).items())
     strip = [(r.epoch, r.train_loss, r.val_clean, r.val_robust, r.source, r.lr) for r in result.history]
     assert strip == [(r.epoch, r.train_loss, r.val_clean, r.val_robust, r.source, r.lr) for r in expected.history]
@@ -141,6 +143,78 @@ def test_a_nan_loss_stops_the_run_in_one_clear_line():
         model[0].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(QualityGateError, match=r"training loss became nan in epoch 1, step 1\. Lower the learning"):
         train(model, _images(32), _images(30, 1), THREAT, _settings())
+
+
+def test_a_nan_loss_later_on_keeps_the_best_epoch(tmp_path, monkeypatch):
+    checkpoint, plain = tmp_path / "checkpoint.pt", trainer._Run._forward_backward
+
+    def breaks(run, batch):
+        if run.state.epoch == 2:
+            with torch.no_grad():
+                run.model[0].weight.fill_(float("nan"))
+        return plain(run, batch)
+
+    monkeypatch.setattr(trainer._Run, "_forward_backward", breaks)
+    model, settings = _model(), _settings(epochs=5)
+    result = train(model, _images(96), _images(30, 1), THREAT, settings, checkpoint=checkpoint)
+    assert result.best_epoch in (1, 2) and len(result.history) == 2
+    assert "loss became nan in epoch 3, step 1. Lower" in result.note
+    assert result.note.endswith(f"Went back to epoch {result.best_epoch}.")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    again = train(_model(), _images(96), _images(30, 1), THREAT, settings, checkpoint=checkpoint)
+    assert again.note == result.note
+
+
+def test_without_held_out_images_the_last_epoch_stays():
+    model = _model()
+    before = _weights(model)
+    result = train(model, _images(96), _images(30, 1), THREAT, _settings(validation_images=0))
+    assert result.best_epoch == 3
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_logits_that_are_not_finite_are_never_right():
+    model = _model()
+    with torch.no_grad():
+        model[5].bias.fill_(float("nan"))
+    images = TensorImages(_images(30).images, torch.zeros(30, dtype=torch.long))
+    precision = trainer.Precision(bf16=False, channels_last=False)
+    found = score(model, images, THREAT, steps=1, seed=0, device=torch.device("cpu"), precision=precision)
+    assert found == (0.0, 0.0)
+
+
+def test_dropout_follows_the_seed_alone(tmp_path):
+    def trained(noise: int) -> dict[str, torch.Tensor]:
+        model = nn.Sequential(*_model()[:5], nn.Dropout(0.5), nn.Linear(8, 3))
+        model[6].load_state_dict({"weight": torch.eye(8)[:3], "bias": torch.zeros(3)})
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        train(model, _images(48), _images(30, 1), THREAT, _settings(epochs=2))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return model.state_dict()
+
+    one, two = trained(1), trained(2)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_model_that_views_its_features_and_no_momentum(monkeypatch):
+    monkeypatch.setattr(trainer, "choose_precision", choose_precision)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Viewing(), nn.Linear(512, 3))
+    result = train(model, _images(48), _images(30, 1), THREAT, _settings(epochs=1, momentum=0))
+    assert len(result.history) == 1
+
+
+class Viewing(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_a_checkpoint_of_another_model_or_other_images_is_not_used(tmp_path, capsys):
+    checkpoint, settings = tmp_path / "checkpoint.pt", _settings(epochs=1)
+    train(_model(), _images(96), _images(30, 1), THREAT, settings, checkpoint=checkpoint)
+    for model, images in ((_model(1), _images(96)), (_model(), _images(96, 5))):
+        train(model, images, _images(30, 1), THREAT, settings, checkpoint=checkpoint)
+        assert "other settings" in capsys.readouterr().out
 
 
 def test_collapse_goes_back_to_the_best_epoch(monkeypatch):
@@ -233,8 +307,6 @@ def test_crop_and_flip_move_whole_images():
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
-    from robust_prune.run_dir import atomic_write
-
     target = tmp_path / "file.txt"
     target.write_text("old")
 
@@ -245,3 +317,35 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(Exception, match=r"cannot write .*disk full\. Free some space"):
         atomic_write(target, fail)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_in_torchs_words_is_said_plainly(tmp_path):
+    def fail(part: Path) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*Free some space"):
+        atomic_write(tmp_path / "x.pt", fail)
+
+    def bug(part: Path) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        atomic_write(tmp_path / "x.pt", bug)
+
+
+def test_a_folder_with_other_files_is_not_claimed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    claim(tmp_path, "key", "robust-prune")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_text("mine")
+    with pytest.raises(UsageError, match=r"not a run folder and holds model\.safetensors, which a run would overwrite"):
+        claim(other, "key", "robust-prune")
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UsageError, match="holds a run with another model"):
+        claim(tmp_path, "key", "robust-prune")
+    stage = RunDir(tmp_path)
+    stage.finish("plan", "key", 3)
+    assert stage.finished("plan", "key") == 3
+    (tmp_path / "plan" / "stage.json").write_text("[]")
+    assert stage.finished("plan", "key") is None

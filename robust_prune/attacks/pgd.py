@@ -27,7 +27,8 @@ def input_gradient(model: nn.Module, x: Tensor, objective: Objective) -> tuple[T
     with torch.enable_grad():
         values = objective(model(x).float())
         (gradient,) = torch.autograd.grad(values.sum(), x)
-    return gradient, values.detach()
+    # A square root of a black pixel has an infinite slope; let through, it would make the image NaN.
+    return gradient.nan_to_num(0.0, 1.0, -1.0), values.detach()
 
 
 def cross_entropy_objective(y: Tensor) -> Objective:

@@ -13,6 +13,7 @@ import yaml
 from cyclopts import Parameter
 
 from .. import processes
+from ..console import console
 from ..errors import UsageError
 from ..recipe import Recipe, load
 
@@ -99,10 +100,11 @@ def open_data(recipe: Recipe) -> DataBundle:
             "or --data sample for the embedded sample of CIFAR-10."
         )
     size = (3, section.image_size, section.image_size) if section.image_size else None
-    root = Path(section.root) if section.root else None
+    root = Path(section.root).expanduser() if section.root else None
     processes.join(recipe.device)
     with processes.one_at_a_time_on_each_machine():
-        return load_data(section.name, validation=section.validation, root=root, seed=recipe.seed, input_size=size)
+        # Splits do not follow the recipe's seed: what one run tests on, no other may have trained on.
+        return load_data(section.name, validation=section.validation, root=root, input_size=size)
 
 
 def open_model_for(
@@ -122,7 +124,15 @@ def open_model_for(
         }
     # A recipe's architecture is for files that hold only weights; the demo brings its own.
     known = arch if model == DEMO else arch or recipe.model.arch
-    return open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts)
+    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts)
+    if others := loaded.provenance.get("weights_not_used"):
+        used = loaded.provenance["weights_from"]
+        console.print(
+            f"{model} holds several sets of weights: {used} was taken, {', '.join(others)} not. To take another, save "
+            "it to a file of its own.",
+            markup=False,
+        )
+    return loaded
 
 
 def run_name(model: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ..console import console
+from ..errors import UsageError
 from .common import (
     DEMO,
     ArchFlag,
@@ -72,6 +73,8 @@ def evaluate(
     }
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out {out} is a folder. Name a file, e.g. {out / 'card.json'}.")
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 

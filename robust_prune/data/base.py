@@ -79,6 +79,16 @@ def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
     return Subset(images, order[:count].sort().values)
 
 
+def mixing_order(labels: Tensor) -> Tensor:
+    """Positions [N] in which images should lie, so that the first of them are of all classes.
+
+    As they are, unless they are sorted by class; then a fixed random order.
+    """
+    if len(labels) > 1 and bool((labels[1:] >= labels[:-1]).all()):
+        return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.arange(len(labels))
+
+
 def images_at_once(images: ImageSet, most: int = 256) -> int:
     """How many of `images` to attack at once, so that what a backward pass keeps fits into memory.
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import DataBundle, ImageSet
+from .base import DataBundle, ImageSet, mixing_order
 from .npz import channel_statistics
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -25,6 +25,7 @@ DEFAULT_SIDE = 224
 """Pixels that images are brought to when they differ in size and the caller names none."""
 
 _PROBED = 64
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _STATISTICS_IMAGES = 1024
 
 
@@ -68,13 +69,26 @@ def decode(path: Path, input_size: tuple[int, int, int]) -> np.ndarray:
     channels, height, width = input_size
     try:
         with Image.open(path) as stream:
-            image = stream.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = _eight_bits(stream).convert("L" if channels == 1 else "RGB")
+    except _UNREADABLE as error:
         raise UsageError(f"cannot decode the image {path}: {error}. Remove or replace it.") from error
     if image.size != (width, height):
         image = _resized(image, height, width)
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips deeper greyscale at 255 instead of scaling it.
+
+    Raises:
+        ValueError: a range that is not known.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has 32 bits a pixel, whose range is not known; store it with 8 or 16 bits")
+    return image
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -129,7 +143,8 @@ _Samples = list[tuple[Path, int]]
 
 def _images(samples: _Samples, input_size: tuple[int, int, int]) -> FolderImages:
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    return FolderImages(tuple(path for path, _ in samples), labels, input_size)
+    order = mixing_order(labels)
+    return FolderImages(tuple(samples[i][0] for i in order.tolist()), labels[order], input_size)
 
 
 def _probe(images: ImageSet, count: int, seed: int) -> Tensor:
@@ -233,9 +248,9 @@ def _common_size(paths: list[Path], seed: int) -> tuple[tuple[int, int, int], st
             with Image.open(paths[index]) as image:
                 sizes.add(image.size)
                 modes.add(image.mode)
-        except OSError as error:
+        except _UNREADABLE as error:
             raise UsageError(f"cannot decode the image {paths[index]}: {error}. Remove or replace it.") from error
-    channels = 1 if modes <= {"L", "1", "I;16"} else 3
+    channels = 1 if modes <= {"L", "LA", "1", "I;16", "I;16B", "I;16L"} else 3
     if len(sizes) == 1:
         width, height = sizes.pop()
         return (channels, height, width), ""

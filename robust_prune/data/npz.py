@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
-from .base import DataBundle, TensorImages
+from .base import DataBundle, TensorImages, mixing_order
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -86,5 +86,9 @@ def _image_set(path: Path, arrays: dict[str, np.ndarray], part: str) -> TensorIm
         raise UsageError(f"{path}: {len(x)} images in x_{part} but {len(y)} labels in y_{part}")
     if int(y.min()) < 0:
         raise UsageError(f"{path}: y_{part} holds the negative label {int(y.min())}")
-    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-    return TensorImages(images, torch.from_numpy(y.astype(np.int64)))
+    if 0 in x.shape:
+        raise UsageError(f"{path}: x_{part} holds empty images, {x.shape}")
+    labels = torch.from_numpy(y.astype(np.int64))
+    order = mixing_order(labels)
+    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)[order.numpy()]))
+    return TensorImages(images, labels[order])

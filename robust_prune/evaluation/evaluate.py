@@ -29,7 +29,7 @@ from .flags import (
     twin_flags,
 )
 from .hashing import buffers_hash, images_hash, models_hash
-from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, clean_pass, sweep_pass
+from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision, full_precision
 from .standard import check_classes
 from .state import EvalState, load_state
@@ -222,9 +222,8 @@ def _classes(job: Job, few: Tensor) -> int:
 
 
 def _first_look(job: Job, classes: int) -> list[str]:
-    x, y = job.get(torch.arange(min(CHECK_IMAGES, len(job.images))))
-    if int(y.max()) >= classes:
-        raise UsageError(f"label {int(y.max())} found, but the model has {classes} outputs. Is the data right?")
+    x, y = job.get(torch.arange(min(CHECK_IMAGES, job.batch_size, len(job.images))))
+    check_labels(y, classes)
     with full_precision():
         return behaviour_flags(job.model, x, y)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ from torch import Tensor
 
 from ..errors import EnvironmentProblem, UsageError
 from ..run_dir import file_sha256
-from .card import Accuracy
 from .scoring import classify
 
 
 class OnnxTwin:
-    """An ONNX classifier of [0, 1] images; a `Twin` for `evaluate_with_twin`.
+    """An ONNX classifier of [0, 1] images; a `Twin` for `evaluate_with_twins`.
 
     Args:
         path: the file; one input (float32, [N, C, H, W]) and logits [N, K] as its first output.
 
     Raises:
-        UsageError: the file is missing or is not an ONNX model.
+        UsageError: the file is missing, is not an ONNX model, or takes a fixed number of images only.
         EnvironmentProblem: onnxruntime is not installed or is broken.
     """
 
@@ -32,13 +30,23 @@ class OnnxTwin:
         if not self.path.is_file():
             raise UsageError(f"{self.path} does not exist. Export the model first.")
         self._session = _session(self.path)
-        self._input = self._session.get_inputs()[0].name
+        taken = self._session.get_inputs()[0]
+        self._input = taken.name
+        if taken.shape and isinstance(taken.shape[0], int):
+            raise UsageError(
+                f"{self.path} takes batches of {taken.shape[0]} only, its input being {taken.shape}. Export it with a "
+                "dynamic batch, as robust-prune export does."
+            )
         self.key = file_sha256(self.path)
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [N, K] (float32) of images [N, C, H, W] in [0, 1]."""
         array = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
-        return torch.from_numpy(self._session.run(None, {self._input: array})[0]).float()
+        try:
+            return torch.from_numpy(self._session.run(None, {self._input: array})[0]).float()
+        except Exception as error:  # onnxruntime raises classes of its own
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{self.path} does not run on images of {tuple(array.shape)}: {reason}") from error
 
     def predict(self, images: Tensor) -> Tensor:
         """Classes [N] of the same; -1 where a logit is not finite."""
@@ -59,27 +67,3 @@ def _session(path: Path) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes for an unreadable model
         raise UsageError(f"{path} cannot be read as an ONNX model: {str(error).splitlines()[0]}") from error
-
-
-def score_onnx(path: Path | str, x: Iterable[Tensor], y: Iterable[Tensor]) -> Accuracy:
-    """Accuracy of an ONNX file on given images, on the CPU.
-
-    Args:
-        path: the file.
-        x: batches of float32 images [B, C, H, W] in [0, 1]: clean ones, or adversarial ones made on the torch model.
-        y: the batches' labels [B].
-
-    Raises:
-        UsageError: the file is missing or unreadable, or batches and labels do not match.
-    """
-    twin = OnnxTwin(path)
-    correct = total = 0
-    try:
-        for images, labels in zip(x, y, strict=True):
-            if len(images) != len(labels):
-                raise UsageError(f"a batch has {len(images)} images but {len(labels)} labels")
-            correct += int((twin.predict(images) == labels.cpu()).sum())
-            total += len(labels)
-    except ValueError as error:
-        raise UsageError(f"images and labels must come in the same number of batches ({error})") from error
-    return Accuracy(correct, total)

@@ -20,6 +20,7 @@ from ..attacks.objectives import misclassified
 from ..attacks.square import Predict
 from ..console import track
 from ..data.base import ImageSet
+from ..errors import UsageError
 from ..run_dir import digest
 from .flags import CHECK_IMAGES
 from .hashing import images_hash, models_hash
@@ -109,6 +110,14 @@ def _timed(job: Job, state: EvalState) -> Iterator[None]:
     job.save(state)
 
 
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raises UsageError unless all labels are in 0..`classes` - 1."""
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise UsageError(f"label {wrong} found, but the model has {classes} outputs. Is the data right?")
+
+
 def clean_pass(job: Job, state: EvalState) -> None:
     """Predictions without an attack."""
     total = len(job.images)
@@ -118,6 +127,7 @@ def clean_pass(job: Job, state: EvalState) -> None:
             stop = min(start + job.batch_size, total)
             with _timed(job, state):
                 x, y = job.get(torch.arange(start, stop))
+                check_labels(y, counters.classes)
                 predicted, _ = score(job.model, x, y)
                 state.clean[start:stop] = (predicted == y).cpu().numpy()
                 state.robust[start:stop] = state.clean[start:stop]

@@ -38,7 +38,8 @@ class Precision:
 def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Precision:
     """Times a forward and backward pass in each layout (and in bf16 where the hardware has it); the fastest wins.
 
-    The model's weights, gradients, modes and statistics are left as they were; its memory format is not.
+    The model's weights, gradients, modes and statistics are left as they were; its memory format is not. What the model
+    cannot run in is no candidate.
 
     Args:
         model: on its device.
@@ -50,18 +51,26 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
     candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    times = dict.fromkeys(candidates, float("inf"))
+    times, failed = dict.fromkeys(candidates, float("inf")), set[Precision]()
     try:
         # Candidates take turns, so that a passing load on the machine does not fall on one of them alone.
         for attempt in range(repeats + 1):
             for candidate in candidates:
-                seconds = _seconds(model, images, candidate)
+                if candidate in failed:
+                    continue
+                try:
+                    seconds = _seconds(model, images, candidate)
+                except RuntimeError:  # code that calls `view` on its features refuses channels_last
+                    if candidate == candidates[0]:
+                        raise
+                    failed.add(candidate)
+                    continue
                 if attempt:
                     times[candidate] = min(times[candidate], seconds)
     finally:
         for module, mode in modes:
             module.training = mode
-    return min(candidates, key=lambda candidate: times[candidate])
+    return min((c for c in candidates if c not in failed), key=lambda candidate: times[candidate])
 
 
 def _seconds(model: nn.Module, images: Tensor, precision: Precision) -> float:

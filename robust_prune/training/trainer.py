@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, Subset, TensorImages, first
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
+from ..evaluation.hashing import images_hash, models_hash
 from ..models import user_file
 from ..recipe import TrainSettings
 from ..run_dir import atomic_write, digest
@@ -33,6 +35,10 @@ from .validation import Score, chance_note, score
 CHECKPOINT_SECONDS = 60.0
 # Fast adversarial training can lose all robustness within one epoch ("catastrophic overfitting", Wong et al., 2020).
 COLLAPSE = 0.15
+
+
+class LossNotFinite(QualityGateError):
+    """A training loss that is NaN or infinite."""
 
 
 @dataclass
@@ -72,18 +78,22 @@ class _Run:
         self.checkpoint_seconds = checkpoint_seconds
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
+        begun_from = models_hash(model), images_hash(train_images)
         self.images = resident(train_images, self.device)
         self.validation = resident(first(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
+        # Every process takes as many images, so that the mean of their gradients is the batch's.
+        self.batch_size = _divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
         self.precision = processes.from_first(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
         self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
-        # Every process takes as many images, so that the mean of their gradients is the batch's.
-        self.batch_size = _divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
         optimizer = torch.optim.SGD(
-            decay_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum, nesterov=True
+            decay_groups(model, settings.weight_decay),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
         )
         total = settings.epochs * self.steps_per_epoch
         self.scheduler = CosineLRScheduler(
@@ -106,12 +116,12 @@ class _Run:
         # Where figures are logged to changes no weight.
         described = settings.model_dump(exclude={"trackers"})
         written = user_file.versions(settings.loss)
-        self.key = digest([described, written, threat.to_json(), seed, len(self.images), len(self.validation)])
+        self.key = digest([described, written, threat.to_json(), seed, *begun_from, len(self.validation)])
 
     def _precision(self) -> Precision:
         if self.settings.precision == "fp32":
             return Precision(bf16=False, channels_last=False)
-        x, _ = self.images.get(torch.arange(min(self.settings.batch_size, len(self.images))))
+        x, _ = self.images.get(torch.arange(self.batch_size // self.accelerator.num_processes))
         return choose_precision(self.model, x.to(self.device).float() / 255)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
@@ -163,7 +173,14 @@ class _Run:
         done = state.epoch * self.steps_per_epoch + state.step
         with track(f"Training ({settings.loss}, {self.precision})", total, done) as advance:
             while state.epoch < settings.epochs and not state.note:
-                self._epoch(advance)
+                try:
+                    self._epoch(advance)
+                except LossNotFinite as error:
+                    # Other processes may have seen numbers, and would wait for this one.
+                    if state.best_epoch == 0 or self.accelerator.num_processes > 1:
+                        raise
+                    state.note = f"{error} Went back to epoch {state.best_epoch}."
+                    console.print(state.note, markup=False)
         self.model.load_state_dict(self.best_weights)
         self.save()
         note = state.note or (chance_note(state.best, self.validation) if settings.epochs else "")
@@ -200,6 +217,9 @@ class _Run:
         self.wrapped.train()
         batch = Batch(x, y, self.threat, generator, self.model, self.teacher)
         with ExitStack() as stack:
+            stack.enter_context(
+                _seeded_layers(self.device, self.seed, state.epoch, state.step, accelerator.process_index)
+            )
             stack.enter_context(share_of_batch(accelerator.process_index, accelerator.num_processes))
             if settings.awp and self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch:
                 stack.enter_context(perturbed_weights(self.model, self._gradients(batch), settings.awp))
@@ -236,7 +256,7 @@ class _Run:
             result = self.loss(self.wrapped, batch)
         value, state = result.loss.item(), self.state
         if value != value or abs(value) == float("inf"):
-            raise QualityGateError(
+            raise LossNotFinite(
                 f"training loss became {value} in epoch {state.epoch + 1}, step {state.step + 1}. "
                 "Lower the learning rate, or look for NaN in the model's weights."
             )
@@ -266,7 +286,7 @@ class _Run:
         )
 
     def _keep_if_better(self, epoch: int, found: Score, model: nn.Module) -> None:
-        if found > self.state.best:
+        if found > self.state.best or len(self.validation) == 0:
             self.state.best, self.state.best_epoch = found, epoch
             self.best_weights = copy.deepcopy(model.state_dict())
 
@@ -277,13 +297,14 @@ class _Run:
         scores = {name: self._score(model) for name, model in candidates.items()}
         source = max(scores, key=lambda name: scores[name])
         collapsed = scores["live"].robust < state.best.robust - COLLAPSE
+        before = state.best.robust
+        self._keep_if_better(epoch, scores[source], candidates[source])
         if collapsed and self.settings.loss == "n_fgsm":
             state.note = (
-                f"epoch {epoch}: held-out robust accuracy fell from {100 * state.best.robust:.1f} to "
+                f"epoch {epoch}: held-out robust accuracy fell from {100 * before:.1f} to "
                 f"{100 * scores['live'].robust:.1f} % (catastrophic overfitting); went back to epoch {state.best_epoch}"
             )
             console.print(state.note, markup=False)
-        self._keep_if_better(epoch, scores[source], candidates[source])
         sums = zip(*processes.gathered((state.loss_sum, state.accuracy_sum)), strict=True)
         loss, accuracy = (sum(parts) / len(parts) / self.steps_per_epoch for parts in sums)
         record = EpochRecord(
@@ -366,6 +387,14 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
     if settings.trackers:
         accelerator.init_trackers("trackers")
     return accelerator
+
+
+@contextmanager
+def _seeded_layers(device: torch.device, seed: int, *position: int) -> Iterator[None]:
+    """What layers such as dropout draw depends on where the run stands; the caller's random state is kept."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator_at("cpu", seed, "layers", *position).initial_seed())
+        yield
 
 
 def _divisible(batch_size: int, count: int) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from .. import processes
 from ..attacks import ThreatModel, frozen_eval, pgd
 from ..data.base import ImageSet, batches, images_at_once
+from ..evaluation.scoring import classify
 from .precision import Precision
 from .randomness import generator_at
 
@@ -43,7 +44,7 @@ def score(
                 continue
             x = x.contiguous(memory_format=precision.memory_format)
             with torch.no_grad():
-                keep = model(x).argmax(1) == y
+                keep = classify(model(x)) == y
             x, y = x[keep], y[keep]
             right += len(y)
             if len(y) == 0:
@@ -51,7 +52,7 @@ def score(
             generator = generator_at(device, seed, "validation", index)
             x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=False)
             with torch.no_grad():
-                survived += int((model(x_adv).argmax(1) == y).sum())
+                survived += int((classify(model(x_adv)) == y).sum())
     robust, clean = (sum(parts) for parts in zip(*processes.gathered((survived, right)), strict=True))
     total = max(len(images), 1)
     return Score(robust / total, clean / total)
