@@ -187,10 +187,12 @@ def test_a_damaged_state_is_started_over(
 def test_state_of_other_settings_or_models_is_not_reused(trained: Tiny, images: TensorImages, tmp_path: Path) -> None:
     state = tmp_path / "state.npz"
     evaluate(trained, images, THREAT, **NAMES, steps=1, restarts=1, state_path=state)
+    first = state.read_bytes()
     stored = evaluate(trained, images, THREAT, **NAMES, steps=8, state_path=state)
     assert same_but_for_time(stored, evaluate(trained, images, THREAT, **NAMES, steps=8))
     _, note = load_state(state, "another key", 150)
     assert "another model or other settings" in note
+    assert (tmp_path / "state.npz.old").read_bytes() == first
 
 
 def test_model_hash_sees_weights_buffers_and_structure_but_not_mode(trained: Tiny) -> None:

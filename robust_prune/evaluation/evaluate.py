@@ -202,7 +202,10 @@ def _begin(job: Job) -> EvalState:
         return EvalState.fresh("", len(job.images), len(job.twins))
     state, note = load_state(job.state_path, job.key, len(job.images), len(job.twins))
     if note:
-        console.print(note, markup=False)
+        # Hours of a strong attack may lie in it, and a mistyped option be all that keeps them from going on.
+        kept = job.state_path.with_name(f"{job.state_path.name}.old")
+        job.state_path.replace(kept)
+        console.print(f"{note} It is kept as {kept.name}.", markup=False)
     return state
 
 
