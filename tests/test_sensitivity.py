@@ -293,6 +293,9 @@ def test_models_that_cannot_be_measured(adv: AdversarialSet) -> None:
     normed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5)))
     with pytest.raises(UsageError, match="remove_parametrizations"):
         measure(normed, adv, THREAT)
+    spectral = nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(192, 5)))
+    with pytest.raises(UsageError, match=r"spectral norm: torch\.nn\.utils\.remove_spectral_norm"):
+        measure(spectral, adv, THREAT)
     masked = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     prune.l1_unstructured(masked[1], "weight", 0.5)
     with pytest.raises(UsageError, match=r"'1' is computed from others.*torch\.nn\.utils\.prune\.remove"):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models.layout import weights_dtype
+from ..models.wrappers import unwrap
 from .counting import Product, count_macs, count_params, trace_products
-from .twin import unwrap
 from .types import ChannelGroup
 
 __all__ = ["CostModel", "Of", "QuadraticForm", "cost_model", "count_macs", "count_params"]

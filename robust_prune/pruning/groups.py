@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..models.wrappers import unwrap
 from .attention import Attention, find_attention
 from .cutting import is_depthwise, place_size
 from .graph import BoundedGraph, BrokenMapping, Coupling, couple
 from .tracing import trace_groups
 from .transaction import Bench, Candidate, Cut, Ledger
-from .twin import unwrap
 from .types import ChannelGroup, GroupSlice, Refused
 
 _SEED = 308

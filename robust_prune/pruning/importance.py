@@ -33,11 +33,11 @@ from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
+from ..models.wrappers import unwrap
 from ..recipe import Criterion
 from .attention import find_attention
 from .baselines import BASELINES, baseline_scores
 from .slices import parameters_of, per_channel, weight_of
-from .twin import unwrap
 from .types import ChannelGroup, GroupSlice
 
 if TYPE_CHECKING:

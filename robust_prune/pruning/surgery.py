@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QualityGateError
+from ..models.wrappers import unwrap
 from .cutting import Cutter, Place, gone_positions
 from .groups import bundled, check_example, find_candidates, find_traced
 from .masking import masked
 from .transaction import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
-from .twin import copy_model, first_line, images_like, precise_copy, relative_error, unwrap
+from .twin import copy_model, first_line, images_like, precise_copy, relative_error
 from .types import ChannelGroup, PlannedGroup, PruningPlan, Refused
 
 

@@ -27,7 +27,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import fastest_layout
-from ..pruning.twin import unwrap
+from ..models.wrappers import unwrap
 from ..pruning.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation

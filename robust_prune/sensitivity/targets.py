@@ -65,8 +65,9 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
 
 def _computed(name: str, module: nn.Module) -> str:
     remedies = {
-        "weight_orig": "masks of torch.nn.utils.prune: torch.nn.utils.prune.remove(module, 'weight')",
+        "weight_mask": "masks of torch.nn.utils.prune: torch.nn.utils.prune.remove(module, 'weight')",
         "weight_g": "weight norm: torch.nn.utils.remove_weight_norm(module)",
+        "weight_u": "spectral norm: torch.nn.utils.remove_spectral_norm(module)",
     }
     plain = "a parametrization: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
     remedy = next((text for attribute, text in remedies.items() if hasattr(module, attribute)), plain)
