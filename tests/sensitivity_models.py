@@ -146,6 +146,15 @@ def plain_boundary(
             direction = best[1] + stride * rho * originals[i].norm() / uphill.norm() * uphill
         return best
 
+    def first_step(i: int, direction: Tensor) -> tuple[float, Tensor]:
+        put(i, direction, rho)
+        value, found = slopes()
+        delta, uphill, radius = weights[i].detach() - originals[i], found[i], rho * originals[i].norm()
+        put(i, direction, 0.0)
+        moved = delta + ascent.STRIDE * radius * uphill / uphill.norm()
+        promise = value + float((uphill * (radius * uphill / uphill.norm() - delta)).sum())
+        return promise, moved / moved.norm()
+
     with torch.no_grad():
         likely = model(adv.images.double()).softmax(1).sum(0).argsort(descending=True)[: starts.CLASSES]
     begun = [joint_climb(first)]
@@ -156,9 +165,8 @@ def plain_boundary(
     for i in live:
         held: list[tuple[float, Tensor]] = []
         for directions in begun:
-            put(i, directions[i], rho)
-            starts.keep(held, slopes()[0], directions[i] / directions[i].norm(), SHORT.starts)
-        best = max((climb(i, direction, SHORT.start_steps) for _, direction in held), key=lambda pair: pair[0])[1]
+            starts.keep(held, *first_step(i, directions[i]), SHORT.starts)
+        best = max((climb(i, direction, SHORT.compare_steps) for _, direction in held), key=lambda pair: pair[0])[1]
         best = climb(i, best, SHORT.steps)[1]
         top = 0.0
         for k, radius in enumerate(radii):

@@ -70,23 +70,23 @@ def chain(depth: int) -> nn.Module:
 def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
     model, adv = chain(6).double(), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
-    short = Effort(start_images=8, starts=1, start_steps=2, images=8, steps=3)
+    short = Effort(start_images=8, starts=1, compare_images=8, compare_steps=2, images=8, steps=3)
     monkeypatch.setattr(estimators, "SHORT", short)
     monkeypatch.setattr(estimators, "LONG", short)
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
-    # Try the layout, trace, weigh a recording and what two backward passes keep; per batch a gradient pass. The search:
-    # its base for either stage, the likely classes, joint climbs along the gradient and towards each of three classes
-    # with a recording and what lies behind each layer; either stage weighs and makes one recording, then each layer
-    # runs what follows it. At last a recording and what lies behind each layer.
+    # Try the layout, trace, weigh a recording and what two backward passes keep; per batch the losses that order the
+    # images, and a gradient pass. The search: the likely classes, joint climbs along the gradient and towards each of
+    # three classes with a step of each layer; the base for either later stage; each of the three stages weighs and
+    # makes one recording, then each layer runs what follows it. At last a recording and what lies behind each layer.
     whole, behind, joint = 2 * 6, 2 * 21, starts.JOINT_STEPS
-    begun = (joint + 3 * (1 + joint)) * whole + 4 * (whole + behind)
-    search = 2 * whole + whole + begun + 2 * (6 + whole) + (2 + 3) * behind
-    assert counter.calls == 5 * 6 + whole + search + whole + behind
+    begun = whole + (joint + 3 * (1 + joint)) * whole + 4 * behind
+    search = begun + 2 * whole + 3 * (6 + whole) + (2 + 3) * behind
+    assert counter.calls == 5 * 6 + 2 * whole + search + whole + behind
     counter.calls = 0
     measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
     # The short search, the long one, whose second stage climbs from where the short one arrived as well, the whole set.
     both = search + (search + 3 * behind) + (whole + 6 + whole + 3 * behind)
-    assert counter.calls == 5 * 6 + whole + both + whole + behind
+    assert counter.calls == 5 * 6 + 2 * whole + both + whole + behind
 
 
 class Viewing(nn.Module):

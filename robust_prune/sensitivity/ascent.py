@@ -56,6 +56,36 @@ def ascend(
     return max(climbs, key=lambda found: found[1])[0]
 
 
+def first_step(recordings: Recordings, target: Target, start: Tensor, radius: float) -> tuple[Tensor, float]:
+    """The direction after one step from the boundary point along `start`, and how high it leads to first order.
+
+    One forward and backward over the set, partial as in `ascend`.
+
+    Args:
+        recordings: as for `ascend`.
+        target: whose weight moves.
+        start: direction to begin with, unit Frobenius norm.
+        radius: of the ball, > 0.
+
+    Returns:
+        A direction of unit Frobenius norm, and the maximum over the ball of R made linear about the boundary point.
+
+    Raises:
+        UsageError: a loss is not finite.
+    """
+    delta = radius * start
+    value, slope = _loss_and_slope(recordings, target, delta, True)
+    if slope is None or float(slope.norm()) == 0:
+        return start, value
+    rise = radius * float(slope.norm()) - float((slope * delta).sum())
+    return unit(_stepped(delta, slope, STRIDE, radius)), value + rise / len(recordings.loss.adv)
+
+
+def _stepped(delta: Tensor, slope: Tensor, stride: float, radius: float) -> Tensor:
+    moved = delta + stride * radius * unit(slope)
+    return moved * min(1.0, radius / max(float(moved.norm()), torch.finfo(moved.dtype).tiny))
+
+
 def _climb(
     recordings: Recordings, target: Target, direction: Tensor, radius: float, steps: int, base: float
 ) -> tuple[Tensor, float]:
@@ -71,8 +101,7 @@ def _climb(
             stride *= SHORTER
         if uphill is None or float(uphill.norm()) == 0 or idle == PLATEAU_STEPS:
             break
-        moved = best + stride * radius * unit(uphill)
-        delta = moved * min(1.0, radius / max(float(moved.norm()), torch.finfo(moved.dtype).tiny))
+        delta = _stepped(best, uphill, stride, radius)
     return unit(best), best_loss
 
 

@@ -69,8 +69,8 @@ def measure(
 
     - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
     - ``boundary``: the real loss at the ball's boundary, along a direction that a short search finds on few images (see
-      `search`). One forward more than K partial forwards a module; each begins at the module (see `replay`), about half
-      a forward on average. The search costs the same however large the set.
+      `search`). Two forwards more than K partial forwards a module; each begins at the module (see `replay`), about
+      half a forward on average. The search costs the same however large the set.
     - ``ascent``: the same with a longer search, which also goes on from where the short one arrives and ends in up to
       `ascent_steps` steps on the whole set.
 
@@ -116,7 +116,8 @@ def measure(
         trace = trace_calls(model, few, weights)
         half = memory_bytes // 2  # for what is kept, and for the batch that is at work
         loss = bounded(loss, trace, weights, half)
-        base, gradients = _gradients(loss if estimator == "gradient" else loss.part(GRADIENT_IMAGES), weights)
+        searched = loss if estimator == "gradient" else loss.stratified()
+        base, gradients = _gradients(loss if estimator == "gradient" else searched.part(GRADIENT_IMAGES), weights)
         live = [
             (target, gradient)
             for target in {id(t.weight): t for t in targets}.values()
@@ -127,7 +128,8 @@ def measure(
         if estimator == "gradient":
             rises = {id(t.weight): [r * _norm(t) * float(g.norm()) for r in all_radii] for t, g in live}
         else:
-            searched = loss.fast() if rho >= BF16_RHO else loss
+            if rho >= BF16_RHO:
+                searched = searched.fast()
             directions = find_directions(searched, trace, live, float(rho), SHORT, 0, half)
             if estimator == "ascent":
                 directions = find_directions(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..console import track
-from .ascent import ascend
+from .ascent import ascend, first_step
 from .losses import RobustLoss
 from .recordings import Recordings, bytes_an_image
 from .replay import Trace
@@ -18,25 +18,27 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to search on few images: first the starts are compared, then the best goes on.
+    """How long to search on few images: starts are made, the best ones compared, and the best of these goes on.
 
     Attributes:
-        start_images: images that starts are made and compared on.
-        starts: how many of them a target are climbed from.
-        start_steps: iterates of each of these climbs.
+        start_images: images that starts are made on and take their first step on.
+        starts: how many of them a target are compared.
+        compare_images: images that they are compared on.
+        compare_steps: iterates of an ascent from each of them there.
         images: images that the best one goes on with.
         steps: iterates there.
     """
 
     start_images: int
     starts: int
-    start_steps: int
+    compare_images: int
+    compare_steps: int
     images: int
     steps: int
 
 
-SHORT = Effort(start_images=32, starts=3, start_steps=2, images=64, steps=3)
-LONG = Effort(start_images=128, starts=4, start_steps=5, images=128, steps=4)
+SHORT = Effort(start_images=16, starts=3, compare_images=32, compare_steps=1, images=64, steps=3)
+LONG = Effort(start_images=64, starts=4, compare_images=128, compare_steps=5, images=128, steps=4)
 
 
 def find_directions(
@@ -52,7 +54,7 @@ def find_directions(
     """The steepest direction found for each target.
 
     Args:
-        loss: what to raise, over the whole set.
+        loss: what to raise, over the whole set; parts of it should represent it, see `RobustLoss.stratified`.
         trace: of the same model.
         live: distinct weights, each with its gradient, which is not zero.
         rho: relative radius of the balls, > 0.
@@ -70,22 +72,32 @@ def find_directions(
     if not live:
         return []
     targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
-    few, part = loss.part(effort.start_images), loss.part(effort.images)
-    stages = [(few, effort.start_steps), (part, effort.steps)]
+    weights = [target.weight for target in targets]
+    radii = [rho * float(weight.detach().norm()) for weight in weights]
+    few = loss.part(effort.start_images)
+    stages = [(loss.part(effort.compare_images), effort.compare_steps), (loss.part(effort.images), effort.steps)]
     if whole_steps:
         stages.append((loss, whole_steps))
+    limit = memory_bytes // (len(stages) + 1)
+
+    first = _recorder(few, trace, weights, limit)
+    starts = shortlist(
+        few,
+        targets,
+        gradients,
+        rho,
+        effort.starts,
+        lambda i, start: first_step(first(weights[i]), targets[i], start, radii[i]),
+    )
     bases = [stage.value() for stage, _ in stages]
-    weights = [target.weight for target in targets]
-    recorders = [_recorder(stage, trace, weights, memory_bytes // len(stages)) for stage, _ in stages]
+    recorders = [_recorder(stage, trace, weights, limit) for stage, _ in stages]
     found = []
-    starts = shortlist(few, trace, targets, gradients, rho, effort.starts)
     with track("Sensitivity, directions", len(live)) as advance:
         for position, (target, directions) in enumerate(zip(targets, starts, strict=True)):
-            radius = rho * float(target.weight.detach().norm())
             for number, ((_, steps), recorder, base) in enumerate(zip(stages, recorders, bases, strict=True)):
                 if number == 1 and others:
                     directions = [*directions, others[position]]
-                directions = [ascend(recorder(target.weight), target, directions, radius, steps, base)]
+                directions = [ascend(recorder(target.weight), target, directions, radii[position], steps, base)]
             found += directions
             advance()
     return found

@@ -8,11 +8,14 @@ So we start once towards each class, and once along the gradient. Moving one wei
 only what is linear there. Moving *all* weights together, each by a small share of its ball, reaches a network that
 does give one class, where each weight's gradient says how it best takes part in that: the same maximum, seen from
 inside. Such a joint climb costs no more for all weights than a step of an ascent costs for one at the first layer.
+
+Which start leads highest, the loss right there does not tell: the best one may be the lowest. The slope does, one step
+on. So every weight takes one step from every start, and those are kept from where it rises most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -20,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ..console import track
-from .losses import Ray, RobustLoss, losses_along
-from .replay import Trace
+from .losses import RobustLoss
 from .targets import Target, exchanged
 
 JOINT_SHARE = 0.2
@@ -36,20 +38,25 @@ ALIKE = 0.8
 
 
 def shortlist(
-    loss: RobustLoss, trace: Trace, targets: Sequence[Target], gradients: Sequence[Tensor], rho: float, count: int
+    loss: RobustLoss,
+    targets: Sequence[Target],
+    gradients: Sequence[Tensor],
+    rho: float,
+    count: int,
+    step: Callable[[int, Tensor], tuple[Tensor, float]],
 ) -> list[list[Tensor]]:
-    """The most promising starts of each target, best first.
+    """The most promising starts of each target, one step on, best first.
 
-    For each start, `JOINT_STEPS` + 1 forwards and backwards over the set, and a partial forward a target. Memory:
-    `count` + 5 copies of the targets' weights, and what `losses_along` holds.
+    For each start, `JOINT_STEPS` + 1 forwards and backwards over the set, and one step a target. Memory: `count` + 5
+    copies of the targets' weights.
 
     Args:
         loss: what to raise, over few images.
-        trace: of the same model.
         targets: distinct weights.
         gradients: of R with respect to each, not zero.
         rho: relative radius of the balls, > 0.
         count: most starts a target, >= 1.
+        step: from the position of a target and a direction to the next direction, and how high that leads.
 
     Returns:
         For each target 1 to `count` directions of unit Frobenius norm, no two of them alike.
@@ -60,13 +67,13 @@ def shortlist(
     best: list[list[tuple[float, Tensor]]] = [[] for _ in targets]
     lengths = [rho * float(target.weight.detach().norm()) for target in targets]
     labels = (None, *_likely_classes(loss))
-    with track("Sensitivity, starts", len(labels) * loss.num_batches * len(targets)) as advance:
+    with track("Sensitivity, starts", len(labels) * len(targets)) as advance:
         for label in labels:
             directions = _joint_climb(loss, targets, gradients, lengths, label)
-            rays = [Ray(t, d, (r,)) for t, d, r in zip(targets, directions, lengths, strict=True)]
-            values = losses_along(loss, trace, rays, advance)[1]
-            for held, direction, (value,) in zip(best, directions, values, strict=True):
-                keep(held, value, direction, count)
+            for position, (held, direction) in enumerate(zip(best, directions, strict=True)):
+                following, promise = step(position, unit(direction))
+                keep(held, promise, following, count)
+                advance()
     return [[direction for _, direction in held] for held in best]
 
 
