@@ -41,7 +41,7 @@ from .targets import Target, find_targets
 ESTIMATORS = ("gradient", "boundary", "ascent")
 DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
-GRADIENT_IMAGES = 64
+GRADIENT_IMAGES = 60
 BF16_RHO = 0.03
 """Relative radius below which bf16 would round a perturbation of the weights away, so that the search is not in it."""
 FINE_BELOW = 0.02

@@ -37,8 +37,10 @@ class Effort:
     steps: int
 
 
-SHORT = Effort(start_images=16, starts=3, compare_images=32, compare_steps=1, images=64, steps=3)
-LONG = Effort(start_images=64, starts=4, compare_images=128, compare_steps=5, images=128, steps=4)
+# Multiples of ten: parts of a stratified set then have as many images of each of ten classes, and a start towards one of
+# them is not favoured by chance.
+SHORT = Effort(start_images=20, starts=3, compare_images=30, compare_steps=1, images=60, steps=3)
+LONG = Effort(start_images=60, starts=4, compare_images=120, compare_steps=5, images=120, steps=4)
 
 
 def find_directions(
