@@ -37,8 +37,8 @@ class Effort:
     steps: int
 
 
-# Multiples of ten: parts of a stratified set then have as many images of each of ten classes, and a start towards one of
-# them is not favoured by chance.
+# Multiples of ten: of ten classes, parts of a stratified set then have as many images each, and no start towards one of
+# them is favoured by chance.
 SHORT = Effort(start_images=20, starts=3, compare_images=30, compare_steps=1, images=60, steps=3)
 LONG = Effort(start_images=60, starts=4, compare_images=120, compare_steps=5, images=120, steps=4)
 
