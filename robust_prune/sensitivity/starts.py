@@ -9,8 +9,8 @@ only what is linear there. Moving *all* weights together, each by a small share 
 does give one class, where each weight's gradient says how it best takes part in that: the same maximum, seen from
 inside. Such a joint climb costs no more for all weights than a step of an ascent costs for one at the first layer.
 
-Which start leads highest, the loss right there does not tell: the best one may be the lowest. The slope does, one step
-on. So every weight takes one step from every start, and those are kept from where it rises most.
+Which start leads highest, the loss right there does not tell: the best one may be the lowest. Its slope tells more. So
+every weight takes one step from every start, and those that promise most are kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def shortlist(
         for label in labels:
             directions = _joint_climb(loss, targets, gradients, lengths, label)
             for position, (held, direction) in enumerate(zip(best, directions, strict=True)):
-                following, promise = step(position, unit(direction))
+                following, promise = step(position, direction)
                 keep(held, promise, following, count)
                 advance()
     return [[direction for _, direction in held] for held in best]
