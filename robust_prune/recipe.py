@@ -141,7 +141,7 @@ class TrainSettings(Section):
     lr: float = Field(0.1, gt=0)
     """Peak learning rate (SGD with Nesterov momentum)."""
     warmup: float = Field(0.15, ge=0, lt=1)
-    """Share of all steps with a linearly growing rate; then a cosine whose zero lies as many steps behind the end."""
+    """Share of all steps in which the rate grows linearly to its peak; a cosine then takes it to zero."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(5e-4, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_epochs_are_logged_to_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "trackers")).Reload()
     logged = [(point.step, point.value) for point in events.Scalars("val_robust")]
     assert logged == [(record.epoch, pytest.approx(record.val_robust)) for record in history]
+
+
+def test_the_learning_rate_falls_along_a_cosine_from_the_end_of_the_warm_up_to_zero_at_the_end_of_the_run():
+    images = _images(64)  # 4 steps an epoch, 20 in all, 5 of them warm-up
+    history = train(_model(), images, _images(30, 1), THREAT, _settings(epochs=5, warmup=0.25, lr=0.2)).history
+    done = [(4 * (epoch + 1) - 1 - 5) / 15 for epoch in range(1, 5)]
+    assert [record.lr for record in history[1:]] == pytest.approx([0.1 * (1 + math.cos(math.pi * d)) for d in done])
+    assert history[-1].lr < 0.003
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):

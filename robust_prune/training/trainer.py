@@ -96,10 +96,11 @@ class _Run:
             nesterov=settings.momentum > 0,
         )
         total = settings.epochs * self.steps_per_epoch
+        warmup = int(settings.warmup * total)
         self.scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(total, 1),
-            warmup_t=int(settings.warmup * total),
+            t_initial=max(total - warmup, 1),  # counted from the end of the warm-up, because of warmup_prefix
+            warmup_t=warmup,
             warmup_lr_init=settings.lr / 100,
             warmup_prefix=True,
             t_in_epochs=False,
