@@ -54,8 +54,8 @@ from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
 from robust_prune.training.losses import Batch, make_loss
+from robust_prune.training.optimizer import decay_groups
 from robust_prune.training.precision import Precision, choose_precision
-from robust_prune.training.trainer import decay_groups
 
 RESAMPLES = 4000
 LOOPS = ("ours", "plain")

@@ -176,6 +176,9 @@ class TrainSettings(Section):
     precision: Literal["auto", "fp32"] = "auto"
     """`auto` times formats and layouts and takes the fastest, which may differ from run to run; `fp32` is single
     precision in plain layout, so that on one machine the same command gives the same bits."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """`torch.compile` of the model for attack and step: `auto` times it on a GPU where the run is longer than five
+    minutes and takes it if it is faster; `on` takes it wherever the model compiles. In one process only."""
     trackers: tuple[Tracker, ...] = ()
     """Where the figures of each epoch are logged as well; the logger's package must be installed."""
 

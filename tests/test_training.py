@@ -18,8 +18,9 @@ from robust_prune.recipe import LOSSES, TrainSettings
 from robust_prune.run_dir import RunDir, atomic_write, claim
 from robust_prune.training import trainer
 from robust_prune.training.losses import Batch, make_loss
+from robust_prune.training.optimizer import decay_groups
 from robust_prune.training.precision import choose_precision
-from robust_prune.training.trainer import decay_groups, train
+from robust_prune.training.trainer import train
 from robust_prune.training.validation import score
 
 THREAT = ThreatModel("linf", 4 / 255)

@@ -16,7 +16,7 @@ from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet, images_at_once
 from ..errors import UsageError
-from ..models.layout import fastest_layout
+from ..models.layout import fastest_layout, tf32
 from .card import Accuracy, ClassAccuracy, ResultCard
 from .flags import (
     BUFFERS_MOVED,
@@ -30,7 +30,7 @@ from .flags import (
 )
 from .hashing import buffers_hash, images_hash, models_hash
 from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
-from .scoring import Precision, full_precision
+from .scoring import Precision
 from .standard import check_classes
 from .state import EvalState, load_state
 from .tiers import find_tier
@@ -227,7 +227,7 @@ def _classes(job: Job, few: Tensor) -> int:
 def _first_look(job: Job, classes: int) -> list[str]:
     x, y = job.get(torch.arange(min(CHECK_IMAGES, job.batch_size, len(job.images))))
     check_labels(y, classes)
-    with full_precision():
+    with tf32(False):
         return behaviour_flags(job.model, x, y)
 
 

@@ -21,10 +21,11 @@ from ..attacks.square import Predict
 from ..console import track
 from ..data.base import ImageSet
 from ..errors import UsageError
+from ..models.layout import tf32
 from ..run_dir import digest
 from .flags import CHECK_IMAGES
 from .hashing import images_hash, models_hash
-from .scoring import CountedModel, Precision, check_points, full_precision, score
+from .scoring import CountedModel, Precision, check_points, score
 from .state import EvalState, Flags
 from .tiers import Stage, Tier
 from .worst_case import Attacker, start_seed, worst_points
@@ -225,7 +226,7 @@ def black_box_pass(job: Job, state: EvalState) -> None:
         counted = CountedModel(job.model)
 
         def exact(images: Tensor) -> Tensor:
-            with full_precision():
+            with tf32(False):
                 logits: Tensor = counted(images)
                 return logits
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from ..attacks.projections import l2_norm
 from ..attacks.threat import ThreatModel
 from ..errors import QualityGateError
+from ..models.layout import tf32
 
 Precision = Literal["fp32", "bf16"]
 LINF_SLACK = 1e-6
@@ -43,18 +42,6 @@ class CountedModel(nn.Module):
             return self.model(x).float()
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Real fp32 convolutions and matrix products: GPUs would otherwise round them to TF32's 10 bits."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def classify(logits: Tensor) -> Tensor:
     """Predicted classes ([N, K] -> [N]); -1, never right, where a logit is not finite."""
     finite = torch.isfinite(logits).all(dim=1)
@@ -64,7 +51,7 @@ def classify(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted classes [N] and cross-entropy [N] (infinite where logits are not finite), in fp32."""
-    with full_precision(), torch.autocast(x.device.type, enabled=False):
+    with tf32(False), torch.autocast(x.device.type, enabled=False):
         logits = model(x).float()
     loss = F.cross_entropy(logits, y, reduction="none")
     return classify(logits), torch.where(torch.isfinite(loss), loss, torch.full_like(loss, torch.inf))

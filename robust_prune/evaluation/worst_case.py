@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel, apgd, pgd
-from .scoring import CountedModel, Precision, WorstPoint, check_points, full_precision, score
+from ..models.layout import tf32
+from .scoring import CountedModel, Precision, WorstPoint, check_points, score
 from .standard import StandardEnsemble
 from .tiers import APGD_STEPS, Stage
 
@@ -71,7 +72,7 @@ class Attacker:
         self, stage: Stage, counted: CountedModel, judge: CountedModel, x: Tensor, y: Tensor, batch: int
     ) -> Tensor:
         def exact(images: Tensor) -> Tensor:
-            with full_precision():
+            with tf32(False):
                 logits: Tensor = judge(images)
                 return logits
 

@@ -29,7 +29,9 @@ def perturbed_weights(model: nn.Module, gradients: Mapping[str, Tensor], size: f
     try:
         with torch.no_grad():
             for parameter, gradient in moved:
-                parameter.add_(gradient, alpha=size * float(parameter.norm()) / max(float(gradient.norm()), TINY))
+                # A tensor, not a number: reading it would make the host wait for the device, once a layer.
+                scale = size * parameter.norm().double() / gradient.norm().double().clamp_min(TINY)
+                parameter.addcmul_(gradient, scale.to(parameter))
         yield
     finally:
         with torch.no_grad():

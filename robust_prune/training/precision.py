@@ -15,13 +15,15 @@ from ..models.layout import has_fast_bf16
 
 @dataclass(frozen=True)
 class Precision:
-    """How passes are computed: `bf16` autocast or fp32; `channels_last` or contiguous tensors."""
+    """How passes are computed: `bf16` autocast or fp32; `channels_last` or contiguous tensors; `compiled` or not."""
 
     bf16: bool
     channels_last: bool
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{'bf16' if self.bf16 else 'fp32'}, {'channels_last' if self.channels_last else 'contiguous'}"
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{'bf16' if self.bf16 else 'fp32'}, {layout}{', compiled' if self.compiled else ''}"
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from ..data.base import ImageSet, Subset, TensorImages, first
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
 from ..evaluation.hashing import images_hash, models_hash
 from ..models import user_file
+from ..models.layout import tf32
 from ..recipe import TrainSettings
 from ..run_dir import atomic_write, digest
+from . import compilation
+from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
+from .optimizer import make_optimizer, make_schedule
 from .perturbation import perturbed_weights
 from .precision import Precision, choose_precision
-from .randomness import generator_at
+from .randomness import generator_at, seeded_layers
 from .types import EpochRecord, TrainResult
 from .validation import Score, chance_note, score
 
@@ -71,7 +75,6 @@ class _Run:
         checkpoint_seconds: float,
         teacher: nn.Module | None,
     ) -> None:
-        from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
 
         self.settings, self.threat, self.seed, self.checkpoint = settings, threat, seed, checkpoint
@@ -89,23 +92,13 @@ class _Run:
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
         self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
-        optimizer = torch.optim.SGD(
-            decay_groups(model, settings.weight_decay),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-        )
-        total = settings.epochs * self.steps_per_epoch
-        warmup = int(settings.warmup * total)
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(total - warmup, 1),  # counted from the end of the warm-up, because of warmup_prefix
-            warmup_t=warmup,
-            warmup_lr_init=settings.lr / 100,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        optimizer = make_optimizer(model, settings, self.device)
+        self.scheduler = make_schedule(optimizer, settings, settings.epochs * self.steps_per_epoch)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        # What a step trains and what it attacks: the same weights, behind DDP or `torch.compile` where there is one.
+        self.trained: nn.Module = self.wrapped
+        self.attacked: nn.Module = self.model
+        self.figures = StepFigures()
         self.average: nn.Module | None = None
         if settings.ema_decay > 0:
             # The ramp matters: a fixed decay near 1 keeps the average at chance for most of a short run.
@@ -162,13 +155,21 @@ class _Run:
         self.state = _State(**(value["state"] | {"best": Score(*value["state"]["best"])}))
         self.precision = Precision(**value["precision"])
         self.precision.arrange(self.model)
+        self._compile_if(self.precision.compiled)
         return True
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
+        # A verdict never depends on it; see `evaluation.scoring`.
+        with tf32(self.settings.precision == "auto"):
+            return self._run()
+
+    def _run(self) -> TrainResult:
         if not self.resume():
             self._keep_if_better(0, self._score(self.model), self.model)
+            self.precision = replace(self.precision, compiled=self._compilation_pays())
+            self._compile_if(self.precision.compiled)
         settings, state = self.settings, self.state
         total = settings.epochs * self.steps_per_epoch
         done = state.epoch * self.steps_per_epoch + state.step
@@ -189,50 +190,72 @@ class _Run:
 
     def _epoch(self, advance: Advance) -> None:
         state = self.state
-        order_generator = generator_at("cpu", self.seed, "order", state.epoch)
-        order = torch.randperm(len(self.images), generator=order_generator)
+        # On the device from the start: a copy in every step would make the host wait for the step before.
+        order = self._order(state.epoch).to(self._index_device)
         begin = last_save = time.monotonic()
         before = state.elapsed
         while state.step < self.steps_per_epoch:
             start = state.step * self.settings.batch_size
-            loss, accuracy = self._step(order[start : start + self.batch_size])
-            state.loss_sum += loss
-            state.accuracy_sum += accuracy
+            self._step(order[start : start + self.batch_size])
             state.step += 1
-            mean = state.loss_sum / state.step, 100 * state.accuracy_sum / state.step
-            last = self.history[-1] if self.history else None
-            seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %" if last else ""
-            advance(note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
-            if time.monotonic() - last_save > self.checkpoint_seconds and state.step < self.steps_per_epoch:
+            unfinished = state.step < self.steps_per_epoch
+            save = unfinished and time.monotonic() - last_save > self.checkpoint_seconds
+            if save or not unfinished or self.figures.due:
+                self._read_figures(advance)
+            if save:
                 state.elapsed = before + time.monotonic() - begin
                 self.save()
                 last_save = time.monotonic()
         state.elapsed = before + time.monotonic() - begin
         self._finish_epoch()
 
-    def _step(self, indices: Tensor) -> tuple[float, float]:
-        accelerator, settings, state = self.accelerator, self.settings, self.state
-        generator = generator_at(self.device, self.seed, "step", state.epoch, state.step)
-        x, y = self._share(indices, generator)
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.images), generator=generator_at("cpu", self.seed, "order", epoch))
+
+    def _read_figures(self, advance: Advance) -> None:
+        """Adds up what the last steps reported, and stops at the first loss that is no number."""
+        state, read = self.state, self.figures.read()
+        for step, (loss, accuracy) in enumerate(read, start=state.step - len(read) + 1):
+            if not math.isfinite(loss):
+                raise LossNotFinite(
+                    f"training loss became {loss} in epoch {state.epoch + 1}, step {step}. "
+                    "Lower the learning rate, or look for NaN in the model's weights."
+                )
+            state.loss_sum += loss
+            state.accuracy_sum += accuracy
+        mean = state.loss_sum / state.step, 100 * state.accuracy_sum / state.step
+        last = self.history[-1] if self.history else None
+        seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %" if last else ""
+        advance(len(read), note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
+
+    def _step(self, indices: Tensor) -> None:
+        """One step of the optimizer. Nothing here reads a number back: the host must not wait for the device."""
+        settings, state = self.settings, self.state
         self.scheduler.step_update(self._steps_done)
-        self.wrapped.train()
-        batch = Batch(x, y, self.threat, generator, self.model, self.teacher)
-        with ExitStack() as stack:
-            stack.enter_context(
-                _seeded_layers(self.device, self.seed, state.epoch, state.step, accelerator.process_index)
-            )
-            stack.enter_context(share_of_batch(accelerator.process_index, accelerator.num_processes))
-            if settings.awp and self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch:
-                stack.enter_context(perturbed_weights(self.model, self._gradients(batch), settings.awp))
-            result = self._forward_backward(batch)
+        awp = settings.awp if self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch else 0.0
+        generator = generator_at(self.device, self.seed, "step", state.epoch, state.step)
+        result = self._gradients_of(indices, generator, awp)
         if settings.clip_grad:
-            accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
         # Each process has normalised with its own share; what is remembered is the same in all.
         processes.averaged([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
-        return result.loss.item(), float(result.metrics.get("accuracy", torch.tensor(float("nan"))))
+        self.figures.queue(result.loss, result.metrics.get("accuracy"))
+
+    def _gradients_of(self, indices: Tensor, generator: torch.Generator, awp: float) -> LossResult:
+        """Attacks a batch and leaves the gradients of its loss in the parameters."""
+        state, process = self.state, self.accelerator.process_index
+        x, y = self._share(indices, generator)
+        self.trained.train()
+        batch = Batch(x, y, self.threat, generator, self.attacked, self.teacher)
+        with ExitStack() as stack:
+            stack.enter_context(seeded_layers(self.device, self.seed, state.epoch, state.step, process))
+            stack.enter_context(share_of_batch(process, self.accelerator.num_processes))
+            if awp:
+                stack.enter_context(perturbed_weights(self.model, self._gradients(batch), awp))
+            return self._forward_backward(batch)
 
     def _share(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """This process's images of a batch, in [0, 1] and augmented, and their labels.
@@ -254,13 +277,7 @@ class _Run:
 
     def _forward_backward(self, batch: Batch) -> LossResult:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.bf16):
-            result = self.loss(self.wrapped, batch)
-        value, state = result.loss.item(), self.state
-        if value != value or abs(value) == float("inf"):
-            raise LossNotFinite(
-                f"training loss became {value} in epoch {state.epoch + 1}, step {state.step + 1}. "
-                "Lower the learning rate, or look for NaN in the model's weights."
-            )
+            result = self.loss(self.trained, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(result.loss)
         return result
@@ -270,6 +287,27 @@ class _Run:
         with kept_buffers(self.model):
             self._forward_backward(batch)
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def _compilation_pays(self) -> bool:
+        wanted = self.settings.compile
+        if wanted == "off" or self.accelerator.num_processes > 1 or (wanted == "auto" and self.device.type != "cuda"):
+            return False
+        generator, indices = generator_at(self.device, self.seed, "compile"), self._order(0)[: self.batch_size]
+
+        def step(model: nn.Module) -> None:
+            self.trained = self.attacked = model
+            with kept_buffers(self.model):
+                self._gradients_of(indices.to(self._index_device), generator, self.settings.awp)
+
+        total = self.settings.epochs * self.steps_per_epoch
+        pays = compilation.pays(self.model, step, self.device, steps=total, always=wanted == "on")
+        self.trained, self.attacked = self.wrapped, self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        return pays
+
+    def _compile_if(self, wanted: bool) -> None:
+        if wanted:
+            self.trained = self.attacked = compilation.compiled(self.model)
 
     @property
     def _index_device(self) -> torch.device:
@@ -390,14 +428,6 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
     return accelerator
 
 
-@contextmanager
-def _seeded_layers(device: torch.device, seed: int, *position: int) -> Iterator[None]:
-    """What layers such as dropout draw depends on where the run stands; the caller's random state is kept."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(generator_at("cpu", seed, "layers", *position).initial_seed())
-        yield
-
-
 def _divisible(batch_size: int, count: int) -> int:
     if batch_size < count:
         raise UsageError(f"a batch of {batch_size} images cannot be divided among {count} processes. Start fewer.")
@@ -419,12 +449,3 @@ def resident(images: ImageSet, device: torch.device) -> ImageSet:
             return TensorImages(base.images[images.indices], base.labels[images.indices]).to(device)
         return images
     return images.to(device) if isinstance(images, TensorImages) else images
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: matrices and kernels are decayed, norms and biases are not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
