@@ -260,6 +260,24 @@ def test_cuda_without_a_gpu_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert open_session(path, "cuda", 1, 1)[1].shape == (-1, 3, 8, 8)
 
 
+def test_cuda_libraries_are_found_in_whichever_folder_of_the_path_nvidia_s_packages_lie(tmp_path, monkeypatch):
+    for package in ("cu13", "cudnn"):
+        (tmp_path / "nvidia" / package / "lib").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = []
+    fake = SimpleNamespace(
+        __file__=str(tmp_path / "elsewhere" / "__init__.py"),
+        get_available_providers=lambda: ["CUDAExecutionProvider"],
+        preload_dlls=lambda directory=None: asked.append(directory),
+    )
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(providers, "_load_problem", lambda library: "")
+    monkeypatch.setattr(providers.sys, "platform", "linux")
+    assert providers.provider_problem("cuda") == ""
+    assert asked[0] is None
+    assert {str(tmp_path / "nvidia" / name / "lib") for name in ("cu13", "cudnn")} <= set(asked)
+
+
 @pytest.mark.skipif(providers.provider_problem("cuda") == "", reason="this machine runs CUDA")
 def test_cuda_is_refused_by_the_command_on_this_machine(tmp_path: Path) -> None:
     before = left_over()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -78,15 +79,29 @@ def provider_problem(provider: str) -> str:
     driver = _load_problem("nvcuda.dll" if windows else "libcuda.so.1")
     if driver:
         return f"there is no NVIDIA driver on this machine ({driver})."
-    with contextlib.redirect_stdout(io.StringIO()):
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
+    _preload(ort)
     name = f"onnxruntime_providers_{provider}.dll" if windows else f"libonnxruntime_providers_{provider}.so"
     missing = _load_problem(str(Path(ort.__file__).parent / "capi" / name))
     if "cannot open shared object file" in missing or "could not find" in missing.lower():
         package = "onnxruntime-gpu[cuda,cudnn]" if provider == "cuda" else "tensorrt"
         return f"a {kind} library is missing ({missing}). Try: pip install '{package}'."
     return ""
+
+
+def _preload(ort: Any) -> None:
+    """Loads CUDA's and cuDNN's libraries, from NVIDIA's packages wherever on the path those lie.
+
+    ONNX Runtime itself looks only beside its own folder, where they are not if the two were installed into different
+    places (``pip install --target``, a virtual environment over the system's packages).
+    """
+    if not hasattr(ort, "preload_dlls"):
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+        found = importlib.util.find_spec("nvidia")
+        for root in (found.submodule_search_locations or ()) if found else ():
+            for folder in sorted(Path(root).glob("*/lib")):
+                ort.preload_dlls(directory=str(folder))
 
 
 def _load_problem(library: str) -> str:
