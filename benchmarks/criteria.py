@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from robust_prune import stages
 from robust_prune.commands.common import open_data, open_model_for
@@ -84,13 +85,15 @@ ABLATION = (
 )
 
 
-def analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> Iterator[tuple[str, stages.Analysis]]:
-    """One analysis a criterion; groups, costs and sensitivity are measured once."""
+def analyses(
+    loaded: Loaded, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
+) -> Iterator[tuple[str, stages.Analysis]]:
+    """One analysis a criterion, the recipe's first; groups, costs and sensitivity are measured once."""
     base = stages.analyse(loaded.model, loaded.spec, data.train, recipe, device)
     yield recipe.pruning.criterion, base
     chosen = random_subset(data.train, recipe.sensitivity.images, recipe.seed)
     x, y = chosen.get(torch.arange(len(chosen)))
-    for criterion in dict.fromkeys(arm.criterion for arm in ARMS):
+    for criterion in dict.fromkeys(criteria):
         if criterion == recipe.pruning.criterion:
             continue
         scores = channel_scores(
@@ -100,7 +103,7 @@ def analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> I
         yield criterion, replace(base, scores=scores, removed=removed)
 
 
-def run_arm(
+def cut_and_recover(
     arm: Arm,
     ratio: float,
     analysis: stages.Analysis,
@@ -109,8 +112,8 @@ def run_arm(
     data: DataBundle,
     recipe: Recipe,
     device: str,
-) -> dict[str, Any]:
-    """Cuts, repairs, scores, fine-tunes and scores again."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Cuts, repairs, scores on held-out images and fine-tunes: the model, on the CPU in eval mode, and its row."""
     changes = {
         "ratio": ratio,
         "allocation": arm.allocation,
@@ -130,18 +133,7 @@ def run_arm(
     started = time.monotonic()
     tuned = stages.finetune(small, data, threat, recipe.finetune, seed=recipe.seed, device=device)
     finished = time.monotonic()
-    small = small.cpu().eval()
-    images = first(data.test, recipe.evaluation.images)
-    with TemporaryDirectory() as folder:
-        state = Path(folder) / "state.npz"
-        card = evaluate(
-            small, images, threat, model_name=f"{arm.name} {ratio:g}", data_name=data.name,
-            steps=recipe.evaluation.steps, restarts=recipe.evaluation.restarts, seed=0, device=device, state_path=state,
-            precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
-        )  # fmt: skip
-        with np.load(state) as stored:
-            bits = {f"{name}_bits": np.packbits(stored[name]).tobytes().hex() for name in ("clean", "robust")}
-    return {
+    return small.cpu().eval(), {
         **asdict(arm),
         "ratio": ratio,
         "seed": recipe.seed,
@@ -150,10 +142,40 @@ def run_arm(
         "widths": {g.name: [g.channels, g.keep] for g in plan.groups},
         "rolled_back": [asdict(r) for r in surgery.rolled_back],
         "before": {"clean": asdict(before.clean), "robust": asdict(before.robust)},
-        "after": {"clean": asdict(card.clean), "robust": asdict(card.robust), "attack": card.attack, **bits},
         "held_out_after": max((r.val_robust for r in tuned.history), default=None),
         "seconds": {"repair": repaired - begin, "finetune": finished - started},
     }
+
+
+def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
+    """Accuracies of `model` on test images, and which images it gets right, as packed bits."""
+    section = recipe.evaluation
+    with TemporaryDirectory() as folder:
+        state = Path(folder) / "state.npz"
+        card = evaluate(
+            model, first(data.test, section.images), stages.threat_of(recipe), model_name=name, data_name=data.name,
+            tier=section.tier, steps=section.steps, restarts=section.restarts, batch_size=section.batch_size, seed=0,
+            device=device, state_path=state,
+            precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+        )  # fmt: skip
+        with np.load(state) as stored:
+            bits = {f"{name}_bits": np.packbits(stored[name]).tobytes().hex() for name in ("clean", "robust")}
+    return {"clean": asdict(card.clean), "robust": asdict(card.robust), "attack": card.attack, **bits}
+
+
+def run_arm(
+    arm: Arm,
+    ratio: float,
+    analysis: stages.Analysis,
+    adv: AdversarialSet,
+    loaded: Loaded,
+    data: DataBundle,
+    recipe: Recipe,
+    device: str,
+) -> dict[str, Any]:
+    """Cuts, repairs, scores, fine-tunes and scores again."""
+    small, row = cut_and_recover(arm, ratio, analysis, adv, loaded, data, recipe, device)
+    return {**row, "after": scored(small, f"{arm.name} {ratio:g}", data, recipe, device)}
 
 
 def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
@@ -203,7 +225,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for position, (seed, ratio, arm) in enumerate(todo, start=1):
         seeded = recipe.model_copy(update={"seed": seed})
         if seed != last_seed:
-            found, last_seed = dict(analyses(loaded, data, seeded, device)), seed
+            found, last_seed = dict(analyses(loaded, data, seeded, device, [arm.criterion for arm in ARMS])), seed
             adv = stages.adversarial_set(
                 loaded.model, data.train, stages.threat_of(seeded), seeded.sensitivity, seed, device
             )

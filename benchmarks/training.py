@@ -175,8 +175,8 @@ def speed_table(result: dict[str, Any]) -> str:
     text = [
         f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} "
         f"attack steps in pgd_at and trades, {value['threads']} threads of {environment['cpu']} "
-        f"({environment['device']}), torch {environment['versions']['torch']}. Plain: the authors' loops in fp32; tuned: "
-        "the same in channels_last, TF32 allowed. Ratios of medians, 95 % intervals over rounds.\n",
+        f"({environment['device']}), torch {environment['versions']['torch']}. Plain: the authors' loops in fp32; "
+        "tuned: the same in channels_last, TF32 allowed. Ratios of medians, 95 % intervals over rounds.\n",
         "| loss | loop | images/s | plain / this | tuned plain / this | rounds |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]

@@ -1,0 +1,200 @@
+"""The job on the GPU machine: takes parcels, runs its phases in the background, and hands out what they found.
+
+    python3 benchmarks/gpu/job.py take PARCEL                    # once a parcel, in any order
+    python3 benchmarks/gpu/job.py run --out OUT --seconds 560    # again and again, until it says that all is done
+
+`run` starts the phases in a process group of their own and watches them; when `--seconds` are over it copies what there
+is to OUT and returns, and the phases go on. The same command watches them further. Each phase runs in its own process
+with a budget of time, writes what it has as it goes, and is not repeated once it is done, here or in
+`benchmarks/results/gpu/`. A phase that dies takes only itself along. README.md has the phases and their times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import parcels  # noqa: E402
+from work import Work  # noqa: E402
+
+PHASES = ("facts", "latency", "speed", "base", "compression")
+MOST_FILES, MOST_BYTES = 8, 15 * 2**20
+GRACE = 1.25
+"""A phase ends by itself when its budget is over; one that hangs is killed after this many times its budget."""
+
+
+def take(folder: Path, work: Work) -> None:
+    """Takes one parcel in, and installs, unpacks or decodes what it completes."""
+    new = parcels.take(folder, work.root)
+    wheels = [str(work.items / item.name) for item in new if item.kind == "wheel"]
+    if wheels:
+        site = work.root / "site"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        subprocess.run([*command, "--no-cache-dir", "--upgrade", "--target", str(site), *wheels], check=True)
+    for item in new:
+        if item.kind == "skeletons":
+            with zipfile.ZipFile(work.items / item.name) as archive:
+                archive.extractall(work.root / "skeletons")
+        elif item.kind == "images":
+            subprocess.run(
+                [sys.executable, str(HERE / "images.py"), str(work.items / item.name), str(work.data)], check=True
+            )
+        elif item.kind == "base":
+            shutil.copy(work.items / item.name, work.base)
+    left = parcels.missing(folder, work.root)
+    print(f"{folder.name} taken: {', '.join(item.name for item in new) or 'nothing whole yet'}. ", end="")
+    print(f"Still incomplete: {', '.join(left)}." if left else "All files are there.")
+
+
+def environment(work: Work) -> dict[str, str]:
+    """Variables under which a phase finds the wheels, this checkout and the images."""
+    paths = [str(work.root / "site"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    data = {} if not work.data.exists() else {"ROBUST_PRUNE_DATA": str(work.data)}
+    return {**os.environ, **data, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+
+
+def drive(work: Work, phases: list[str], toy: bool) -> None:
+    """Runs the phases that are not done, each in a process group of its own; started in the background by `run`."""
+    from sizes import GPU, TOY
+
+    sizes = TOY if toy else GPU
+    for phase in phases:
+        if work.done(phase):
+            print(f"{phase}: done already", flush=True)
+            continue
+        command = [sys.executable, str(HERE / "job.py"), "phase", phase, "--work", str(work.root)]
+        begin, budget = time.monotonic(), sizes.seconds[phase]
+        print(f"{phase}: begins, {budget:.0f} s", flush=True)
+        process = subprocess.Popen(command + ["--toy"] * toy, start_new_session=True, env=environment(work))
+        try:
+            code = process.wait(timeout=GRACE * budget)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        seconds = time.monotonic() - begin
+        status = work.result(phase).get("status", "nothing")
+        print(f"{phase}: {status} after {seconds:.0f} s (exit status {code})", flush=True)
+
+
+def run_phase(work: Work, phase: str, toy: bool) -> None:
+    """Runs one phase in this process."""
+    from sizes import GPU, TOY
+
+    sizes = TOY if toy else GPU
+    importlib.import_module(f"phases.{phase}").run(work, sizes, time.monotonic() + sizes.seconds[phase])
+
+
+def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
+    """Starts the driver unless it runs, and watches it for so long; whether it has ended."""
+    mark, end = work.root / "driver.pid", time.monotonic() + seconds
+    if not _alive(mark):
+        command = [
+            sys.executable,
+            str(HERE / "job.py"),
+            "drive",
+            "--work",
+            str(work.root),
+            "--phases",
+            ",".join(phases),
+        ]
+        with (work.root / "log.txt").open("ab") as log:
+            driver = subprocess.Popen(
+                command + ["--toy"] * toy,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment(work),
+            )
+        mark.write_text(str(driver.pid), encoding="utf-8")
+    while _alive(mark):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _alive(mark: Path) -> bool:
+    try:
+        pid = int(mark.read_text(encoding="utf-8"))
+        os.waitpid(pid, os.WNOHANG)
+    except (OSError, ValueError):
+        pass
+    try:
+        state = Path(f"/proc/{int(mark.read_text(encoding='utf-8'))}/stat").read_text(encoding="utf-8")
+        return state.rpartition(")")[2].split()[0] != "Z" and "job.py" in _command(mark)
+    except (OSError, ValueError):
+        return False
+
+
+def _command(mark: Path) -> str:
+    return Path(f"/proc/{int(mark.read_text(encoding='utf-8'))}/cmdline").read_text(encoding="utf-8")
+
+
+def deliver(work: Work, out: Path) -> list[str]:
+    """Copies what there is to `out`: a JSON file a phase, the log, and the base in parts."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = sorted((work.root / "results").glob("*.json"))
+    for path in files:
+        shutil.copy(path, out / path.name)
+    log = work.root / "log.txt"
+    if log.exists():
+        (out / "log.txt").write_bytes(log.read_bytes()[-MOST_BYTES:])
+    base = work.base if work.base.exists() else work.partial
+    if base.exists():
+        content = base.read_bytes()
+        for number, start in enumerate(range(0, len(content), MOST_BYTES)):
+            (out / f"{work.base.name}.{number:02}").write_bytes(content[start : start + MOST_BYTES])
+    names = sorted(path.name for path in out.iterdir())
+    large = [name for name in names if (out / name).stat().st_size > MOST_BYTES + 2**20]
+    if len(names) > MOST_FILES or large:
+        print(f"more than comes back: {len(names)} files, too large: {', '.join(large) or 'none'}")
+    return names
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["take", "run", "drive", "phase"])
+    parser.add_argument("what", nargs="*", help="take: parcels; phase: its name")
+    parser.add_argument("--work", type=Path, default=Path.home() / "robust-prune-gpu")
+    parser.add_argument("--out", type=Path, help="run: where results are copied to")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--seconds", type=float, default=560.0, help="run: how long to watch")
+    parser.add_argument("--toy", action="store_true", help="the rehearsal's sizes, on a CPU")
+    args = parser.parse_args()
+    work = Work(args.work.absolute())
+    phases = args.phases.split(",")
+    if unknown := set(phases) - set(PHASES):
+        parser.error(f"--phases takes {', '.join(PHASES)}; got {', '.join(sorted(unknown))}")
+    if args.verb == "take":
+        for folder in args.what:
+            take(Path(folder), work)
+    elif args.verb == "drive":
+        drive(work, phases, args.toy)
+    elif args.verb == "phase":
+        run_phase(work, args.what[0], args.toy)
+    else:
+        if args.out is None:
+            parser.error("run wants --out, the folder that results are copied to")
+        ended = watch(work, phases, args.toy, args.seconds)
+        names = deliver(work, args.out)
+        states = {phase: work.result(phase).get("status", "nothing") for phase in phases}
+        print((work.root / "log.txt").read_text(encoding="utf-8", errors="replace")[-3000:])
+        print(json.dumps(states), f"in {args.out}: {', '.join(names)}")
+        print("The phases have ended." if ended else "Still running: give the same command again.")
+
+
+if __name__ == "__main__":
+    main()

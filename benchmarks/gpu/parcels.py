@@ -1,0 +1,115 @@
+"""Parcels: what a machine without a network needs, cut into folders that are small enough to be copied one by one.
+
+A parcel is a folder with pieces of files and, in `parcel.json`, the list of all files of the whole set. Pieces may
+arrive in any order and twice; a file is put together when its last piece is there, and checked. Only the standard
+library is used: this also runs where nothing has been installed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MANIFEST = "parcel.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to carry: `kind` is ``wheel``, ``skeletons``, ``images`` or ``base``; `pieces` are its bytes by parcel."""
+
+    name: str
+    kind: str
+    bytes: int
+    sha256: str
+    pieces: tuple[int, ...]
+
+
+def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) -> list[Item]:
+    """Writes `files` (kind, path), in this order, to ``folder/parcel-1``, ``parcel-2``, ...
+
+    Args:
+        files: each name once.
+        folder: emptied of former parcels.
+        limit: most bytes of pieces a parcel.
+        commit: of the checkout that the parcels go with.
+
+    Returns:
+        The items; piece n of an item lies in parcel ``pieces[n]``.
+    """
+    for old in folder.glob("parcel-*"):
+        shutil.rmtree(old)
+    items, number, room = [], 1, limit
+    for kind, path in files:
+        content, pieces, start = path.read_bytes(), [], 0
+        while start < len(content):
+            if room == 0:
+                number, room = number + 1, limit
+            parcel = folder / f"parcel-{number}"
+            parcel.mkdir(parents=True, exist_ok=True)
+            piece = content[start : start + room]
+            (parcel / _piece(path.name, len(pieces))).write_bytes(piece)
+            pieces.append(number)
+            start, room = start + len(piece), room - len(piece)
+        items.append(Item(path.name, kind, len(content), _sha256(path), tuple(pieces)))
+    listed = json.dumps({"commit": commit, "items": [asdict(item) for item in items]}, indent=1)
+    for parcel in folder.glob("parcel-*"):
+        (parcel / MANIFEST).write_text(listed, encoding="utf-8")
+    return items
+
+
+def take(parcel: Path, store: Path) -> list[Item]:
+    """Moves a parcel's pieces into `store` and puts together what is complete.
+
+    Returns:
+        Items that are whole in ``store/items`` after it and were not before.
+
+    Raises:
+        SystemExit: the folder is no parcel, or a file came out with other bytes than were packed.
+    """
+    if not (parcel / MANIFEST).is_file():
+        raise SystemExit(f"{parcel} is no parcel: it holds no {MANIFEST}.")
+    pieces, whole = store / "pieces", store / "items"
+    for folder in (pieces, whole):
+        folder.mkdir(parents=True, exist_ok=True)
+    listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))
+    items = [Item(**{**item, "pieces": tuple(item["pieces"])}) for item in listed["items"]]
+    (store / "commit").write_text(listed["commit"], encoding="utf-8")
+    for path in parcel.iterdir():
+        if path.name != MANIFEST:
+            shutil.copy(path, pieces / path.name)
+    new = []
+    for item in items:
+        parts = [pieces / _piece(item.name, n) for n in range(len(item.pieces))]
+        target = whole / item.name
+        if target.exists() or not all(part.exists() for part in parts):
+            continue
+        made = target.with_suffix(".part")
+        with made.open("wb") as stream:
+            for part in parts:
+                stream.write(part.read_bytes())
+        if _sha256(made) != item.sha256:
+            made.unlink()
+            raise SystemExit(f"{item.name} came out with other bytes than were packed. Copy its parcels again.")
+        made.replace(target)
+        for part in parts:
+            part.unlink()
+        new.append(item)
+    return new
+
+
+def missing(parcel: Path, store: Path) -> list[str]:
+    """Names of the set's files that are not whole in `store` yet."""
+    listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))["items"]
+    return [item["name"] for item in listed if not (store / "items" / item["name"]).exists()]
+
+
+def _piece(name: str, number: int) -> str:
+    return f"{name}.{number:02}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,105 @@
+"""The base cut to a half, a quarter and a tenth of its MACs in three ways, recovered, attacked, and timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from criteria import Arm, analyses, cut_and_recover, scored
+from sizes import Sizes
+from torch import nn
+from work import Work
+
+from robust_prune import stages
+from robust_prune.bench import latency
+from robust_prune.bench.providers import provider_problem
+from robust_prune.data.base import DataBundle, random_subset
+from robust_prune.data.sources import load_data
+from robust_prune.environment import snapshot
+from robust_prune.evaluation.hashing import models_hash
+from robust_prune.models import artifact
+from robust_prune.models.artifact import Loaded
+from robust_prune.recipe import Recipe, load
+
+ARMS = (
+    Arm("mrs", "mrs", "adversarial_taylor"),
+    Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
+    # One threshold over magnitudes relative to their group's mean: `_insensitive` takes MRS out of it.
+    Arm("global magnitude", "global", "magnitude"),
+)
+DENSE = "dense"
+
+
+def run(work: Work, sizes: Sizes, deadline: float) -> None:
+    """Arms of one ratio before those of the next; what is not done goes on another time."""
+    if not work.base.exists():
+        work.save("compression", {"reason": "there is no base: run the phase `base`, or pack one"})
+        return
+    loaded, data = artifact.load(work.base), load_data("cifar10")
+    data = replace(data, train=random_subset(data.train, sizes.train_images, 0))
+    recipe = load("cifar10-resnet18", {**sizes.compression, "device": sizes.device})
+    found = work.result("compression")
+    if found.get("model") != models_hash(loaded.model):
+        found = {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "rows": [], "latency": []}
+    found |= {"environment": snapshot(), "recipe": recipe.model_dump(mode="json")}
+    rows: list[dict[str, Any]] = found["rows"]
+    have = {(row["name"], row.get("ratio")) for row in rows}
+    if (DENSE, None) not in have:
+        rows.append({"name": DENSE, "after": scored(loaded.model.cpu(), DENSE, data, recipe, sizes.device)})
+        work.save("compression", found)
+    todo = [(ratio, arm) for ratio in sizes.ratios for arm in ARMS if (arm.name, ratio) not in have]
+    if todo:
+        found_analyses = _analyses(loaded, data, recipe, sizes.device)
+        adv = stages.adversarial_set(
+            loaded.model, data.train, stages.threat_of(recipe), recipe.sensitivity, recipe.seed, sizes.device
+        )
+    slowest = 0.0
+    for ratio, arm in todo:
+        begin = time.monotonic()
+        if begin + slowest > deadline:
+            return
+        small, row = cut_and_recover(arm, ratio, found_analyses[arm.name], adv, loaded, data, recipe, sizes.device)
+        rows.append({**row, "after": scored(small, arm.name, data, recipe, sizes.device)})
+        if arm.name == "mrs":
+            _export(work, small, f"{100 * (1 - ratio):g} % mrs", loaded, data)
+        slowest = max(slowest, time.monotonic() - begin)
+        work.save("compression", found)
+    _export(work, loaded.model.cpu(), DENSE, loaded, data)
+    found["latency"] = _latency(work, sizes)
+    work.save("compression", found, "done")
+
+
+def _analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> dict[str, stages.Analysis]:
+    """The analysis of each arm; groups, costs and sensitivity are measured once."""
+    by_criterion = dict(analyses(loaded, data, recipe, device, criteria=[arm.criterion for arm in ARMS]))
+    found = {arm.name: by_criterion[arm.criterion] for arm in ARMS}
+    return {name: _insensitive(a) if name == "global magnitude" else a for name, a in found.items()}
+
+
+def _insensitive(analysis: stages.Analysis) -> stages.Analysis:
+    groups = tuple(replace(group, mrs=1.0) for group in analysis.profile.groups)
+    return replace(analysis, profile=replace(analysis.profile, groups=groups))
+
+
+def _export(work: Work, model: nn.Module, name: str, loaded: Loaded, data: DataBundle) -> None:
+    path = work.root / "compressed" / f"{name}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stages.export(model, loaded.spec, data, path, 18, 0)
+
+
+def _latency(work: Work, sizes: Sizes) -> list[dict[str, Any]]:
+    """The same files on the GPU and on the CPU."""
+    paths: list[Path] = sorted((work.root / "compressed").glob("*.onnx"), key=lambda path: path.stem != DENSE)
+    tables = []
+    for provider, batches in (("cuda", (1, 256)), ("cpu", (1,))):
+        if not provider_problem(provider):
+            table = latency.run(
+                [(path.stem, path) for path in paths], batches=batches, provider=provider,
+                seconds_budget=len(batches) * sizes.latency_seconds,
+            ).to_json()  # fmt: skip
+            for row in table["rows"]:
+                del row["path"]
+            tables.append(table)
+    return tables

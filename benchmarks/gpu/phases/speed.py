@@ -1,0 +1,53 @@
+"""Images per second of our training loop against the authors' own, in fp32 and tuned; first without `torch.compile`."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from plain_loops import PLAIN_STEPS
+from sizes import Sizes
+from training import COMPILED, speed
+from work import Work
+
+from robust_prune.attacks import ThreatModel
+from robust_prune.data.sources import load_data
+from robust_prune.environment import snapshot
+from robust_prune.models import registry
+from robust_prune.recipe import TrainSettings
+
+
+def run(work: Work, sizes: Sizes, deadline: float) -> None:
+    """Real images: those of the embedded sample of CIFAR-10."""
+    chosen, data = sizes.speed, load_data("sample")
+    spec = registry.make_spec(
+        chosen["arch"], num_classes=10, input_size=data.input_size, mean=data.mean, std=data.std
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = registry.build(spec)
+    x, y = data.train.get(torch.arange(chosen["batch"]))
+    x, y = x.to(sizes.device).float() / 255, y.to(sizes.device)
+    threat = ThreatModel("linf", 8 / 255)
+    found = work.result("speed") or {
+        "arch": chosen["arch"], "data": data.name,
+        "speed": {"batch": chosen["batch"], "steps": chosen["steps"], "losses": {}},
+    }  # fmt: skip
+    found["environment"] = snapshot()
+    found["speed"]["threads"] = torch.get_num_threads()
+    losses = found["speed"]["losses"]
+    slowest = 0.0
+    for with_compiled in (False, True):
+        for loss in PLAIN_STEPS:
+            if with_compiled and loss not in chosen["compiled"]:
+                continue
+            if loss in losses and (not with_compiled or COMPILED in losses[loss]["seconds"]):
+                continue
+            begin = time.monotonic()
+            if begin + slowest > deadline:
+                work.save("speed", found)
+                return
+            settings = TrainSettings(loss=loss, steps=chosen["steps"])
+            losses[loss] = speed(model, x, y, threat, settings, chosen["rounds"], with_compiled=with_compiled)
+            slowest = max(slowest, time.monotonic() - begin)
+            work.save("speed", found)
+    work.save("speed", found, "done")

@@ -1,0 +1,173 @@
+"""The GPU job on this CPU, with toy sizes: from packed parcels in an empty folder to what comes back.
+
+    python benchmarks/gpu/rehearse.py [--kill] [--work FOLDER]
+
+It packs for the Python that runs it, copies the checkout's files and then one parcel after the other into an empty
+folder, and gives there the very commands that `pack.py` prints, under an environment that holds only the packages that
+the GPU machine has (`machine.json`; linked from this one, so in this one's versions). With `--kill` each phase is
+killed once in its middle: the phases before it must not run again, and it must go on to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
+
+from job import PHASES  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402
+from packaging.utils import canonicalize_name  # noqa: E402
+from work import Work  # noqa: E402
+
+
+def bare_environment(folder: Path, carried: set[str]) -> Path:
+    """An interpreter that imports the packages of `machine.json` and none that are `carried`; its ``bin`` folder."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next((folder / "lib").glob("python*")) / "site-packages"
+    packages = json.loads((HERE / "machine.json").read_text(encoding="utf-8"))["packages"]
+    allowed = _with_needs({canonicalize_name(name) for name in packages}) - carried
+    for distribution in importlib.metadata.distributions():
+        name = canonicalize_name(distribution.name)
+        if name not in allowed:
+            continue
+        for top in {
+            Path(file).parts[0] for file in distribution.files or () if Path(file).parts[0] not in ("..", "__pycache__")
+        }:
+            target = Path(str(distribution.locate_file(top)))
+            if target.exists() and not (site / top).exists():
+                (site / top).symlink_to(target)
+    return folder / "bin"
+
+
+def _with_needs(names: set[str]) -> set[str]:
+    """`names` and what they need in the versions installed here, which may be more than in the machine's own."""
+    found, queue = set(names), list(names)
+    while queue:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for text in importlib.metadata.requires(queue.pop()) or ():
+                need = Requirement(text)
+                name = canonicalize_name(need.name)
+                if name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                    found.add(name)
+                    queue.append(name)
+    return found
+
+
+def checkout(target: Path) -> None:
+    """The files of this working tree that git knows, and no others."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, path)
+
+
+def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> str:
+    """Gives a command as `pack.py` printed it, in the copy of the checkout; returns what it printed."""
+    print(f"\n$ {command}", flush=True)
+    done = subprocess.run(
+        command.replace("OUT", str(out)), shell=True, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    print(done.stdout[-1500:], done.stderr[-1500:], sep="", flush=True)
+    if done.returncode:
+        raise SystemExit(f"ended with status {done.returncode}")
+    return done.stdout
+
+
+def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dict[str, str], work: Work) -> None:
+    """Gives a command once a phase, and kills that phase in its middle, driver and all."""
+    for phase in PHASES:
+        if phase not in command and "--phases" in command:
+            continue
+        before = {name: work.result(name) for name in PHASES if work.done(name)}
+        process = subprocess.Popen(
+            command.replace("OUT", str(out)), shell=True, cwd=folder, env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        pid = _phase(phase, process)
+        time.sleep(1.5)
+        driver = int((work.root / "driver.pid").read_text())
+        for group in (process.pid, driver, pid):
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+        print(f"killed in {phase}", flush=True)
+        if any(work.result(name) != found for name, found in before.items()):
+            raise SystemExit(f"a kill in {phase} changed the result of a phase that was done")
+
+
+def _phase(phase: str, process: subprocess.Popen[bytes]) -> int:
+    """The process of `phase`, once it runs."""
+    while process.poll() is None:
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"phase" in words and phase.encode() in words:
+                return int(entry.parent.name)
+        time.sleep(0.1)
+    raise SystemExit(f"the job ended before {phase} began")
+
+
+def main() -> None:
+    """Reads the command line and rehearses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kill", action="store_true", help="kill each phase once")
+    parser.add_argument("--work", type=Path, help="an empty folder; by default a temporary one, removed at the end")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = (args.work or Path(scratch)).absolute()
+        folder, out, home = root / "checkout", root / "out", root / "home"
+        checkout(folder)
+        home.mkdir()
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        packing = [sys.executable, str(HERE / "pack.py"), str(root / "parcels"), "--toy", "--python", version]
+        printed = subprocess.run(packing, check=True, capture_output=True, text=True).stdout
+        print(printed)
+        commands = [line for line in printed.splitlines() if line.startswith("python3 ")]
+        wheels = [line.split()[-1] for line in printed.splitlines() if line.startswith("wheel ")]
+        carried = {canonicalize_name(name.partition("-")[0]) for name in wheels}
+        binaries = bare_environment(root / "machine", carried)
+        environment = {"PATH": f"{binaries}:/usr/bin:/bin", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        work = Work(home / "robust-prune-gpu")
+        for number, command in enumerate(commands, start=1):
+            shutil.copytree(root / "parcels" / f"parcel-{number}", folder / "parcel")
+            command = command.replace(str(root / "parcels" / f"parcel-{number}"), "parcel")
+            taken, _, ran = command.partition(" && ")
+            give(taken, folder, out, environment)
+            for rest in filter(None, ran.split(" && ")):
+                if args.kill:
+                    killed_in_each_phase(rest, folder, out, environment, work)
+                give(rest, folder, out, environment)
+            shutil.rmtree(folder / "parcel")
+        states = {phase: work.result(phase).get("status") for phase in PHASES}
+        names = sorted(path.name for path in out.iterdir())
+        print(states, names, f"{time.monotonic() - begin:.0f} s")
+        if set(states.values()) != {"done"}:
+            raise SystemExit("not every phase came to its end")
+        print("rehearsed: every phase came to its end")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Writes `benchmarks/results/gpu/README.md` from the results that a GPU machine brought back.
+
+python benchmarks/gpu/report.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+import numpy as np  # noqa: E402
+from criteria import bootstrap, outcomes  # noqa: E402
+from training import speed_table  # noqa: E402
+from work import COMMITTED, Work  # noqa: E402
+
+from robust_prune.run_dir import write_text  # noqa: E402
+
+
+def main() -> None:
+    """Reads what there is, in the order of the phases."""
+    work = Work(COMMITTED / "nothing")
+    parts = {"facts": facts, "latency": latency, "speed": speed, "base": base, "compression": compression}
+    texts = [write(found) for phase, write in parts.items() if (found := work.result(phase))]
+    if not texts:
+        raise SystemExit(f"{COMMITTED} holds no results. Put the JSON files there that came back.")
+    write_text(COMMITTED / "README.md", "\n".join(["# On a GPU\n\n`benchmarks/gpu/`\n", *texts]))
+    print(COMMITTED / "README.md")
+
+
+def facts(found: dict[str, Any]) -> str:
+    """Card and rates."""
+    card, versions = found.get("card", {"name": found["environment"]["device"]}), found["environment"]["versions"]
+    return (
+        f"## Machine\n\n{card['name']}, torch {versions['torch']}, onnxruntime-gpu "
+        f"{versions.get('onnxruntime-gpu', '-')}; copies {found['copy_gb_per_second']:,.0f} GB/s (read and written), "
+        f"multiplies bf16 matrices at {found['bf16_tflops']:,.0f} TFLOP/s. Providers: "
+        f"{', '.join(f'{name}: {state}' for name, state in found['providers'].items())}. Tests that need a GPU: "
+        f"{found.get('gpu_tests', 'not run')}\n"
+    )
+
+
+def latency(found: dict[str, Any]) -> str:
+    """A row for each file of each set."""
+    text = [
+        "## Latency\n\nMedians of ONNX Runtime, and how many times faster than the dense fp32 file of the same set, "
+        "with 95 % intervals; A/A is the dense file's ratio to itself. ONNX Runtime allows TF32 in fp32.\n",
+        "| model | provider | batch | kind | A/A | file | ms | faster |",
+        "| --- | --- | ---: | --- | --- | --- | ---: | ---: |",
+    ]
+    for table in sorted(
+        found["tables"], key=lambda t: (t["set"]["arch"], t["provider"], t["set"]["batch"], t["set"]["kind"])
+    ):
+        ((floor, low, high),) = table["noise_floor"].values()
+        for row in table["rows"]:
+            ratio = row["speedup"]
+            faster = "" if ratio is None else f"{ratio['value']:.2f}× [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            faster = faster if ratio is None or ratio["verdict"] != "no difference" else f"no difference ({faster})"
+            text.append(
+                f"| {table['set']['arch']} | {table['provider']} | {row['batch']} | {row['kind']} | "
+                f"{floor:.3f} [{low:.3f}, {high:.3f}] | {row['label']} | {row['p50_ms']:.3f} | {faster} |"
+            )
+    text += [f"\n{f['provider']}, {f['set']}: {f['reason']}" for f in found["failed"]]
+    return "\n".join(text) + "\n"
+
+
+def speed(found: dict[str, Any]) -> str:
+    """The table of `training.py`."""
+    return speed_table(found)
+
+
+def base(found: dict[str, Any]) -> str:
+    """Length and held-out accuracies of the base."""
+    history = found.get("history", [])
+    best = next((record for record in history if record["epoch"] == found.get("best_epoch")), None)
+    reached = (
+        f"best epoch {best['epoch']}: {100 * best['val_clean']:.1f} % clean, {100 * best['val_robust']:.1f} % under "
+        "PGD-10 on held-out images"
+        if best
+        else "not at its end"
+    )
+    seconds = sum(record["seconds"] for record in history)
+    return (
+        f"## Base\n\n{found['arch']}, {found['settings']['loss']} with {found['settings']['steps']} steps, "
+        f"{found['plan']['epochs']} epochs of {found['train_images']:,} images in {seconds:.0f} s"
+        f"{', continued from an earlier base' if found['continued'] else ''}; {reached}. {found.get('note', '')}\n"
+    )
+
+
+def compression(found: dict[str, Any]) -> str:
+    """Accuracies of every arm, paired with `mrs`."""
+    rows = found.get("rows", [])
+    if not rows:
+        return f"## Compression\n\nNot run: {found.get('reason', 'no row is done')}.\n"
+    first = rows[0]["after"]
+    text = [
+        f"## Compression\n\n{found['arch']}; {first['attack']} on {first['robust']['total']:,} test images; one seed; "
+        "brackets: 95 % bootstrap intervals over images.\n",
+        "| MACs removed | arm | MACs kept | clean | robust | against mrs |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in sorted(rows, key=lambda r: r.get("ratio") or 0):
+        clean, robust = outcomes([row], "clean"), outcomes([row], "robust")
+        low, high = bootstrap(robust)
+        mrs = [r for r in rows if r.get("ratio") == row.get("ratio") and r["name"] == "mrs"]
+        text.append(
+            f"| {100 * row.get('ratio', 0):.0f} % | {row['name']} | {100 * row.get('macs_kept', 1):.1f} % | "
+            f"{100 * clean.mean():.1f} | {100 * robust.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}] | "
+            f"{_against(robust, mrs) if row['name'] != 'mrs' else ''} |"
+        )
+    for table in found.get("latency", []):
+        times = ", ".join(f"{r['label']} b{r['batch']} {r['p50_ms']:.3f} ms" for r in table["rows"])
+        text.append(f"\nLatency, {table['rows'][0]['provider']}: {times}.")
+    return "\n".join(text) + "\n"
+
+
+def _against(robust: np.ndarray, mrs: list[dict[str, Any]]) -> str:
+    if not mrs:
+        return ""
+    difference = robust - outcomes(mrs, "robust")
+    low, high = bootstrap(difference)
+    return f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""How much each phase does: on a GPU, and in the rehearsal on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Set:
+    """One measurement of latency: files of `arch` at a batch size, with inputs and outputs as `kind` says."""
+
+    arch: str
+    batch: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Work of a whole job.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        providers: ONNX Runtime's, in the order in which they are measured; those that do not run here are left out.
+        architectures: (name, image size) of the models whose latency is measured.
+        sets: of latency, the most telling first: what is left when time is up goes on another time.
+        latency_seconds: timed work a set.
+        speed: architecture, batch, attack steps and rounds of the training loops, and which losses are also compiled.
+        base: architecture and settings of the dense base; its epochs follow from the time there is.
+        most_epochs: of the base.
+        train_images: None for all.
+        ratios: of compression, the first ones first.
+        compression: overrides of the recipe.
+        seconds: budget of each phase, in the order in which they run.
+    """
+
+    device: str
+    providers: tuple[str, ...]
+    architectures: tuple[tuple[str, int], ...]
+    sets: tuple[Set, ...]
+    latency_seconds: float
+    speed: dict[str, Any]
+    base: dict[str, Any]
+    most_epochs: int
+    train_images: int | None
+    ratios: tuple[float, ...]
+    compression: dict[str, Any]
+    seconds: dict[str, float]
+
+
+_MODELS = (
+    ("cifar/resnet20_x2", 32),
+    ("cifar/resnet18", 32),
+    ("timm/resnet50", 224),
+    ("cifar/mobilevit_xs", 32),
+    ("cifar/vgg16_bn", 32),
+    ("timm/vit_tiny_patch16_224", 224),
+)
+# One image at a time as a device would answer it, a full batch, and what lies between; all models before the next row.
+_ROWS = (
+    (1, "graph"), (256, "device"), (1, "host"), (64, "device"), (8, "graph"), (1, "device"), (8, "device"),
+    (256, "host"), (8, "host"), (64, "host"), (64, "graph"), (256, "graph"),
+)  # fmt: skip
+
+GPU = Sizes(
+    device="cuda",
+    providers=("cuda", "tensorrt"),
+    architectures=_MODELS,
+    sets=tuple(Set(arch, batch, kind) for batch, kind in _ROWS for arch, _ in _MODELS),
+    latency_seconds=1.5,
+    speed={
+        "arch": "cifar/resnet18", "batch": 512, "steps": 10, "rounds": 5, "compiled": ("n_fgsm", "pgd_at", "trades"),
+    },
+    base={
+        "arch": "cifar/resnet18", "loss": "pgd_at", "steps": 10, "batch_size": 512, "lr": 0.3, "warmup": 0.2,
+        "ema_decay": 0.995, "validation_images": 1000,
+    },
+    most_epochs=30,
+    train_images=None,
+    ratios=(0.75, 0.9, 0.5),
+    compression={
+        "finetune.loss": "pgd_at", "finetune.steps": 10, "finetune.epochs": 4, "finetune.batch_size": 512,
+        "finetune.lr": 0.1, "finetune.warmup": 0.2, "finetune.ema_decay": 0.98, "finetune.validation_images": 1000,
+        "evaluation.tier": "aa-fast", "evaluation.images": 2000, "evaluation.batch_size": 1000,
+    },
+    seconds={"facts": 20, "latency": 110, "speed": 80, "base": 230, "compression": 220},
+)  # fmt: skip
+
+TOY = Sizes(
+    device="cpu",
+    providers=("cpu", "tensorrt"),
+    architectures=(("cifar/resnet20", 32),),
+    sets=(Set("cifar/resnet20", 1, "host"), Set("cifar/resnet20", 4, "device")),
+    latency_seconds=0.5,
+    speed={"arch": "cifar/resnet20", "batch": 16, "steps": 2, "rounds": 2, "compiled": ("n_fgsm",)},
+    base={
+        "arch": "cifar/resnet20", "loss": "pgd_at", "steps": 2, "batch_size": 64, "lr": 0.1, "warmup": 0.2,
+        "ema_decay": 0.9, "validation_images": 32, "validation_steps": 2,
+    },
+    most_epochs=3,
+    train_images=1500,
+    ratios=(0.5,),
+    compression={
+        "finetune.loss": "pgd_at", "finetune.steps": 2, "finetune.epochs": 1, "finetune.batch_size": 64,
+        "finetune.lr": 0.05, "finetune.validation_images": 32, "sensitivity.images": 64, "sensitivity.steps": 2,
+        "pruning.compensation_images": 64, "evaluation.tier": "aa-fast", "evaluation.images": 8,
+    },
+    seconds={"facts": 60, "latency": 60, "speed": 60, "base": 60, "compression": 240},
+)  # fmt: skip

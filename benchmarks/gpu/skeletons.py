@@ -1,0 +1,48 @@
+"""ONNX files without their weights, small enough to carry, and filled with random ones where they are timed.
+
+Tracing, cutting and exporting a model takes half a minute on one core, and time does not see what weights are, as long
+as none are subnormal. So the graphs travel as they were exported and checked; matrices and kernels are drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+KEY = "skeleton"
+LEAST_SIZE = 1024
+_FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
+
+
+def strip(source: Path, target: Path) -> None:
+    """Writes `source` to `target` without the values of its large float matrices and kernels; vectors stay."""
+    model = onnx.load(source)
+    emptied = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _FLOATS and len(tensor.dims) >= 2 and np.prod(tensor.dims) >= LEAST_SIZE:
+            emptied.append(tensor.name)
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+            tensor.ClearField("int32_data")
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, json.dumps(emptied)
+    onnx.save(model, target)
+
+
+def fill(source: Path, target: Path, seed: int = 0) -> None:
+    """Writes the skeleton `source` to `target` with normal weights of He et al. (2015): activations keep their size."""
+    model = onnx.load(source)
+    generator = np.random.default_rng(seed)
+    emptied = set(json.loads(next(entry.value for entry in model.metadata_props if entry.key == KEY)))
+    for tensor in model.graph.initializer:
+        if tensor.name in emptied:
+            shape = tuple(tensor.dims)
+            spread = np.sqrt(2 / max(1, np.prod(shape[1:])))
+            values = (spread * generator.standard_normal(shape, dtype=np.float32)).astype(_FLOATS[tensor.data_type])
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    del model.metadata_props[-1]
+    onnx.save(model, target)
