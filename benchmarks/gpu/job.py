@@ -12,6 +12,7 @@ with a budget of time, writes what it has as it goes, and is not repeated once i
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import json
 import os
@@ -22,11 +23,13 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import parcels  # noqa: E402
+from sizes import GPU, TOY, Sizes  # noqa: E402
 from work import Work  # noqa: E402
 
 PHASES = ("facts", "latency", "speed", "base", "compression")
@@ -65,19 +68,21 @@ def environment(work: Work) -> dict[str, str]:
     return {**os.environ, **data, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
-def drive(work: Work, phases: list[str], toy: bool) -> None:
-    """Runs the phases that are not done, each in a process group of its own; started in the background by `run`."""
-    from sizes import GPU, TOY
+def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
+    """Runs the phases that are not done, each in a process group of its own; started in the background by `watch`.
 
-    sizes = TOY if toy else GPU
+    `lock` is the open file whose lock says that this job runs. Phases hold it too: one that outlives the driver is not
+    started a second time.
+    """
+    sizes = _sizes(toy)
     for phase in phases:
         if work.done(phase):
             print(f"{phase}: done already", flush=True)
             continue
-        command = [sys.executable, str(HERE / "job.py"), "phase", phase, "--work", str(work.root)]
+        command = [sys.executable, str(HERE / "job.py"), "phase", phase, "--work", str(work.root), *["--toy"] * toy]
         begin, budget = time.monotonic(), sizes.seconds[phase]
         print(f"{phase}: begins, {budget:.0f} s", flush=True)
-        process = subprocess.Popen(command + ["--toy"] * toy, start_new_session=True, env=environment(work))
+        process = subprocess.Popen(command, start_new_session=True, env=environment(work), pass_fds=(lock,))
         try:
             code = process.wait(timeout=GRACE * budget)
         except subprocess.TimeoutExpired:
@@ -90,56 +95,42 @@ def drive(work: Work, phases: list[str], toy: bool) -> None:
 
 def run_phase(work: Work, phase: str, toy: bool) -> None:
     """Runs one phase in this process."""
-    from sizes import GPU, TOY
-
-    sizes = TOY if toy else GPU
+    sizes = _sizes(toy)
     importlib.import_module(f"phases.{phase}").run(work, sizes, time.monotonic() + sizes.seconds[phase])
+
+
+def _sizes(toy: bool) -> Sizes:
+    return TOY if toy else GPU
 
 
 def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
     """Starts the driver unless it runs, and watches it for so long; whether it has ended."""
-    mark, end = work.root / "driver.pid", time.monotonic() + seconds
-    if not _alive(mark):
-        command = [
-            sys.executable,
-            str(HERE / "job.py"),
-            "drive",
-            "--work",
-            str(work.root),
-            "--phases",
-            ",".join(phases),
-        ]
-        with (work.root / "log.txt").open("ab") as log:
-            driver = subprocess.Popen(
-                command + ["--toy"] * toy,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment(work),
-            )
-        mark.write_text(str(driver.pid), encoding="utf-8")
-    while _alive(mark):
+    work.root.mkdir(parents=True, exist_ok=True)
+    path, end = work.root / "lock", time.monotonic() + seconds
+    with path.open("w") as lock, (work.root / "log.txt").open("ab") as log:
+        if _free(lock):
+            command = [sys.executable, str(HERE / "job.py"), "drive", "--work", str(work.root), *["--toy"] * toy]
+            subprocess.Popen(
+                [*command, "--phases", ",".join(phases), "--lock", str(lock.fileno())],
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment(work),
+                pass_fds=(lock.fileno(),),
+            )  # fmt: skip
+    while True:
+        with path.open("w") as lock:
+            if _free(lock):
+                return True
         if time.monotonic() > end:
             return False
         time.sleep(0.5)
-    return True
 
 
-def _alive(mark: Path) -> bool:
+def _free(lock: IO[str]) -> bool:
+    """Takes the lock, unless another process holds it; it is held until the last process that inherits it has ended."""
     try:
-        pid = int(mark.read_text(encoding="utf-8"))
-        os.waitpid(pid, os.WNOHANG)
-    except (OSError, ValueError):
-        pass
-    try:
-        state = Path(f"/proc/{int(mark.read_text(encoding='utf-8'))}/stat").read_text(encoding="utf-8")
-        return state.rpartition(")")[2].split()[0] != "Z" and "job.py" in _command(mark)
-    except (OSError, ValueError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-
-
-def _command(mark: Path) -> str:
-    return Path(f"/proc/{int(mark.read_text(encoding='utf-8'))}/cmdline").read_text(encoding="utf-8")
+    return True
 
 
 def deliver(work: Work, out: Path) -> list[str]:
@@ -173,6 +164,7 @@ def main() -> None:
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--seconds", type=float, default=560.0, help="run: how long to watch")
     parser.add_argument("--toy", action="store_true", help="the rehearsal's sizes, on a CPU")
+    parser.add_argument("--lock", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = Work(args.work.absolute())
     phases = args.phases.split(",")
@@ -182,7 +174,7 @@ def main() -> None:
         for folder in args.what:
             take(Path(folder), work)
     elif args.verb == "drive":
-        drive(work, phases, args.toy)
+        drive(work, phases, args.toy, args.lock)
     elif args.verb == "phase":
         run_phase(work, args.what[0], args.toy)
     else:

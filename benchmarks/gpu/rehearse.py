@@ -101,9 +101,9 @@ def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dic
             command.replace("OUT", str(out)), shell=True, cwd=folder, env=environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        pid = _phase(phase, process)
+        pid = _running("phase", phase, process)
         time.sleep(1.5)
-        driver = int((work.root / "driver.pid").read_text())
+        driver = _running("drive", str(work.root), process)
         for group in (process.pid, driver, pid):
             try:
                 os.killpg(group, signal.SIGKILL)
@@ -115,18 +115,18 @@ def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dic
             raise SystemExit(f"a kill in {phase} changed the result of a phase that was done")
 
 
-def _phase(phase: str, process: subprocess.Popen[bytes]) -> int:
-    """The process of `phase`, once it runs."""
+def _running(verb: str, word: str, process: subprocess.Popen[bytes]) -> int:
+    """The process of the job with these words in its command, once it is there; `process` started the job."""
     while process.poll() is None:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = entry.read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"phase" in words and phase.encode() in words:
+            if {verb.encode(), word.encode()} <= set(words):
                 return int(entry.parent.name)
         time.sleep(0.1)
-    raise SystemExit(f"the job ended before {phase} began")
+    raise SystemExit(f"the job ended before {verb} {word} ran")
 
 
 def main() -> None:
