@@ -202,8 +202,8 @@ def tune_table(result: dict[str, Any]) -> str:
     text = [
         f"## Settings\n\n{result['arch']} on {result['data']}, {value['threads']} threads of {environment['cpu']} "
         f"({environment['device']}); PGD-20 on {images:,} held-out training images that chose nothing. One setting "
-        f"at a time is moved from the centre ({', '.join(f'{k} {v}' for k, v in CENTRE.items())}); differences in robust "
-        "accuracy are paired image by image, 95 % intervals over images of the mean over seeds.\n",
+        f"at a time is moved from the centre ({', '.join(f'{k} {v}' for k, v in CENTRE.items())}); differences in "
+        "robust accuracy are paired image by image, 95 % intervals over images of the mean over seeds.\n",
         "| MACs removed | minutes | settings | seeds | clean | robust | difference |",
         "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
