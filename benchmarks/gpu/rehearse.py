@@ -94,7 +94,7 @@ def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> 
 def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dict[str, str], work: Work) -> None:
     """Gives a command once a phase, and kills that phase in its middle, driver and all."""
     for phase in PHASES:
-        if phase not in command and "--phases" in command:
+        if work.done(phase) or ("--phases" in command and phase not in command):
             continue
         before = {name: work.result(name) for name in PHASES if work.done(name)}
         process = subprocess.Popen(
