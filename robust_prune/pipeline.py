@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from . import __version__, processes, stages
+from .baseline import fresh_like
 from .bench.latency import run as measure_latency
 from .bench.types import LatencyTable
 from .console import console
+from .data.base import random_subset
 from .environment import snapshot
 from .evaluation.card import Accuracy, ResultCard
 from .evaluation.evaluate import Evaluation
@@ -21,15 +23,17 @@ from .evaluation.hashing import images_hash, models_hash
 from .export.types import OnnxArtifact
 from .job import Job, StageLog
 from .latency_budget import missed
-from .models import user_file
+from .models import artifact, user_file
 from .pruning.counting import count_macs, count_params
 from .pruning.types import PruningPlan
 from .report.files import write as write_report
 from .report.table import headline_table
 from .report.types import ModelRow, RunReport
 from .run_dir import RunDir, claim, digest, write_json, write_text
-from .shrink import shrink
+from .shrink import Shrunk, shrink
+from .training.budget import affordable
 
+SCRATCH = "scratch"
 SAMPLE_NOTE = (
     "These figures come from the embedded sample of CIFAR-10 (a few hundred test images): they are indicative only."
 )
@@ -65,13 +69,16 @@ def compress(job: Job) -> Compressed | None:
 
     shrunk = shrink(job, todo, folder)
     models = {"dense": dense.cpu().eval(), "pruned": shrunk.model.cpu().eval()}
+    scratch_note = ""
+    if recipe.baseline.kind == "scratch":
+        models[SCRATCH], scratch_note = _from_scratch(job, shrunk, todo, folder)
     files = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
     cards = {label: _evaluate(job, model, label, todo, folder, files[label]) for label, model in models.items()}
     if not processes.part():
         return None
     rows = [row for label, model in models.items() for row in _rows(job, label, model, cards[label], files[label])]
     examples = make_examples(
-        {label: model.to(device) for label, model in models.items()},
+        {label: model.to(device) for label, model in models.items() if label != SCRATCH},
         data.test, threat, data.class_names, attacked="pruned", seed=recipe.seed, device=device,
     )  # fmt: skip
     table = _bench(job, rows, todo)
@@ -79,7 +86,7 @@ def compress(job: Job) -> Compressed | None:
         title=f"{job.name} compressed: {100 * recipe.pruning.ratio:.0f} % of {_unit(recipe.pruning.of)} removed",
         command=job.command,
         recipe=recipe.model_dump(mode="json"),
-        notes=notes(job, shrunk.plan, table),
+        notes=(*notes(job, shrunk.plan, table), *([scratch_note] if scratch_note else [])),
         models=tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows),
         profile=shrunk.profile,
         plan=shrunk.plan,
@@ -112,6 +119,42 @@ def claim_folder(job: Job) -> tuple[str, Path]:
     folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"
     claim(folder, key, job.command)
     return key, folder
+
+
+def _from_scratch(job: Job, shrunk: Shrunk, todo: StageLog, folder: Path) -> tuple[nn.Module, str]:
+    """The pruned architecture trained from fresh weights, as its artifact holds it, and a sentence on its training."""
+    recipe, spec = job.recipe, job.loaded.spec
+    device, threat, file = stages.device_of(recipe), stages.threat_of(recipe), folder / f"{SCRATCH}.safetensors"
+    minutes = recipe.baseline.minutes
+    seconds = shrunk.recovery_seconds if minutes is None else 60 * minutes
+    identity = models_hash(shrunk.model)
+
+    def make_length() -> dict[str, int]:
+        model = fresh_like(spec, shrunk.model, recipe.seed)
+        epochs, images = affordable(model, job.data.train, threat, recipe.training, seconds, device=device)
+        return {"epochs": epochs, "images": images}
+
+    # A stage of its own: a run that is killed and resumed must not time the machine again and train for another length.
+    length = todo.once(f"{SCRATCH}-length", [identity, seconds], make_length, together=True)
+
+    def make() -> dict[str, Any]:
+        model = fresh_like(spec, shrunk.model, recipe.seed)
+        result = stages.finetune(
+            model, replace(job.data, train=random_subset(job.data.train, length["images"], recipe.seed)), threat,
+            recipe.training.model_copy(update={"epochs": length["epochs"]}),
+            seed=recipe.seed, device=device, checkpoint=folder / SCRATCH / "checkpoint.pt",
+        )  # fmt: skip
+        artifact.save(file, model.cpu(), spec, threat=threat, provenance={"command": job.command})
+        return result.to_json()
+
+    result = todo.once(SCRATCH, [identity, length], make, (file,), together=True)
+    took = sum(record["seconds"] for record in result["history"])
+    note = (
+        f"{SCRATCH}: the pruned architecture from fresh weights, trained by {recipe.training.loss} for {took:.0f} s "
+        f"({length['epochs']} epochs of {length['images']:,} images); fine-tuning the pruned model took "
+        f"{shrunk.recovery_seconds:.0f} s. {result['note']}"
+    )
+    return artifact.load(file, arch=job.arch, trust_source=True).model.eval(), note.strip()
 
 
 def _export(job: Job, model: nn.Module, label: str, todo: StageLog, folder: Path) -> dict[str, OnnxArtifact]:

@@ -226,6 +226,16 @@ class BenchSection(Section):
     """Measuring time for each row's set of files."""
 
 
+class BaselineSection(Section):
+    """A network to stand beside the pruned one."""
+
+    kind: Literal["none", "scratch"] = "none"
+    """`scratch` trains the architecture that the plan leaves from fresh weights, as `training` says except for its
+    length."""
+    minutes: float | None = Field(None, gt=0)
+    """Time of that training; by default what fine-tuning took."""
+
+
 Recovery = Literal["quick", "standard", "best"]
 RECOVERIES: dict[Recovery, dict[str, Any]] = {
     "quick": {"loss": "n_fgsm", "epochs": 1, "awp": 0.0, "distillation": 0.0},
@@ -256,6 +266,8 @@ class Recipe(Section):
     pruning: PruningSection = PruningSection()
     finetune: TrainSettings = Field(default_factory=_finetune_defaults)
     """Adversarial fine-tuning after the cut (`compress`)."""
+    baseline: BaselineSection = BaselineSection()
+    """A small network from scratch beside the pruned one (`compress`)."""
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()

@@ -34,6 +34,7 @@ class Shrunk:
         rolled_back: groups that stayed whole in the last cut, and why.
         before_finetune: held-out accuracy after the last cut.
         history: one record an epoch of the last fine-tuning.
+        recovery_seconds: training time of all fine-tunings together, scoring left out.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Shrunk:
     rolled_back: tuple[Refused, ...]
     before_finetune: ResultCard
     history: tuple[dict[str, Any], ...]
+    recovery_seconds: float
 
 
 def make_plan(job: Job) -> PruningPlan:
@@ -65,7 +67,7 @@ def shrink(job: Job, log: StageLog, folder: Path) -> Shrunk:
     """
     steps = job.recipe.pruning.steps
     model: nn.Module = job.loaded.model
-    plans, profiles = list[PruningPlan](), list[SensitivityProfile]()
+    plans, profiles, recovery = list[PruningPlan](), list[SensitivityProfile](), 0.0
     # The last step has the plain names, so that a run folder looks the same however many came before.
     for suffix in (*(f"-{step}" for step in range(1, steps)), ""):
         plan, profile = _planned(job, model, tuple(plans), log, f"plan{suffix}")
@@ -73,9 +75,11 @@ def shrink(job: Job, log: StageLog, folder: Path) -> Shrunk:
         warn(plan.note)
         profiles.append(profile)
         model, rolled_back, before, history = _step(job, model, plan, log, folder, suffix)
+        recovery += sum(record["seconds"] for record in history)
         macs, params = count_macs(model, stages.blank_image(job.loaded.spec)), count_params(model)
         plans.append(realised(plan, {refused.name for refused in rolled_back}, macs, params))
-    return Shrunk(model, compose(plans, job.recipe.pruning.ratio), profiles[0], rolled_back, before, history)
+    whole = compose(plans, job.recipe.pruning.ratio)
+    return Shrunk(model, whole, profiles[0], rolled_back, before, history, recovery)
 
 
 def _plan(job: Job, model: nn.Module, before: tuple[PruningPlan, ...]) -> tuple[SensitivityProfile, PruningPlan]:

@@ -47,6 +47,13 @@ def compress(
     loss: Annotated[
         str | None, Parameter(help="Fine-tuning loss: n_fgsm, pgd_at, trades, mart, clean, or file.py:function.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        Parameter(
+            help="scratch: also train the pruned architecture from fresh weights, for the time that fine-tuning took "
+            "(--set baseline.minutes=10 for another), and show it in the table."
+        ),
+    ] = None,
     images: ImagesFlag = None,
     allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
     criterion: Annotated[
@@ -83,6 +90,7 @@ def compress(
         "data.name": data,
         "finetune.epochs": epochs,
         "finetune.loss": loss,
+        "baseline.kind": baseline,
         "evaluation.images": images,
         "evaluation.tier": tier,
         "export.precisions": listed(precision),

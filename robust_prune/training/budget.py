@@ -1,0 +1,50 @@
+"""How much training fits into a given time."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from torch import nn
+
+from .. import processes
+from ..attacks import ThreatModel
+from ..data.base import ImageSet, first
+from ..recipe import TrainSettings
+from .trainer import train
+
+TIMED_STEPS = 20
+
+
+def affordable(
+    model: nn.Module,
+    images: ImageSet,
+    threat: ThreatModel,
+    settings: TrainSettings,
+    seconds: float,
+    *,
+    device: str = "cpu",
+    teacher: nn.Module | None = None,
+) -> tuple[int, int]:
+    """Epochs, and images in each, that training as `settings` say takes `seconds` for: as few epochs as the data allow.
+
+    Some steps of a copy are timed. Scoring the epochs on held-out images is not counted.
+
+    Args:
+        model: maps [0, 1] images [N, C, H, W] to logits; it stays as it is.
+        images: to train on.
+        threat: norm and radius.
+        settings: loss, batch size and the rest; `epochs` is not read.
+        seconds: wall time, above 0.
+        device: ``cpu`` or ``cuda``.
+        teacher: the dense parent, where the settings distil from it.
+
+    Returns:
+        At least one epoch of at least one batch.
+    """
+    few = first(images, TIMED_STEPS * settings.batch_size)
+    timed = settings.model_copy(update={"epochs": 1, "validation_images": 0, "compile": "off", "trackers": ()})
+    took = train(copy.deepcopy(model), few, first(images, 0), threat, timed, device=device, teacher=teacher)
+    seen = max(settings.batch_size, int(len(few) * seconds / took.history[0].seconds))
+    epochs = math.ceil(seen / len(images))
+    return processes.from_first((epochs, min(len(images), max(settings.batch_size, seen // epochs))))
