@@ -40,7 +40,7 @@ class FakeWorker:
 
 def test_every_block_visits_every_arm_once_in_an_order_that_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+        sampler, "_workers", lambda labels, provider: contextlib.nullcontext([FakeWorker(label) for label in labels])
     )
 
     def visits(seed: int) -> list[tuple[str, ...]]:
@@ -61,7 +61,7 @@ def test_processes_are_started_anew_unless_opening_takes_long(monkeypatch: pytes
     clock, opening = [0.0], [0.0]
 
     @contextlib.contextmanager
-    def workers(labels: list[str]) -> Iterator[list[FakeWorker]]:
+    def workers(labels: list[str], provider: str) -> Iterator[list[FakeWorker]]:
         opened.append(labels)
         clock[0] += opening[0]
         yield [FakeWorker(label) for label in labels]
@@ -110,7 +110,7 @@ def test_gpu_memory_clocks_and_energy_come_from_nvml(monkeypatch: pytest.MonkeyP
     assert nvml.gpus() == [{"name": "H100", "driver": "580"}]
     assert nvml.states() == [{"sm_mhz": 1980, "memory_mhz": 1980, "celsius": None}]
     monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+        sampler, "_workers", lambda labels, provider: contextlib.nullcontext([FakeWorker(label) for label in labels])
     )
     FakeWorker.visits = []
     gpu = Shape(batch=1, threads=1, provider="cuda", kind="device")
@@ -129,7 +129,7 @@ def test_arms_are_opened_in_another_order_each_time_and_keep_their_own_times(mon
             answer = super().ask(op, runs, wake, **rest)
             return answer if op == "open" else {"ns": [1_000_000 * int(self.label)] * runs}
 
-    def workers(labels: list[str]) -> Any:
+    def workers(labels: list[str], provider: str) -> Any:
         opened.append(tuple(labels))
         return contextlib.nullcontext([Unequal(label) for label in labels])
 
@@ -144,7 +144,7 @@ def test_a_busy_machine_ends_the_blocks_early_but_never_below_the_least(monkeypa
     clock = iter(range(0, 1_000_000, 10))
     monkeypatch.setattr(sampler, "monotonic", lambda: next(clock))
     monkeypatch.setattr(
-        sampler, "_workers", lambda labels: contextlib.nullcontext([FakeWorker(label) for label in labels])
+        sampler, "_workers", lambda labels, provider: contextlib.nullcontext([FakeWorker(label) for label in labels])
     )
     FakeWorker.visits = []
     shown: list[tuple[int, int]] = []

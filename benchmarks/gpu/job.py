@@ -95,8 +95,8 @@ def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
 
 def run_phase(work: Work, phase: str, toy: bool) -> None:
     """Runs one phase in this process."""
-    sizes = _sizes(toy)
-    importlib.import_module(f"phases.{phase}").run(work, sizes, time.monotonic() + sizes.seconds[phase])
+    begin, sizes = time.monotonic(), _sizes(toy)
+    importlib.import_module(f"phases.{phase}").run(work, sizes, begin + sizes.seconds[phase])
 
 
 def _sizes(toy: bool) -> Sizes:
@@ -142,8 +142,7 @@ def deliver(work: Work, out: Path) -> list[str]:
     log = work.root / "log.txt"
     if log.exists():
         (out / "log.txt").write_bytes(log.read_bytes()[-MOST_BYTES:])
-    base = work.base if work.base.exists() else work.partial
-    if base.exists():
+    if base := work.newest_base():
         content = base.read_bytes()
         for number, start in enumerate(range(0, len(content), MOST_BYTES)):
             (out / f"{work.base.name}.{number:02}").write_bytes(content[start : start + MOST_BYTES])

@@ -112,6 +112,9 @@ def compression(found: dict[str, Any]) -> str:
             f"{_against(robust, mrs) if row['name'] != 'mrs' else ''} |"
         )
     for table in found.get("latency", []):
+        if not table["rows"]:
+            text.append(f"\nLatency, {table['provider']}: {table['reason']}")
+            continue
         times = ", ".join(f"{r['label']} b{r['batch']} {r['p50_ms']:.3f} ms" for r in table["rows"])
         text.append(f"\nLatency, {table['rows'][0]['provider']}: {times}.")
     return "\n".join(text) + "\n"

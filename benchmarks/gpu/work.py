@@ -39,6 +39,11 @@ class Work:
         """The best weights of a base whose training has not ended."""
         return self.root / "base-partial.safetensors"
 
+    def newest_base(self) -> Path | None:
+        """The finished or brought base, or the best weights of a training that has not ended, if they are newer."""
+        there = [path for path in (self.base, self.partial) if path.exists()]
+        return max(there, key=lambda path: path.stat().st_mtime, default=None)
+
     def result(self, phase: str) -> dict[str, Any]:
         """What a phase has found so far, here or on an earlier occasion; empty if nothing."""
         for folder in (self.root / "results", COMMITTED):

@@ -90,8 +90,8 @@ class Samples:
 class Worker:
     """A process that holds one session; use it as a context manager, which always ends the process."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, provider: str = "cpu") -> None:
+        self.label, self.provider = label, provider
         self._answers: queue.Queue[str | None] = queue.Queue()
 
     def __enter__(self) -> Worker:
@@ -100,7 +100,7 @@ class Worker:
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             # -P: a file called numpy.py in the user's folder must not be imported.
-            [sys.executable, "-P", "-m", "robust_prune.bench.worker"],
+            [sys.executable, "-P", "-m", "robust_prune.bench.worker", self.provider],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -214,7 +214,7 @@ def measure(
         begin = monotonic()
         # Whoever is opened first stays a little slower, so each launch opens them in another order.
         order = rng.permutation(len(arms))
-        with _workers([arms[index].label for index in order]) as opened:
+        with _workers([arms[index].label for index in order], shape.provider) as opened:
             for worker, index in zip(opened, order, strict=True):
                 answer = worker.ask(op="open", path=str(arms[index].path.absolute()), seed=seed, **request)
                 providers[index] = answer["provider"]
@@ -282,9 +282,9 @@ def _joules(worker: Worker, typical: float) -> float | None:
 
 
 @contextlib.contextmanager
-def _workers(labels: Sequence[str]) -> Iterator[list[Worker]]:
+def _workers(labels: Sequence[str], provider: str) -> Iterator[list[Worker]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Worker(label)) for label in labels]
+        yield [stack.enter_context(Worker(label, provider)) for label in labels]
 
 
 def _warm_up(worker: Worker) -> float:

@@ -1,11 +1,12 @@
 """One process, one model: answers commands on its standard input with one JSON line each.
 
-Started by `sampler` as ``python -m robust_prune.bench.worker``. It times runs with a monotonic clock inside
+Started by `sampler` as ``python -m robust_prune.bench.worker PROVIDER``. It times runs with a monotonic clock inside
 the process, so pipes and the parent's scheduling are not part of any figure, and it ends with its input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import EnvironmentProblem, RobustPruneError
-from .providers import DEVICES, import_onnxruntime
+from .providers import DEVICES, import_onnxruntime, provider_problem
 from .session import example, open_session
 
 # Kernels may add up in another order when they are captured.
 GRAPH_TOLERANCE = 1e-3
+STALE_SHARE = 0.25
 
 
 def runner(session: Any, name: str, images: Any, kind: str, device: str) -> Callable[[], Any]:
@@ -62,8 +64,10 @@ def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, devic
     for batch, arrays in ((other, wanted[1]), (images, wanted[0])):
         taken.update_inplace(batch)
         run()
-        for value, array in zip(made, arrays, strict=True):
-            if not np.allclose(value.numpy(), array, rtol=GRAPH_TOLERANCE, atol=GRAPH_TOLERANCE * np.abs(array).max()):
+        for value, array, first, second in zip(made, arrays, *wanted, strict=True):
+            # The two sessions may have chosen other kernels; a replay of old inputs errs by the whole difference.
+            slack = max(GRAPH_TOLERANCE * np.abs(array).max(), STALE_SHARE * np.abs(first - second).max())
+            if not np.allclose(value.numpy(), array, rtol=GRAPH_TOLERANCE, atol=slack):
                 raise EnvironmentProblem(
                     "the captured CUDA graph gives other logits than the session without it. Use kind device."
                 )
@@ -105,6 +109,9 @@ def main() -> None:
     # A library that prints must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # Libraries are loaded while other workers load theirs; what is wrong with them is said when a file is opened.
+    with contextlib.suppress(RobustPruneError):
+        provider_problem(*sys.argv[1:2] or ["cpu"])
     run: Callable[[], Any] | None = None
     for line in sys.stdin:
         request = json.loads(line)

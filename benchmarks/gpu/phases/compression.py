@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from criteria import Arm, analyses, cut_and_recover, scored
@@ -18,9 +18,11 @@ from robust_prune.bench.providers import provider_problem
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.data.sources import load_data
 from robust_prune.environment import snapshot
+from robust_prune.errors import RobustPruneError
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.models import artifact
 from robust_prune.models.artifact import Loaded
+from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
 
 ARMS = (
@@ -30,14 +32,18 @@ ARMS = (
     Arm("global magnitude", "global", "magnitude"),
 )
 DENSE = "dense"
+LATENCY_SECONDS = 40.0
+"""What exporting and timing the files takes at the end."""
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
     """Arms of one ratio before those of the next; what is not done goes on another time."""
-    if not work.base.exists():
-        work.save("compression", {"reason": "there is no base: run the phase `base`, or pack one"})
+    base = work.newest_base()
+    if base is None:
+        reason = "there is no base: run the phase `base`, or pack one"
+        work.save("compression", work.result("compression") | {"reason": reason})
         return
-    loaded, data = artifact.load(work.base), load_data("cifar10")
+    loaded, data = artifact.load(base), load_data("cifar10")
     data = replace(data, train=random_subset(data.train, sizes.train_images, 0))
     recipe = load("cifar10-resnet18", {**sizes.compression, "device": sizes.device})
     found = work.result("compression")
@@ -49,26 +55,21 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     if (DENSE, None) not in have:
         rows.append({"name": DENSE, "after": scored(loaded.model.cpu(), DENSE, data, recipe, sizes.device)})
         work.save("compression", found)
+    by_arm = _analyses(loaded, data, recipe, sizes.device)
+    adv = stages.adversarial_set(
+        loaded.model, data.train, stages.threat_of(recipe), recipe.sensitivity, recipe.seed, sizes.device
+    )
     todo = [(ratio, arm) for ratio in sizes.ratios for arm in ARMS if (arm.name, ratio) not in have]
-    if todo:
-        found_analyses = _analyses(loaded, data, recipe, sizes.device)
-        adv = stages.adversarial_set(
-            loaded.model, data.train, stages.threat_of(recipe), recipe.sensitivity, recipe.seed, sizes.device
-        )
-    slowest = 0.0
-    for ratio, arm in todo:
-        begin = time.monotonic()
-        if begin + slowest > deadline:
-            return
-        small, row = cut_and_recover(arm, ratio, found_analyses[arm.name], adv, loaded, data, recipe, sizes.device)
+    took = 0.0
+    while todo and time.monotonic() + took < deadline - LATENCY_SECONDS:
+        (ratio, arm), begin = todo.pop(0), time.monotonic()
+        small, row = cut_and_recover(arm, ratio, by_arm[arm.name], adv, loaded, data, recipe, sizes.device)
         rows.append({**row, "after": scored(small, arm.name, data, recipe, sizes.device)})
-        if arm.name == "mrs":
-            _export(work, small, f"{100 * (1 - ratio):g} % mrs", loaded, data)
-        slowest = max(slowest, time.monotonic() - begin)
+        took = time.monotonic() - begin
         work.save("compression", found)
-    _export(work, loaded.model.cpu(), DENSE, loaded, data)
-    found["latency"] = _latency(work, sizes)
-    work.save("compression", found, "done")
+    cuts = {row["ratio"] for row in rows if row["name"] == "mrs"}
+    found["latency"] = _latency(work, sizes, loaded, data, recipe, by_arm["mrs"], sorted(cuts))
+    work.save("compression", found, "partial" if todo else "done")
 
 
 def _analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> dict[str, stages.Analysis]:
@@ -83,23 +84,37 @@ def _insensitive(analysis: stages.Analysis) -> stages.Analysis:
     return replace(analysis, profile=replace(analysis.profile, groups=groups))
 
 
-def _export(work: Work, model: nn.Module, name: str, loaded: Loaded, data: DataBundle) -> None:
-    path = work.root / "compressed" / f"{name}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stages.export(model, loaded.spec, data, path, 18, 0)
-
-
-def _latency(work: Work, sizes: Sizes) -> list[dict[str, Any]]:
-    """The same files on the GPU and on the CPU."""
-    paths: list[Path] = sorted((work.root / "compressed").glob("*.onnx"), key=lambda path: path.stem != DENSE)
-    tables = []
+def _latency(
+    work: Work,
+    sizes: Sizes,
+    loaded: Loaded,
+    data: DataBundle,
+    recipe: Recipe,
+    analysis: stages.Analysis,
+    ratios: Sequence[float],
+) -> list[dict[str, Any]]:
+    """The dense file and those of the `mrs` cuts on the GPU and on the CPU; cut anew, since time sees no weights."""
+    models: dict[str, nn.Module] = {DENSE: loaded.model.cpu()}
+    for ratio in ratios:
+        plan = stages.plan_cut(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
+        models[f"{100 * (1 - ratio):g} % mrs"] = apply(
+            loaded.model.cpu(), plan, stages.blank_image(loaded.spec)
+        ).model  # fmt: skip
+    files, tables = [], []
+    for label, model in models.items():
+        path = work.root / "compressed" / f"{label}.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stages.export(model, loaded.spec, data, path, 18, 0)
+        files.append((label, path))
     for provider, batches in (("cuda", (1, 256)), ("cpu", (1,))):
-        if not provider_problem(provider):
+        if provider_problem(provider):
+            continue
+        try:
             table = latency.run(
-                [(path.stem, path) for path in paths], batches=batches, provider=provider,
-                seconds_budget=len(batches) * sizes.latency_seconds,
-            ).to_json()  # fmt: skip
-            for row in table["rows"]:
-                del row["path"]
-            tables.append(table)
+                files, batches=batches, provider=provider, seconds_budget=len(batches) * sizes.latency_seconds
+            ).to_json()
+        except RobustPruneError as error:
+            tables.append({"provider": provider, "reason": str(error), "rows": []})
+            continue
+        tables.append({**table, "rows": [{k: v for k, v in row.items() if k != "path"} for row in table["rows"]]})
     return tables

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sizes import Set, Sizes
@@ -24,11 +25,14 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     found["providers"] = {name: provider_problem(name) or "runs" for name in sizes.providers}
     have = {_key(table["provider"], table["set"]) for table in found["tables"]}
     runs = [name for name, state in found["providers"].items() if state == "runs"]
+    failed = {_key(failure["provider"], failure["set"]) for failure in found["failed"]}
     todo = [(name, chosen) for name in runs for chosen in sizes.sets if _key(name, asdict(chosen)) not in have]
-    found["failed"], slowest = [], 0.0
+    # What failed before is tried again after all that was never tried.
+    todo.sort(key=lambda entry: _key(entry[0], asdict(entry[1])) in failed)
+    found["failed"], took = [], [0.0]
     for provider, chosen in todo:
         begin = time.monotonic()
-        if begin + slowest > deadline:
+        if begin + median(took) > deadline:
             work.save("latency", found)
             return
         files = _files(work, chosen)
@@ -41,7 +45,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
             found["failed"].append({"provider": provider, "set": asdict(chosen), "reason": str(error)})
         else:
             found["tables"].append({"provider": provider, "set": asdict(chosen), **_without_paths(table.to_json())})
-        slowest = max(slowest, time.monotonic() - begin)
+        took = [*filter(None, took), time.monotonic() - begin]
         work.save("latency", found)
     work.save("latency", found, "done")
 

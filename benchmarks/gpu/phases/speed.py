@@ -35,19 +35,26 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     found["environment"] = snapshot()
     found["speed"]["threads"] = torch.get_num_threads()
     losses = found["speed"]["losses"]
-    slowest = 0.0
+    card = found["environment"]["device"]
     for with_compiled in (False, True):
-        for loss in PLAIN_STEPS:
-            if with_compiled and loss not in chosen["compiled"]:
-                continue
-            if loss in losses and (not with_compiled or COMPILED in losses[loss]["seconds"]):
+        slowest = 0.0
+        for loss in chosen["compiled"] if with_compiled else PLAIN_STEPS:
+            known = losses.get(loss, {})
+            if known.get("device") == card and (not with_compiled or COMPILED in known["seconds"]):
                 continue
             begin = time.monotonic()
             if begin + slowest > deadline:
                 work.save("speed", found)
                 return
             settings = TrainSettings(loss=loss, steps=chosen["steps"])
-            losses[loss] = speed(model, x, y, threat, settings, chosen["rounds"], with_compiled=with_compiled)
+            try:
+                taken = speed(model, x, y, threat, settings, chosen["rounds"], with_compiled=with_compiled)
+            except Exception as error:  # the compiler's passes and backends raise whatever they raise
+                if not with_compiled:
+                    raise
+                known["compilation_failed"] = f"{type(error).__name__}: {error}"[:500]
+                continue
+            losses[loss] = taken | {"device": card}
             slowest = max(slowest, time.monotonic() - begin)
             work.save("speed", found)
     work.save("speed", found, "done")
