@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from plain_loops import PLAIN_STEPS
-from recovery import paired, right_images, scores
+from recovered import paired, right_images, scores
 from torch import Tensor, nn
 
 from robust_prune import stages

@@ -1,0 +1,125 @@
+"""What the benchmarks of recovery share: the cut model, its training, and which images it gets right."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from robust_prune import stages
+from robust_prune.baseline import fresh_like
+from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
+from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.models.artifact import Loaded
+from robust_prune.models.layout import has_fast_bf16
+from robust_prune.models.spec import ModelSpec
+from robust_prune.pruning.surgery import apply
+from robust_prune.recipe import Recipe, TrainSettings
+from robust_prune.training.trainer import train
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Base:
+    """The cut model that every way begins with, its dense parent and what names it, the images and the device."""
+
+    cut: nn.Module
+    dense: nn.Module
+    spec: ModelSpec
+    data: DataBundle
+    device: str
+
+    def fresh(self, seed: int) -> Base:
+        """The same with fresh weights in place of those that the cut left."""
+        return replace(self, cut=fresh_like(self.spec, self.cut.cpu(), seed))
+
+    def trained(
+        self, settings: TrainSettings, recipe: Recipe, count: int, chosen_on: ImageSet
+    ) -> tuple[nn.Module, float]:
+        """A copy, trained on `count` images, and the seconds that the epochs themselves took."""
+        small = copy.deepcopy(self.cut)
+        result = train(
+            small, random_subset(self.data.train, count, recipe.seed), chosen_on, stages.threat_of(recipe), settings,
+            seed=recipe.seed, device=self.device, teacher=self.dense,
+        )  # fmt: skip
+        return small.cpu().eval(), sum(record.seconds for record in result.history)
+
+
+def cut_base(loaded: Loaded, data: DataBundle, recipe: Recipe) -> Base:
+    """The model cut and repaired as the recipe says."""
+    device, dense = stages.device_of(recipe), loaded.model
+    analysis = stages.analyse(dense, loaded.spec, data.train, recipe, device)
+    surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(loaded.spec))
+    stages.compensate(surgery, dense, data.train, recipe, device)
+    return Base(surgery.model, dense, loaded.spec, data, device)
+
+
+def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
+    """Which images are right, clean and attacked, by split; as packed bits."""
+    splits = {"held-out": data.validation, "test": first(data.test, recipe.evaluation.images)}
+    return {split: score_on(small, images, split, data, recipe, device) for split, images in splits.items()}
+
+
+def score_on(
+    small: nn.Module, images: ImageSet, split: str, data: DataBundle, recipe: Recipe, device: str
+) -> dict[str, Any]:
+    """Which of `images` are right, clean and under PGD-20 from one start, as packed bits."""
+    with TemporaryDirectory() as folder:
+        state = Path(folder) / "state.npz"
+        evaluate(
+            small, images, stages.threat_of(recipe), model_name="recovered", data_name=data.name, split=split,
+            restarts=1, device=device, precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+            state_path=state,
+        )  # fmt: skip
+        with np.load(state) as found:
+            bits = {name: np.packbits(found[name]).tobytes().hex() for name in ("clean", "robust")}
+    return {"images": len(images), **bits}
+
+
+def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
+    """One for each image that is right, of what `score_on` found."""
+    bits = np.frombuffer(bytes.fromhex(scored[which]), np.uint8)
+    return np.unpackbits(bits)[: scored["images"]].astype(float)
+
+
+def paired(mine: np.ndarray, theirs: np.ndarray) -> str:
+    """The difference in points with its 95 % interval over images."""
+    each = 100 * (mine - theirs)
+    half = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
+    return f"{each.mean():+.1f} [{each.mean() - half:+.1f}, {each.mean() + half:+.1f}]"
+
+
+def by_seed(rows: Sequence[dict[str, Any]], split: str, which: str = "robust") -> dict[int, np.ndarray]:
+    """Right images of each seed's row."""
+    return {row["seed"]: right_images(row[split], which) for row in rows}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of `values` [seeds, images]: both are resampled, since both were drawn."""
+    generator = np.random.default_rng(0)
+    seeds, images = values.shape
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = values[generator.integers(0, seeds, seeds)].mean(0)
+        means.append(drawn[generator.integers(0, images, images)].mean())
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def difference(mine: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> str:
+    """Mean difference in points over the seeds that both have, with its 95 % interval over seeds and images."""
+    shared = sorted(mine.keys() & theirs.keys())
+    if not shared:
+        return ""
+    values = 100 * np.stack([mine[seed] - theirs[seed] for seed in shared])
+    low, high = interval(values)
+    return f"{values.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
