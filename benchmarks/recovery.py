@@ -113,8 +113,8 @@ def curve_table(result: dict[str, Any]) -> str:
     text = [
         f"## Curve\n\n{result['arch']}, {100 * value['ratio']:g} % of the MACs removed, {value['train_images']:,} "
         f"training images of {result['data']}, {value['threads']} threads of {environment['cpu']} "
-        f"({environment['device']}); robust accuracy under PGD-20 on {first['images']:,} test images, 95 % intervals over seeds and images; below it the "
-        "paired difference to the default.\n",
+        f"({environment['device']}); robust accuracy under PGD-20 on {first['images']:,} test images, 95 % intervals "
+        "over seeds and images; below it the paired difference to the default.\n",
         "| | " + " | ".join(f"{minutes:g} min" for minutes in budgets) + " |",
         "| --- |" + " ---: |" * len(budgets),
     ]
