@@ -59,7 +59,7 @@ def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
         for value in KNOBS[knob]:
             repair = value if knob == "compensation" else "least_squares"
             changed = {} if knob == "compensation" else {knob: value}
-            found[f"{knob} {value}"] = (repair, CENTRE | changed)
+            found[f"{knob} {value if knob == 'compensation' else format(value, 'g')}"] = (repair, CENTRE | changed)
     return found
 
 

@@ -151,7 +151,7 @@ def _from_scratch(job: Job, shrunk: Shrunk, todo: StageLog, folder: Path) -> tup
     took = sum(record["seconds"] for record in result["history"])
     note = (
         f"{SCRATCH}: the pruned architecture from fresh weights, trained by {recipe.training.loss} for {took:.0f} s "
-        f"({length['epochs']} epochs of {length['images']:,} images); fine-tuning the pruned model took "
+        f"({length['epochs']} epoch{'s' if length['epochs'] != 1 else ''} of {length['images']:,} images); fine-tuning the pruned model took "
         f"{shrunk.recovery_seconds:.0f} s. {result['note']}"
     )
     return artifact.load(file, arch=job.arch, trust_source=True).model.eval(), note.strip()
