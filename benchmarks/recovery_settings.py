@@ -57,9 +57,10 @@ def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {"centre": ("least_squares", CENTRE)}
     for knob in knobs:
         for value in KNOBS[knob]:
-            repair = value if knob == "compensation" else "least_squares"
-            changed = {} if knob == "compensation" else {knob: value}
-            found[f"{knob} {value if knob == 'compensation' else format(value, 'g')}"] = (repair, CENTRE | changed)
+            if knob == "compensation":
+                found[f"{knob} {value}"] = (value, CENTRE)
+            else:
+                found[f"{knob} {value:g}"] = ("least_squares", CENTRE | {knob: value})
     return found
 
 

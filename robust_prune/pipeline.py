@@ -149,9 +149,10 @@ def _from_scratch(job: Job, shrunk: Shrunk, todo: StageLog, folder: Path) -> tup
 
     result = todo.once(SCRATCH, [identity, length], make, (file,), together=True)
     took = sum(record["seconds"] for record in result["history"])
+    epochs = f"{length['epochs']} epoch{'' if length['epochs'] == 1 else 's'}"
     note = (
         f"{SCRATCH}: the pruned architecture from fresh weights, trained by {recipe.training.loss} for {took:.0f} s "
-        f"({length['epochs']} epoch{'s' if length['epochs'] != 1 else ''} of {length['images']:,} images); fine-tuning the pruned model took "
+        f"({epochs} of {length['images']:,} images); fine-tuning the pruned model took "
         f"{shrunk.recovery_seconds:.0f} s. {result['note']}"
     )
     return artifact.load(file, arch=job.arch, trust_source=True).model.eval(), note.strip()
