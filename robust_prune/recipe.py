@@ -26,6 +26,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _switch(value: Any) -> Any:
+    """Takes back what YAML makes of an unquoted on or off."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 Criterion = Literal[
     "adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", "fpgm", "hessian", "lamp"
 ]
@@ -51,7 +56,7 @@ FractionNumber = Annotated[float, BeforeValidator(_number)]
 class Section(BaseModel):
     """Base of all recipe sections: frozen, and strict about names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -176,7 +181,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "fp32"] = "auto"
     """`auto` times formats and layouts and takes the fastest, which may differ from run to run; `fp32` is single
     precision in plain layout, so that on one machine the same command gives the same bits."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """`torch.compile` of the model for attack and step: `auto` times it on a GPU where the run is longer than five
     minutes and takes it if it is faster; `on` takes it wherever the model compiles. In one process only."""
     trackers: tuple[Tracker, ...] = ()

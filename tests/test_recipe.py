@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from robust_prune.commands.common import resolve
 from robust_prune.errors import UsageError
 from robust_prune.recipe import Recipe, find, load, shipped
 
@@ -88,3 +89,13 @@ def test_the_recipes_tiers_are_those_that_exist():
     from robust_prune.recipe import Tier
 
     assert set(get_args(Tier)) == set(TIERS)
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])
+def test_compilation_is_switched_by_words_that_yaml_takes_for_truth_values(word: str, value: str) -> None:
+    assert resolve(None, {}, [f"finetune.compile={word}"]).finetune.compile == value
+
+
+def test_infinite_times_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"baseline\.minutes: .*finite number"):
+        load(None, {"baseline.minutes": float("inf")})

@@ -39,26 +39,36 @@ GRACE = 1.25
 
 
 def take(folder: Path, work: Work) -> None:
-    """Takes one parcel in, and installs, unpacks or decodes what it completes."""
-    new = parcels.take(folder, work.root)
+    """Takes one parcel in, and installs, unpacks or decodes what is whole and was not before."""
+    parcels.take(folder, work.root)
+    marks = work.root / "installed"
+    marks.mkdir(exist_ok=True)
+    items = [item for item in parcels.read(folder)[1] if (work.items / item.name).exists()]
+    new = [item for item in items if not (marks / f"{item.name}.{item.sha256}").exists()]
     wheels = [str(work.items / item.name) for item in new if item.kind == "wheel"]
     if wheels:
-        site = work.root / "site"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        subprocess.run([*command, "--no-cache-dir", "--upgrade", "--target", str(site), *wheels], check=True)
+        command += ["--no-cache-dir", "--upgrade", "--target", str(work.root / "site")]
+        _checked([*command, *wheels], "the wheels cannot be installed")
     for item in new:
         if item.kind == "skeletons":
             with zipfile.ZipFile(work.items / item.name) as archive:
                 archive.extractall(work.root / "skeletons")
         elif item.kind == "images":
-            subprocess.run(
-                [sys.executable, str(HERE / "images.py"), str(work.items / item.name), str(work.data)], check=True
-            )
+            command = [sys.executable, str(HERE / "images.py"), str(work.items / item.name), str(work.data)]
+            _checked(command, f"{item.name} cannot be unpacked")
         elif item.kind == "base":
             shutil.copy(work.items / item.name, work.base)
+    for item in new:
+        (marks / f"{item.name}.{item.sha256}").touch()
     left = parcels.missing(folder, work.root)
     print(f"{folder.name} taken: {', '.join(item.name for item in new) or 'nothing whole yet'}. ", end="")
     print(f"Still incomplete: {', '.join(left)}." if left else "All files are there.")
+
+
+def _checked(command: list[str], problem: str) -> None:
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"{problem}: see above.")
 
 
 def environment(work: Work) -> dict[str, str]:
@@ -166,6 +176,15 @@ def main() -> None:
     parser.add_argument("--lock", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = Work(args.work.absolute())
+    if args.verb == "take" and not args.what:
+        parser.error("take wants the folders of parcels")
+    if args.verb == "phase" and (len(args.what) != 1 or args.what[0] not in PHASES):
+        parser.error(f"phase wants one of {', '.join(PHASES)}")
+    for folder in filter(None, (args.work, args.out)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{folder} cannot be made: {error.strerror}")
     phases = args.phases.split(",")
     if unknown := set(phases) - set(PHASES):
         parser.error(f"--phases takes {', '.join(PHASES)}; got {', '.join(sorted(unknown))}")

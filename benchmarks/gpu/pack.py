@@ -84,7 +84,8 @@ def download(wheels: dict[str, str], machine: dict[str, Any], folder: Path) -> l
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--python-version", machine["python"], "--implementation", "cp", "--dest", str(folder)]
         command += [part for platform in machine["platforms"] for part in ("--platform", platform)]
-        subprocess.run([*command, f"{name}=={version}"], check=True)
+        if subprocess.run([*command, f"{name}=={version}"]).returncode:
+            raise SystemExit(f"no wheel of {name} {version} for Python {machine['python']}: see above.")
     chosen = [path for path in folder.glob("*.whl") if _fits(path, machine)]
     # The large one last: what is small is whole with the first parcel.
     return sorted(chosen, key=lambda path: path.stat().st_size)
@@ -135,7 +136,10 @@ def make_skeletons(sizes: Sizes, folder: Path) -> Path:
 def pack_images(source: Path, folder: Path) -> Path:
     """The zip of CIFAR-10's sheets, proved to hold the very images."""
     target = folder / f"{source.stem}.zip"
-    images.pack(source, target)
+    try:
+        images.pack(source, target)
+    except (ValueError, KeyError, OSError) as error:
+        raise SystemExit(f"{source} is no .npz of x_train, y_train, x_test, y_test (uint8 NHWC): {error}") from error
     with (
         TemporaryDirectory() as scratch,
         np.load(images.unpack(target, Path(scratch))) as back,
@@ -189,8 +193,13 @@ def main() -> None:
     args = parser.parse_args()
     sizes, machine = TOY if args.toy else GPU, json.loads((HERE / "machine.json").read_text(encoding="utf-8"))
     machine["python"] = args.python or machine["python"]
+    if args.base and not args.base.is_file():
+        parser.error(f"--base {args.base} does not exist")
     made = args.out / "made"
-    made.mkdir(parents=True, exist_ok=True)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{args.out} cannot be a folder: {error.strerror}")
     source = args.data or (toy_images(made) if args.toy else data_root() / "cifar10.npz")
     if not source.is_file():
         raise SystemExit(

@@ -60,31 +60,45 @@ def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) 
     return items
 
 
-def take(parcel: Path, store: Path) -> list[Item]:
-    """Moves a parcel's pieces into `store` and puts together what is complete.
+def read(parcel: Path) -> tuple[str, list[Item]]:
+    """The commit that a parcel goes with, and all items of its set.
 
-    Returns:
-        Items that are whole in ``store/items`` after it and were not before.
+    Raises:
+        SystemExit: the folder is no parcel.
+    """
+    try:
+        listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))
+        items = [Item(**{**item, "pieces": tuple(item["pieces"])}) for item in listed["items"]]
+        return str(listed["commit"]), items
+    except FileNotFoundError:
+        raise SystemExit(f"{parcel} is no parcel: it holds no {MANIFEST}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{parcel / MANIFEST} is damaged ({error}). Copy the parcel again.") from None
+
+
+def take(parcel: Path, store: Path) -> None:
+    """Copies a parcel's pieces into `store` and puts together what is complete, in ``store/items``.
+
+    A file of another set under the same name is replaced.
 
     Raises:
         SystemExit: the folder is no parcel, or a file came out with other bytes than were packed.
     """
-    if not (parcel / MANIFEST).is_file():
-        raise SystemExit(f"{parcel} is no parcel: it holds no {MANIFEST}.")
+    commit, items = read(parcel)
     pieces, whole = store / "pieces", store / "items"
     for folder in (pieces, whole):
         folder.mkdir(parents=True, exist_ok=True)
-    listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))
-    items = [Item(**{**item, "pieces": tuple(item["pieces"])}) for item in listed["items"]]
-    (store / "commit").write_text(listed["commit"], encoding="utf-8")
-    for path in parcel.iterdir():
-        if path.name != MANIFEST:
-            shutil.copy(path, pieces / path.name)
-    new = []
+    (store / "commit").write_text(commit, encoding="utf-8")
     for item in items:
-        parts = [pieces / _piece(item.name, n) for n in range(len(item.pieces))]
         target = whole / item.name
-        if target.exists() or not all(part.exists() for part in parts):
+        if target.exists() and _sha256(target) == item.sha256:
+            continue
+        target.unlink(missing_ok=True)
+        parts = [pieces / _piece(item.name, n) for n in range(len(item.pieces))]
+        for part in parts:
+            if (parcel / part.name).exists():
+                shutil.copy(parcel / part.name, part)
+        if not all(part.exists() for part in parts):
             continue
         made = target.with_suffix(".part")
         with made.open("wb") as stream:
@@ -92,18 +106,18 @@ def take(parcel: Path, store: Path) -> list[Item]:
                 stream.write(part.read_bytes())
         if _sha256(made) != item.sha256:
             made.unlink()
-            raise SystemExit(f"{item.name} came out with other bytes than were packed. Copy its parcels again.")
+            numbers = ", ".join(map(str, sorted(set(item.pieces))))
+            raise SystemExit(
+                f"{item.name} came out with other bytes than were packed. Copy its parcels again: {numbers}."
+            )
         made.replace(target)
         for part in parts:
             part.unlink()
-        new.append(item)
-    return new
 
 
 def missing(parcel: Path, store: Path) -> list[str]:
     """Names of the set's files that are not whole in `store` yet."""
-    listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))["items"]
-    return [item["name"] for item in listed if not (store / "items" / item["name"]).exists()]
+    return [item.name for item in read(parcel)[1] if not (store / "items" / item.name).exists()]
 
 
 def _piece(name: str, number: int) -> str:

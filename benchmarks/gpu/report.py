@@ -24,7 +24,16 @@ def main() -> None:
     """Reads what there is, in the order of the phases."""
     work = Work(COMMITTED / "nothing")
     parts = {"facts": facts, "latency": latency, "speed": speed, "base": base, "compression": compression}
-    texts = [write(found) for phase, write in parts.items() if (found := work.result(phase))]
+    texts = []
+    for phase, write in parts.items():
+        if found := work.result(phase):
+            try:
+                text = write(found)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                text = f"## {phase.capitalize()}\n\n{phase}.json is not as the phase writes it ({error!r}): left out.\n"
+            texts.append(
+                text if found.get("status") == "done" else f"{text}\nNot finished: the phase goes on another time.\n"
+            )
     if not texts:
         raise SystemExit(f"{COMMITTED} holds no results. Put the JSON files there that came back.")
     write_text(COMMITTED / "README.md", "\n".join(["# On a GPU\n\n`benchmarks/gpu/`\n", *texts]))
@@ -37,7 +46,7 @@ def facts(found: dict[str, Any]) -> str:
     return (
         f"## Machine\n\n{card['name']}, torch {versions['torch']}, onnxruntime-gpu "
         f"{versions.get('onnxruntime-gpu', '-')}; copies {found['copy_gb_per_second']:,.0f} GB/s (read and written), "
-        f"multiplies bf16 matrices at {found['bf16_tflops']:,.0f} TFLOP/s. Providers: "
+        f"multiplies bf16 matrices at {found['bf16_tflops']:,.3g} TFLOP/s. Providers: "
         f"{', '.join(f'{name}: {state}' for name, state in found['providers'].items())}. Tests that need a GPU: "
         f"{found.get('gpu_tests', 'not run')}\n"
     )
@@ -63,7 +72,11 @@ def latency(found: dict[str, Any]) -> str:
                 f"| {table['set']['arch']} | {table['provider']} | {row['batch']} | {row['kind']} | "
                 f"{floor:.3f} [{low:.3f}, {high:.3f}] | {row['label']} | {row['p50_ms']:.3f} | {faster} |"
             )
-    text += [f"\n{f['provider']}, {f['set']}: {f['reason']}" for f in found["failed"]]
+    if not found["tables"]:
+        text = ["## Latency\n\nNo set was measured."]
+    for failure in found["failed"]:
+        where = " ".join(map(str, failure["set"].values()))
+        text.append(f"\nFailed: {failure['provider']}, {where}: {failure['reason']}")
     return "\n".join(text) + "\n"
 
 
@@ -74,7 +87,7 @@ def speed(found: dict[str, Any]) -> str:
 
 def base(found: dict[str, Any]) -> str:
     """Length and held-out accuracies of the base."""
-    history = found.get("history", [])
+    history, done = found.get("history", []), found.get("status") == "done"
     best = next((record for record in history if record["epoch"] == found.get("best_epoch")), None)
     reached = (
         f"best epoch {best['epoch']}: {100 * best['val_clean']:.1f} % clean, {100 * best['val_robust']:.1f} % under "
@@ -85,7 +98,9 @@ def base(found: dict[str, Any]) -> str:
     seconds = sum(record["seconds"] for record in history)
     return (
         f"## Base\n\n{found['arch']}, {found['settings']['loss']} with {found['settings']['steps']} steps, "
-        f"{found['plan']['epochs']} epochs of {found['train_images']:,} images in {seconds:.0f} s"
+        f"{len(history) if done else 'not yet all'} of {found['plan']['epochs']} epochs of "
+        f"{found['train_images']:,} images"
+        f"{f' in {seconds:.0f} s' if done else ''}"
         f"{', continued from an earlier base' if found['continued'] else ''}; {reached}. {found.get('note', '')}\n"
     )
 

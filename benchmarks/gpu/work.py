@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,14 @@ class Work:
         for folder in (self.root / "results", COMMITTED):
             path = folder / f"{phase}.json"
             if path.exists():
-                found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                return found
+                try:
+                    found = json.loads(path.read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    print(f"{path.name} cannot be read and is left out: {error}", file=sys.stderr)
+                    continue
+                if isinstance(found, dict):
+                    return found
+                print(f"{path.name} holds no object and is left out", file=sys.stderr)
         return {}
 
     def done(self, phase: str) -> bool:
