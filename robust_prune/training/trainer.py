@@ -19,7 +19,7 @@ from .. import processes
 from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
-from ..data.base import ImageSet, Subset, TensorImages, first
+from ..data.base import ImageSet, TensorImages, first
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
 from ..evaluation.hashing import images_hash, models_hash
 from ..models import user_file
@@ -31,6 +31,7 @@ from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
 from .optimizer import make_optimizer, make_schedule
 from .perturbation import perturbed_weights
+from .placement import frozen_copy, resident
 from .precision import Precision, choose_precision
 from .randomness import generator_at, seeded_layers
 from .types import EpochRecord, TrainResult
@@ -432,20 +433,3 @@ def _divisible(batch_size: int, count: int) -> int:
     if batch_size < count:
         raise UsageError(f"a batch of {batch_size} images cannot be divided among {count} processes. Start fewer.")
     return batch_size - batch_size % count
-
-
-def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
-    """A copy in eval mode without gradients, laid out like the student."""
-    twin = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
-    precision.arrange(twin)
-    return twin
-
-
-def resident(images: ImageSet, device: torch.device) -> ImageSet:
-    """The same images as one tensor on `device` when they are in memory already, else as they are."""
-    if isinstance(images, Subset):
-        base = resident(images.base, torch.device("cpu"))
-        if isinstance(base, TensorImages):
-            return TensorImages(base.images[images.indices], base.labels[images.indices]).to(device)
-        return images
-    return images.to(device) if isinstance(images, TensorImages) else images
