@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,9 +35,11 @@ from robust_prune.data.base import random_subset
 from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
-from robust_prune.recipe import RECOVERIES, load
+from robust_prune.recipe import RECOVERIES, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
+from robust_prune.training import trainer
 from robust_prune.training.budget import affordable
+from robust_prune.training.optimizer import peak_rate
 
 METHODS: dict[str, dict[str, Any]] = {
     "N-FGSM": {"loss": "n_fgsm"},
@@ -50,17 +55,37 @@ METHODS: dict[str, dict[str, Any]] = {
 SCRATCH = "from scratch"
 CURVE: dict[str, dict[str, Any]] = {
     "default": {},
-    "former default": {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.15, "ema_decay": 0.99},
+    "former default": {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.2, "ema_decay": 0.99, "crop_padding": 4},
     "distilled": {"distillation": 0.5},
     "PGD-AT, 3 steps": {"loss": "pgd_at", "steps": 3},
     SCRATCH: {},
 }
 """Changes of the recipe's `finetune`; from scratch it is `training`."""
+FORMER = "former default"
+"""As fine-tuning was before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "curve": CURVE,
     "methods": METHODS,
     "presets": {str(name): changes for name, changes in RECOVERIES.items()},
 }
+
+
+@contextmanager
+def schedule_of(name: str) -> Iterator[None]:
+    """Trains `FORMER` on the schedule of its time: its cosine was cut short and left a twentieth of the peak rate."""
+    if name != FORMER:
+        yield
+        return
+    from timm.scheduler import CosineLRScheduler
+
+    def former(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> CosineLRScheduler:
+        return CosineLRScheduler(
+            optimizer, t_initial=steps, warmup_t=int(settings.warmup * steps), warmup_prefix=True, t_in_epochs=False,
+            warmup_lr_init=peak_rate(settings, steps) / 100,
+        )  # fmt: skip
+
+    with mock.patch.object(trainer, "make_schedule", former):
+        yield
 
 
 def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +122,8 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
                 base.cut, data.train, stages.threat_of(recipe), tuning, 60 * minutes, device=base.device,
                 teacher=base.dense,
             )  # fmt: skip
-        small, seconds = base.trained(tuning.model_copy(update={"epochs": epochs}), seeded, count, data.validation)
+        with schedule_of(name):
+            small, seconds = base.trained(tuning.model_copy(update={"epochs": epochs}), seeded, count, data.validation)
         row = {"name": name, "minutes": minutes, "seed": seed, "epochs": epochs, "images": epochs * count}
         part["rows"].append(row | {"seconds": seconds} | scores(small, data, seeded, base.device))
         write_json(args.out, result | {"environment": snapshot()})

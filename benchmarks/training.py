@@ -56,7 +56,7 @@ from robust_prune.recipe import Recipe, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
 from robust_prune.training import compilation
 from robust_prune.training.losses import Batch, make_loss
-from robust_prune.training.optimizer import decay_groups, make_optimizer
+from robust_prune.training.optimizer import FULL_RATE, FULL_RATE_STEPS, decay_groups, make_optimizer
 from robust_prune.training.precision import Precision, choose_precision
 
 RESAMPLES = 4000
@@ -81,7 +81,7 @@ def our_loop(
 ) -> tuple[Loop, Precision]:
     """A step as `train` takes it on batches like `x` (without augmentation and average), with a copy of `dense`."""
     model = copy.deepcopy(dense).to(x.device)
-    optimizer = make_optimizer(model, settings, x.device)
+    optimizer = make_optimizer(model, settings, FULL_RATE_STEPS, x.device)
     loss, precision = make_loss(settings), choose_precision(model, x)
     precision.arrange(model)
     generator = torch.Generator(x.device).manual_seed(0)
@@ -106,7 +106,7 @@ def plain_loop(dense: nn.Module, x: Tensor, threat: ThreatModel, settings: Train
     to: Any = model.to
     to(memory_format=layout)
     groups = decay_groups(model, settings.weight_decay)
-    optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=True)
+    optimizer = torch.optim.SGD(groups, FULL_RATE, settings.momentum, nesterov=True)
 
     def step(x: Tensor, y: Tensor) -> None:
         with tf32(tuned):

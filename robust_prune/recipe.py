@@ -143,8 +143,9 @@ class TrainSettings(Section):
     """Passes over the training images."""
     batch_size: int = Field(128, ge=1)
     """Images a step, over all processes."""
-    lr: float = Field(0.1, gt=0)
-    """Peak learning rate (SGD with Nesterov momentum)."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate (SGD with Nesterov momentum). By default 0.1; in a run of fewer than 600 steps 0.1 times
+    sqrt(steps / 600)."""
     warmup: float = Field(0.15, ge=0, lt=1)
     """Share of all steps in which the rate grows linearly to its peak; a cosine then takes it to zero."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -186,6 +187,18 @@ class TrainSettings(Section):
     minutes and takes it if it is faster; `on` takes it wherever the model compiles. In one process only."""
     trackers: tuple[Tracker, ...] = ()
     """Where the figures of each epoch are logged as well; the logger's package must be installed."""
+
+
+class FinetuneSettings(TrainSettings):
+    """Adversarial fine-tuning after a cut: the model knows the images' translations already, and time is short."""
+
+    epochs: int = Field(4, ge=0)
+    """Passes over the training images."""
+    crop_padding: int = Field(0, ge=0)
+    """Pixels of the random crop; none by default, since the dense parent has learnt from shifted images and short runs
+    do better without (`benchmarks/results/recovery_settings.md`)."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Final decay of the weight average, ramped up from 0; 0 keeps no average."""
 
 
 class EvaluationSection(Section):
@@ -251,10 +264,6 @@ RECOVERIES: dict[Recovery, dict[str, Any]] = {
 what methods recover in equal time."""
 
 
-def _finetune_defaults() -> TrainSettings:
-    return TrainSettings(epochs=4, lr=0.02, warmup=0.2, ema_decay=0.99)
-
-
 class Recipe(Section):
     """A whole run."""
 
@@ -269,7 +278,7 @@ class Recipe(Section):
     """Adversarial training from scratch (`train`)."""
     sensitivity: SensitivitySection = SensitivitySection()
     pruning: PruningSection = PruningSection()
-    finetune: TrainSettings = Field(default_factory=_finetune_defaults)
+    finetune: FinetuneSettings = FinetuneSettings()
     """Adversarial fine-tuning after the cut (`compress`)."""
     baseline: BaselineSection = BaselineSection()
     """A small network from scratch beside the pruned one (`compress`)."""

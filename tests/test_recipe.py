@@ -67,6 +67,12 @@ def test_resolved_recipes_round_trip(tmp_path):
     assert load(_write(tmp_path, recipe.to_yaml())) == recipe
 
 
+def test_a_recipe_that_changes_one_setting_of_fine_tuning_keeps_its_other_defaults(tmp_path):
+    changed = load(_write(tmp_path, "finetune: {epochs: 9}"))
+    assert changed.finetune == Recipe().finetune.model_copy(update={"epochs": 9})
+    assert changed.finetune.crop_padding == 0 and changed.training.crop_padding == 4
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_recipe_is_valid_and_headed_by_its_command(name):
     path = shipped()[name]

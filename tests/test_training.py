@@ -18,7 +18,7 @@ from robust_prune.recipe import LOSSES, TrainSettings
 from robust_prune.run_dir import RunDir, atomic_write, claim
 from robust_prune.training import trainer
 from robust_prune.training.losses import Batch, make_loss
-from robust_prune.training.optimizer import decay_groups
+from robust_prune.training.optimizer import decay_groups, peak_rate
 from robust_prune.training.precision import choose_precision
 from robust_prune.training.trainer import train
 from robust_prune.training.validation import score
@@ -71,6 +71,15 @@ def test_the_learning_rate_falls_along_a_cosine_from_the_end_of_the_warm_up_to_z
     done = [(4 * (epoch + 1) - 1 - 5) / 15 for epoch in range(1, 5)]
     assert [record.lr for record in history[1:]] == pytest.approx([0.1 * (1 + math.cos(math.pi * d)) for d in done])
     assert history[-1].lr < 0.003
+
+
+def test_a_short_run_takes_a_lower_peak_rate_unless_it_is_told_one():
+    assert [peak_rate(TrainSettings(), steps) for steps in (150, 600, 9000)] == pytest.approx([0.05, 0.1, 0.1])
+    assert peak_rate(TrainSettings(lr=0.3), 150) == 0.3
+    images = _images(64)  # 4 steps an epoch, the last of 8 at a fraction of the peak
+    rates = [train(_model(), images, _images(30, 1), THREAT, _settings(epochs=2, lr=lr)).history[-1].lr
+             for lr in (None, 0.1 * math.sqrt(8 / 600))]  # fmt: skip
+    assert rates[0] == rates[1] > 0
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,12 +10,27 @@ from torch import nn
 
 from ..recipe import TrainSettings
 
+FULL_RATE, FULL_RATE_STEPS = 0.1, 600
 
-def make_optimizer(model: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum at the settings' peak rate."""
+
+def peak_rate(settings: TrainSettings, steps: int) -> float:
+    """The settings' peak learning rate, or where they leave it open, one that suits a run of `steps` steps.
+
+    A high rate unsettles a cut network before it helps, and a run of few steps ends before it has helped;
+    `benchmarks/results/recovery_settings.md` has what was measured.
+    """
+    if settings.lr is not None:
+        return settings.lr
+    return FULL_RATE * min(1.0, math.sqrt(steps / FULL_RATE_STEPS))
+
+
+def make_optimizer(
+    model: nn.Module, settings: TrainSettings, steps: int, device: torch.device
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum at the peak rate of a run of `steps` steps."""
     return torch.optim.SGD(
         decay_groups(model, settings.weight_decay),
-        lr=settings.lr,
+        lr=peak_rate(settings, steps),
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
         # One kernel for all weights. On a CPU it gains nothing, and would change the last bits of every result.
@@ -31,7 +47,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
         optimizer,
         t_initial=max(steps - warmup, 1),  # counted from the end of the warm-up, because of warmup_prefix
         warmup_t=warmup,
-        warmup_lr_init=settings.lr / 100,
+        warmup_lr_init=peak_rate(settings, steps) / 100,
         warmup_prefix=True,
         t_in_epochs=False,
     )

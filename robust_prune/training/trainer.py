@@ -93,8 +93,9 @@ class _Run:
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
         self.steps_per_epoch = max(1, len(self.images) // settings.batch_size)
-        optimizer = make_optimizer(model, settings, self.device)
-        self.scheduler = make_schedule(optimizer, settings, settings.epochs * self.steps_per_epoch)
+        steps = settings.epochs * self.steps_per_epoch
+        optimizer = make_optimizer(model, settings, steps, self.device)
+        self.scheduler = make_schedule(optimizer, settings, steps)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # What a step trains and what it attacks: the same weights, behind DDP or `torch.compile` where there is one.
         self.trained: nn.Module = self.wrapped
