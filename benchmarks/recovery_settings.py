@@ -8,7 +8,7 @@ training images that are held out, the first 500 choose among epochs and the oth
 
 Written down before the first run: seeds 0 and 1; one setting at a time is moved away from `CENTRE`, the rate first, at
 every budget; another value is taken where both seeds agree and the paired interval over seeds and images leaves 0 out;
-one pass over the settings, and no second.
+one pass over the settings, and no second. The centre itself comes from a pilot (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ from robust_prune.run_dir import write_json, write_text
 from robust_prune.training.budget import affordable
 
 CENTRE: dict[str, Any] = {
-    "loss": "n_fgsm", "lr": 0.08, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128, "label_smoothing": 0.1,
-    "weight_decay": 5e-4,
+    "loss": "n_fgsm", "noise": 1.0, "lr": 0.08, "crop_padding": 0, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128,
+    "label_smoothing": 0.1, "weight_decay": 5e-4, "distillation": 0.0,
 }  # fmt: skip
 KNOBS: dict[str, tuple[Any, ...]] = {
     "lr": (0.02, 0.05, 0.12, 0.2),
-    "ema_decay": (0.0, 0.98, 0.995),
-    "warmup": (0.05, 0.3),
+    "crop_padding": (2, 4),
+    "noise": (0.5, 2.0),
     "batch_size": (64, 256),
-    "label_smoothing": (0.0,),
+    "warmup": (0.05, 0.3),
+    "label_smoothing": (0.0, 0.2),
     "weight_decay": (1e-4, 1e-3),
+    "ema_decay": (0.0, 0.995),
+    "distillation": (0.5,),
     "compensation": ("batchnorm", "none"),
 }
 """Settings of fine-tuning, and the values tried beside that of `CENTRE`; `compensation` is the repair before it."""
@@ -92,10 +95,10 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
             section = recipe.pruning.model_copy(update={"compensation": repair})
             bases[repair] = cut_base(loaded, data, recipe.model_copy(update={"pruning": section}))
         base, settings = bases[repair], recipe.finetune.model_copy(update=changes)
-        timed = f"{args.ratio:g} {settings.loss} {settings.batch_size}"
+        timed = f"{args.ratio:g} {settings.loss} {settings.batch_size}" + (" distilled" if settings.distillation else "")
         if timed not in part["steps_a_minute"]:
             epochs, count = affordable(
-                base.cut, data.train, stages.threat_of(recipe), settings, 60.0, device=base.device
+                base.cut, data.train, stages.threat_of(recipe), settings, 60.0, device=base.device, teacher=base.dense
             )  # fmt: skip
             part["steps_a_minute"][timed] = epochs * count / settings.batch_size
         images = int(minutes * part["steps_a_minute"][timed] * settings.batch_size)

@@ -154,6 +154,8 @@ class TrainSettings(Section):
     """Of SGD; norms and biases are not decayed."""
     steps: int = Field(10, ge=1)
     """Gradient steps of the inner attack (pgd_at, trades, mart)."""
+    noise: float = Field(2.0, ge=0)
+    """Radius of the random start of n_fgsm, in epsilons; 1 leaves more clean accuracy, 2 is safer in long runs."""
     beta: float = Field(6.0, ge=0)
     """Weight of the divergence in trades and mart."""
     distillation: float = Field(0.0, ge=0, le=1)
