@@ -95,7 +95,8 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
             section = recipe.pruning.model_copy(update={"compensation": repair})
             bases[repair] = cut_base(loaded, data, recipe.model_copy(update={"pruning": section}))
         base, settings = bases[repair], recipe.finetune.model_copy(update=changes)
-        timed = f"{args.ratio:g} {settings.loss} {settings.batch_size}" + (" distilled" if settings.distillation else "")
+        kind = f"{settings.loss}, distilled" if settings.distillation else settings.loss
+        timed = f"{args.ratio:g} {kind} {settings.batch_size}"
         if timed not in part["steps_a_minute"]:
             epochs, count = affordable(
                 base.cut, data.train, stages.threat_of(recipe), settings, 60.0, device=base.device, teacher=base.dense
