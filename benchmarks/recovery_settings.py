@@ -36,13 +36,12 @@ from robust_prune.run_dir import write_json, write_text
 from robust_prune.training.budget import affordable
 
 CENTRE: dict[str, Any] = {
-    "loss": "n_fgsm", "noise": 1.0, "lr": 0.08, "crop_padding": 0, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128,
+    "loss": "n_fgsm", "lr": 0.08, "crop_padding": 0, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128,
     "label_smoothing": 0.1, "weight_decay": 5e-4, "distillation": 0.0,
 }  # fmt: skip
 KNOBS: dict[str, tuple[Any, ...]] = {
     "lr": (0.02, 0.05, 0.12, 0.2),
     "crop_padding": (2, 4),
-    "noise": (0.5, 2.0),
     "batch_size": (64, 256),
     "warmup": (0.05, 0.3),
     "label_smoothing": (0.0, 0.2),

@@ -154,8 +154,6 @@ class TrainSettings(Section):
     """Of SGD; norms and biases are not decayed."""
     steps: int = Field(10, ge=1)
     """Gradient steps of the inner attack (pgd_at, trades, mart)."""
-    noise: float = Field(2.0, ge=0)
-    """Radius of the random start of n_fgsm, in epsilons; 1 leaves more clean accuracy, 2 is safer in long runs."""
     beta: float = Field(6.0, ge=0)
     """Weight of the divergence in trades and mart."""
     distillation: float = Field(0.0, ge=0, le=1)
@@ -258,9 +256,9 @@ class BaselineSection(Section):
 
 Recovery = Literal["quick", "standard", "best"]
 RECOVERIES: dict[Recovery, dict[str, Any]] = {
-    "quick": {"loss": "n_fgsm", "epochs": 1, "awp": 0.0, "distillation": 0.0},
-    "standard": {"loss": "n_fgsm", "epochs": 4, "awp": 0.0, "distillation": 0.0},
-    "best": {"loss": "pgd_at", "epochs": 12, "steps": 10, "awp": 0.005, "distillation": 0.0},
+    "quick": {"loss": "n_fgsm", "epochs": 1, "crop_padding": 0, "awp": 0.0, "distillation": 0.0},
+    "standard": {"loss": "n_fgsm", "epochs": 4, "crop_padding": 0, "awp": 0.0, "distillation": 0.0},
+    "best": {"loss": "pgd_at", "epochs": 12, "crop_padding": 4, "steps": 10, "awp": 0.005, "distillation": 0.0},
 }
 """Presets of fine-tuning after the cut: method and length, in place of a recipe's. `benchmarks/results/recovery.md` has
 what methods recover in equal time."""

@@ -75,13 +75,9 @@ def clean(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Lo
     return _cross_entropy(model(batch.x).float(), batch.y, label_smoothing)
 
 
-def n_fgsm_at(model: nn.Module, batch: Batch, *, noise: float = 2.0, label_smoothing: float = 0.0) -> LossResult:
-    """Cross-entropy on N-FGSM examples (arXiv 2202.01181), begun `noise` epsilons away. Two forwards and backwards."""
-
-    def attack(attacked: nn.Module) -> Tensor:
-        return n_fgsm(attacked, batch.x, batch.y, batch.threat, noise=noise, generator=batch.generator)
-
-    x_adv = batch.adversarial(attack)
+def n_fgsm_at(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossResult:
+    """Cross-entropy on N-FGSM examples (arXiv 2202.01181). Two forwards and backwards."""
+    x_adv = batch.adversarial(lambda m: n_fgsm(m, batch.x, batch.y, batch.threat, generator=batch.generator))
     return _cross_entropy(model(x_adv).float(), batch.y, label_smoothing)
 
 
@@ -211,7 +207,7 @@ def make_loss(settings: TrainSettings) -> Loss:
     if user_file.is_reference(name):
         found = users_loss(name)
     elif name == "n_fgsm":
-        found = partial(n_fgsm_at, noise=settings.noise, label_smoothing=smoothing)
+        found = partial(n_fgsm_at, label_smoothing=smoothing)
     elif name == "pgd_at":
         found = partial(pgd_at, steps=settings.steps, label_smoothing=smoothing)
     elif name in ("trades", "mart"):
