@@ -53,16 +53,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "PGD-AT, distilled": {"loss": "pgd_at", "distillation": 0.5},
 }
 SCRATCH = "from scratch"
+FORMER = "former default"
+"""As fine-tuning was before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
 CURVE: dict[str, dict[str, Any]] = {
     "default": {},
-    "former default": {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.2, "ema_decay": 0.99, "crop_padding": 4},
+    FORMER: {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.2, "ema_decay": 0.99, "crop_padding": 4},
     "distilled": {"distillation": 0.5},
     "PGD-AT, 3 steps": {"loss": "pgd_at", "steps": 3},
     SCRATCH: {},
 }
 """Changes of the recipe's `finetune`; from scratch it is `training`."""
-FORMER = "former default"
-"""As fine-tuning was before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "curve": CURVE,
     "methods": METHODS,

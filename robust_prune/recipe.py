@@ -196,7 +196,7 @@ class FinetuneSettings(TrainSettings):
     """Passes over the training images."""
     crop_padding: int = Field(0, ge=0)
     """Pixels of the random crop; none by default, since the dense parent has learnt from shifted images and short runs
-    do better without (`benchmarks/results/recovery_settings.md`)."""
+    do better without (`benchmarks/README.md` has the pilot)."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Final decay of the weight average, ramped up from 0; 0 keeps no average."""
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from robust_prune.recipe import TrainSettings
+from robust_prune.training import trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -53,6 +57,19 @@ def test_the_curve_has_a_column_a_budget_and_differences_to_the_default() -> Non
     assert "| | 0.5 min | 2 min |" in lines
     assert "| from scratch | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] |" in lines
     assert "| | -100.0 [-100.0, -100.0] | -100.0 [-100.0, -100.0] |" in lines
+
+
+def test_the_former_default_alone_is_trained_on_the_former_schedule() -> None:
+    settings = TrainSettings(lr=0.02, warmup=0.2)
+    ends = {}
+    for name in recovery.CURVE:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.02)
+        with recovery.schedule_of(name):
+            schedule = trainer.make_schedule(optimizer, settings, 1000)
+        schedule.step_update(999)
+        ends[name] = optimizer.param_groups[0]["lr"] / 0.02
+    assert ends.pop(recovery.FORMER) > 0.05
+    assert max(ends.values()) < 1e-4
 
 
 def test_one_setting_at_a_time_is_moved_from_the_centre() -> None:
