@@ -23,6 +23,7 @@ from robust_prune.models.layout import has_fast_bf16
 from robust_prune.models.spec import ModelSpec
 from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, TrainSettings
+from robust_prune.training.budget import affordable
 from robust_prune.training.trainer import train
 
 RESAMPLES = 2000
@@ -61,6 +62,27 @@ def cut_base(loaded: Loaded, data: DataBundle, recipe: Recipe) -> Base:
     surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(loaded.spec))
     stages.compensate(surgery, dense, data.train, recipe, device)
     return Base(surgery.model, dense, loaded.spec, data, device)
+
+
+def images_seen(
+    stored: dict[str, Any], base: Base, settings: TrainSettings, recipe: Recipe, minutes: float
+) -> tuple[int, int]:
+    """Epochs, and images in each, of `minutes` of training, as few epochs as the data allow.
+
+    Steps of each kind are timed once, and kept in `stored["steps_a_minute"]`: ways whose steps cost the same see as
+    many images, whatever else the machine does meanwhile.
+    """
+    kind = f"{recipe.pruning.ratio:g} {settings.loss} {settings.steps if settings.loss != 'n_fgsm' else 1}"
+    kind += f"{' distilled' if settings.distillation else ''}{' awp' if settings.awp else ''} {settings.batch_size}"
+    timed = stored.setdefault("steps_a_minute", {})
+    if kind not in timed:
+        epochs, count = affordable(
+            base.cut, base.data.train, stages.threat_of(recipe), settings, 60.0, device=base.device, teacher=base.dense
+        )  # fmt: skip
+        timed[kind] = epochs * count / settings.batch_size
+    images = int(minutes * timed[kind] * settings.batch_size)
+    epochs = math.ceil(images / len(base.data.train))
+    return epochs, images // epochs
 
 
 def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:

@@ -5,12 +5,12 @@
     python benchmarks/recovery.py presets demo --data cifar10 --train-images 10000
 
 The model is cut once (`--ratio`, a quarter of the MACs left by default), and every way begins with that, but for `from
-scratch`, which trains the cut architecture from fresh weights as the recipe's `training` says. `curve` and `methods`
-give each way the same training time: some steps are timed first, and it then trains on as many images as fit, in equal
-epochs as few as the data allow, with its schedule ending there; so every point of a curve is a run of its own. Scoring
-the epochs on held-out images is not counted. `presets` trains as the presets say. Accuracy is PGD-20's on held-out
-training images and on test images. Results are written after every way and seed; the same command goes on with what is
-missing.
+scratch`, which trains the cut architecture from fresh weights as the recipe's `training` says, without random crops and
+with a short weight average, which suit runs of so few epochs. `curve` and `methods` give each way the same training
+time: steps of each kind are timed once, and every way trains on as many images as fit, in equal epochs as few as the
+data allow, with its schedule ending there; so every point of a curve is a run of its own. Scoring the epochs on
+held-out images is not counted. `presets` trains as the presets say. Accuracy is PGD-20's on held-out training images
+and on test images. Results are written after every way and seed; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from recovered import by_seed, cut_base, difference, interval, paired, right_images, scores
+from recovered import by_seed, cut_base, difference, images_seen, interval, paired, right_images, scores
 
-from robust_prune import stages
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import random_subset
@@ -38,7 +37,6 @@ from robust_prune.machine import tune_allocator
 from robust_prune.recipe import RECOVERIES, TrainSettings, load
 from robust_prune.run_dir import write_json, write_text
 from robust_prune.training import trainer
-from robust_prune.training.budget import affordable
 from robust_prune.training.optimizer import peak_rate
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,9 +58,9 @@ CURVE: dict[str, dict[str, Any]] = {
     FORMER: {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.2, "ema_decay": 0.99, "crop_padding": 4},
     "distilled": {"distillation": 0.5},
     "PGD-AT, 3 steps": {"loss": "pgd_at", "steps": 3},
-    SCRATCH: {},
+    SCRATCH: {"crop_padding": 0, "ema_decay": 0.99},
 }
-"""Changes of the recipe's `finetune`; from scratch it is `training`."""
+"""Changes of the recipe's `finetune`; from scratch, of its `training`."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "curve": CURVE,
     "methods": METHODS,
@@ -118,10 +116,7 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
         tuning = (recipe.training if name == SCRATCH else recipe.finetune).model_copy(update=ways[name])
         epochs, count = tuning.epochs, len(data.train)
         if minutes is not None:
-            epochs, count = affordable(
-                base.cut, data.train, stages.threat_of(recipe), tuning, 60 * minutes, device=base.device,
-                teacher=base.dense,
-            )  # fmt: skip
+            epochs, count = images_seen(part, base, tuning, recipe, minutes)
         with schedule_of(name):
             small, seconds = base.trained(tuning.model_copy(update={"epochs": epochs}), seeded, count, data.validation)
         row = {"name": name, "minutes": minutes, "seed": seed, "epochs": epochs, "images": epochs * count}

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from recovered import Base, by_seed, cut_base, difference, score_on
+from recovered import Base, by_seed, cut_base, difference, images_seen, score_on
 
-from robust_prune import stages
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import Subset, first
@@ -33,7 +31,6 @@ from robust_prune.evaluation.hashing import models_hash
 from robust_prune.machine import tune_allocator
 from robust_prune.recipe import load
 from robust_prune.run_dir import write_json, write_text
-from robust_prune.training.budget import affordable
 
 CENTRE: dict[str, Any] = {
     "loss": "n_fgsm", "lr": 0.08, "crop_padding": 0, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128,
@@ -80,7 +77,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     result = stored | {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
-    empty: dict[str, Any] = {"threads": torch.get_num_threads(), "steps_a_minute": {}, "rows": []}
+    empty: dict[str, Any] = {"threads": torch.get_num_threads(), "rows": []}
     part: dict[str, Any] = result.setdefault("tune", empty)
     have = {(row["ratio"], row["minutes"], row["name"], row["seed"]) for row in part["rows"]}
     ways = tunings(args.knobs)
@@ -94,19 +91,12 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
             section = recipe.pruning.model_copy(update={"compensation": repair})
             bases[repair] = cut_base(loaded, data, recipe.model_copy(update={"pruning": section}))
         base, settings = bases[repair], recipe.finetune.model_copy(update=changes)
-        kind = f"{settings.loss}, distilled" if settings.distillation else settings.loss
-        timed = f"{args.ratio:g} {kind} {settings.batch_size}"
-        if timed not in part["steps_a_minute"]:
-            epochs, count = affordable(
-                base.cut, data.train, stages.threat_of(recipe), settings, 60.0, device=base.device, teacher=base.dense
-            )  # fmt: skip
-            part["steps_a_minute"][timed] = epochs * count / settings.batch_size
-        images = int(minutes * part["steps_a_minute"][timed] * settings.batch_size)
-        epochs = math.ceil(images / len(data.train))
+        epochs, count = images_seen(part, base, settings, recipe, minutes)
         settings, seeded = settings.model_copy(update={"epochs": epochs}), recipe.model_copy(update={"seed": seed})
-        small, seconds = base.trained(settings, seeded, images // epochs, chosen_on)
-        row = {"ratio": args.ratio, "minutes": minutes, "name": name, "seed": seed, "epochs": epochs, "images": images}
-        row |= {"seconds": seconds, "held-out": score_on(small, scored_on, "validation", data, seeded, base.device)}
+        small, seconds = base.trained(settings, seeded, count, chosen_on)
+        row = {"ratio": args.ratio, "minutes": minutes, "name": name, "seed": seed, "epochs": epochs}
+        row |= {"images": epochs * count, "seconds": seconds}
+        row |= {"held-out": score_on(small, scored_on, "validation", data, seeded, base.device)}
         part["rows"].append(row)
         write_json(args.out, result | {"environment": snapshot()})
         clean, robust = (100 * by_seed([row], "held-out", which)[seed].mean() for which in ("clean", "robust"))
