@@ -28,24 +28,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 from torch import nn
 
 from robust_prune import stages
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle, first, random_subset
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.hashing import models_hash
-from robust_prune.machine import tune_allocator
 from robust_prune.models.artifact import Loaded
 from robust_prune.models.layout import has_fast_bf16
-from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
-from robust_prune.pruning.surgery import apply
+from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
 from robust_prune.recipe import Recipe, load
-from robust_prune.run_dir import digest, write_json, write_text
+from robust_prune.runs.files import digest, write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.groups import MRS_EXPONENT
+from robust_prune.surgery.apply import apply
 
 RESAMPLES = 4000
 REFERENCE = "mrs"

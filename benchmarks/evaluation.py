@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 from torch import Tensor, nn
 
 from robust_prune import stages
@@ -34,17 +36,15 @@ from robust_prune.attacks import ThreatModel, frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import TensorImages
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points, score
 from robust_prune.evaluation.standard import ATTACKS, StandardEnsemble
 from robust_prune.evaluation.tiers import Stage
 from robust_prune.evaluation.worst_case import Attacker
-from robust_prune.machine import tune_allocator
 from robust_prune.models.layout import fastest_layout, has_fast_bf16
 from robust_prune.recipe import load
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 
 METHODS = ("standard", "aa-fast", "apgd-ce")
 RESAMPLES = 4000

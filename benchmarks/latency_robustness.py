@@ -22,12 +22,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from robust_prune.machine.host.snapshot import snapshot
+
 from robust_prune.console import console
-from robust_prune.environment import snapshot
 from robust_prune.report.compare import compare, load_run
 from robust_prune.report.files import to_csv, to_markdown
 from robust_prune.report.html import render
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 
 NAME = "latency_robustness"
 

@@ -19,7 +19,7 @@ import numpy as np
 import robust_prune.data.sample as sample
 from robust_prune.data.npz import load_npz
 from robust_prune.models import artifact
-from robust_prune.run_dir import atomic_write
+from robust_prune.runs.files import atomic_write
 
 SEED = 20241015
 PER_CLASS = {"train": 200, "test": 50}

@@ -21,12 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from robust_prune.machine.host.snapshot import snapshot
 
 from robust_prune.bench.hardware import load_average
 from robust_prune.bench.latency import run
 from robust_prune.console import console
-from robust_prune.environment import snapshot
-from robust_prune.run_dir import file_sha256, write_json, write_text
+from robust_prune.runs.files import file_sha256, write_json, write_text
 
 
 def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed: int) -> dict[str, Any]:

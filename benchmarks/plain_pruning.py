@@ -14,9 +14,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
-from robust_prune.pruning.cutting import CHANNEL_LAYERS, Place
-from robust_prune.pruning.masking import masked
-from robust_prune.pruning.twin import first_line, relative_error
+from robust_prune.structure.cutting import CHANNEL_LAYERS, Place
+from robust_prune.structure.masking import masked
+from robust_prune.structure.reference import first_line, relative_error
 
 CHANNEL_RATIO = 0.5
 _CONV_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)

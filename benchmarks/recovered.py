@@ -21,8 +21,8 @@ from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.models.artifact import Loaded
 from robust_prune.models.layout import has_fast_bf16
 from robust_prune.models.spec import ModelSpec
-from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, TrainSettings
+from robust_prune.surgery.apply import apply
 from robust_prune.training.budget import affordable
 from robust_prune.training.trainer import train
 

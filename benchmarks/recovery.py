@@ -27,15 +27,15 @@ from unittest import mock
 import numpy as np
 import torch
 from recovered import by_seed, cut_base, difference, images_seen, interval, paired, right_images, scores
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import random_subset
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
-from robust_prune.machine import tune_allocator
 from robust_prune.recipe import RECOVERIES, TrainSettings, load
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 from robust_prune.training import trainer
 from robust_prune.training.optimizer import peak_rate
 

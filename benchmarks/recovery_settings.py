@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from recovered import Base, by_seed, cut_base, difference, images_seen, score_on
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import Subset, first
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
-from robust_prune.machine import tune_allocator
 from robust_prune.recipe import load
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 
 CENTRE: dict[str, Any] = {
     "loss": "n_fgsm", "lr": 0.08, "crop_padding": 0, "warmup": 0.15, "ema_decay": 0.99, "batch_size": 128,

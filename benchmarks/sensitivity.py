@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -34,11 +36,9 @@ from robust_prune import stages
 from robust_prune.attacks import frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console, track
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
-from robust_prune.machine import tune_allocator
 from robust_prune.recipe import load
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
 from robust_prune.sensitivity.targets import find_targets

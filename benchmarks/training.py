@@ -36,24 +36,24 @@ import numpy as np
 import torch
 from plain_loops import PLAIN_STEPS
 from recovered import paired, right_images, scores
+from robust_prune.machine.host.host import tune_allocator
+from robust_prune.machine.host.snapshot import snapshot
 from torch import Tensor, nn
 
 from robust_prune import stages
 from robust_prune.attacks import ThreatModel
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle
-from robust_prune.environment import snapshot
 from robust_prune.evaluation.hashing import models_hash
-from robust_prune.machine import tune_allocator
 from robust_prune.models.layout import tf32
-from robust_prune.pruning.cost import cost_model
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.importance import channel_scores
-from robust_prune.pruning.plan import make_plan
-from robust_prune.pruning.surgery import apply
+from robust_prune.ranking.importance import channel_scores
 from robust_prune.recipe import Recipe, TrainSettings, load
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery.apply import apply
 from robust_prune.training import compilation
 from robust_prune.training.losses import Batch, make_loss
 from robust_prune.training.optimizer import FULL_RATE, FULL_RATE_STEPS, decay_groups, make_optimizer

@@ -22,9 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from robust_prune.machine.host.snapshot import snapshot
+
 from robust_prune.console import console
-from robust_prune.environment import snapshot
-from robust_prune.run_dir import write_json, write_text
+from robust_prune.runs.files import write_json, write_text
 
 RATIO = 0.5
 ARMS = ("ours", "plain")
@@ -71,7 +72,7 @@ def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
 
     from robust_prune.data.sample import load_sample
     from robust_prune.models import registry
-    from robust_prune.pruning.twin import make_twin
+    from robust_prune.structure.reference import make_twin
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -88,13 +89,13 @@ def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
 def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
     import torch
 
+    from robust_prune.budget.cost import cost_model
+    from robust_prune.budget.counting import count_macs, count_params
+    from robust_prune.budget.plan import make_plan
     from robust_prune.models import artifact
-    from robust_prune.pruning.cost import cost_model
-    from robust_prune.pruning.counting import count_macs, count_params
-    from robust_prune.pruning.groups import find_groups
-    from robust_prune.pruning.importance import channel_scores
-    from robust_prune.pruning.plan import make_plan
-    from robust_prune.pruning.surgery import apply
+    from robust_prune.ranking.importance import channel_scores
+    from robust_prune.structure.groups import find_groups
+    from robust_prune.surgery.apply import apply
 
     example = images[:1]
     begin = time.monotonic()
@@ -131,7 +132,7 @@ def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
 def _plain(model: Any, classes: int, images: Any, dtype: Any) -> dict[str, Any]:
     from plain_pruning import prune_plain
 
-    from robust_prune.pruning.counting import count_macs, count_params
+    from robust_prune.budget.counting import count_macs, count_params
 
     before = count_macs(model, images[:1].to(dtype)), count_params(model)
     begin = time.monotonic()
@@ -149,7 +150,7 @@ def _trains(model: Any, images: Any) -> bool:
     """Whether a training step's backward pass reaches every parameter with finite gradients."""
     import torch
 
-    from robust_prune.pruning.twin import copy_model
+    from robust_prune.structure.reference import copy_model
 
     twin = copy_model(model).train()
     twin(images).square().mean().backward()

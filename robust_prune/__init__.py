@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "compress": ("pipeline", "compress"),
     "measure_sensitivity": ("sensitivity.estimators", "measure"),
-    "plan": ("pruning.plan", "make_plan"),
-    "prune": ("pruning.surgery", "apply"),
+    "plan": ("budget.plan", "make_plan"),
+    "prune": ("surgery.apply", "apply"),
     "finetune": ("training.trainer", "train"),
     "evaluate": ("evaluation.evaluate", "evaluate"),
     "export_onnx": ("export.onnx", "export_onnx"),

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import processes
+from . import distributed
 
-console = Console(highlight=False, quiet=not processes.is_first())
+console = Console(highlight=False, quiet=not distributed.is_first())
 errors = Console(stderr=True, highlight=False)
 
 Advance = Callable[..., None]

@@ -9,27 +9,27 @@ from typing import Any
 
 from torch import nn
 
-from . import __version__, processes, stages
+from . import __version__, distributed, stages
 from .baseline import fresh_like
 from .bench.latency import run as measure_latency
 from .bench.types import LatencyTable
+from .budget.counting import count_macs, count_params
+from .budget.latency import missed
+from .budget.types import PruningPlan
 from .console import console
 from .data.base import random_subset
-from .environment import snapshot
 from .evaluation.card import Accuracy, ResultCard
 from .evaluation.evaluate import Evaluation
 from .evaluation.examples import make_examples
 from .evaluation.hashing import images_hash, models_hash
 from .export.types import OnnxArtifact
-from .job import Job, StageLog
-from .latency_budget import missed
+from .machine.snapshot import snapshot
 from .models import artifact, user_file
-from .pruning.counting import count_macs, count_params
-from .pruning.types import PruningPlan
 from .report.files import write as write_report
 from .report.table import headline_table
 from .report.types import ModelRow, RunReport
-from .run_dir import RunDir, claim, digest, write_json, write_text
+from .runs.files import RunDir, claim, digest, write_json, write_text
+from .runs.job import Job, StageLog
 from .shrink import Shrunk, shrink
 from .training.budget import affordable
 
@@ -74,7 +74,7 @@ def compress(job: Job) -> Compressed | None:
         models[SCRATCH], scratch_note = _from_scratch(job, shrunk, todo, folder)
     files = {label: _export(job, model, label, todo, folder) for label, model in models.items()}
     cards = {label: _evaluate(job, model, label, todo, folder, files[label]) for label, model in models.items()}
-    if not processes.part():
+    if not distributed.part():
         return None
     rows = [row for label, model in models.items() for row in _rows(job, label, model, cards[label], files[label])]
     examples = make_examples(

@@ -9,18 +9,19 @@ from typing import Any
 from torch import nn
 
 from . import stages
+from .budget.counting import count_macs, count_params
+from .budget.iterative import compose, dense_widths, realised, remaining_ratio
+from .budget.latency import plan_for_latency
+from .budget.plan import render_plan
+from .budget.types import PruningPlan
 from .console import console
 from .evaluation.card import ResultCard
 from .evaluation.hashing import models_hash
-from .job import Job, StageLog, warn
-from .latency_budget import plan_for_latency
 from .models import artifact
-from .pruning.counting import count_macs, count_params
-from .pruning.iterative import compose, dense_widths, realised, remaining_ratio
-from .pruning.plan import render_plan
-from .pruning.types import PruningPlan, Refused
-from .run_dir import digest, finite, write_json
+from .runs.files import digest, finite, write_json
+from .runs.job import Job, StageLog, warn
 from .sensitivity.profile import SensitivityProfile
+from .structure.types import Refused
 
 
 @dataclass(frozen=True)

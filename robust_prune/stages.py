@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .attacks import ThreatModel
 from .bench.latency import check_kinds
 from .bench.providers import require
+from .budget.cost import CostModel, cost_model, count_macs, count_params
+from .budget.plan import check_groups, make_plan
+from .budget.types import PruningPlan
 from .data.base import DataBundle, ImageSet, first, random_subset
 from .errors import EnvironmentProblem, UsageError
 from .evaluation.card import ResultCard
@@ -23,18 +26,15 @@ from .export.precision import Precision, export_reduced
 from .export.types import OnnxArtifact
 from .models.layout import has_fast_bf16
 from .models.spec import ModelSpec
-from .pruning.compensation import reestimate_batchnorm
-from .pruning.cost import CostModel, cost_model, count_macs, count_params
-from .pruning.groups import GroupSearch, find_groups
-from .pruning.importance import channel_scores, removed_fraction_curve
-from .pruning.plan import check_groups, make_plan
-from .pruning.reconstruction import reconstruct
-from .pruning.surgery import Surgery, apply
-from .pruning.types import PruningPlan
+from .ranking.importance import channel_scores, removed_fraction_curve
 from .recipe import EvaluationSection, ExportSection, PruningSection, Recipe, SensitivitySection, TrainSettings
 from .sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from .sensitivity.estimators import measure
 from .sensitivity.profile import SensitivityProfile
+from .structure.groups import GroupSearch, find_groups
+from .surgery.apply import Surgery, apply
+from .surgery.batchnorm import reestimate_batchnorm
+from .surgery.reconstruction import reconstruct
 from .training.trainer import train
 from .training.types import TrainResult
 

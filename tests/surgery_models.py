@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_prune.pruning.groups import GroupSearch
-from robust_prune.pruning.types import PlannedGroup, PruningPlan
+from robust_prune.budget.types import PlannedGroup, PruningPlan
+from robust_prune.structure.groups import GroupSearch
 
 
 class Residual(nn.Module):

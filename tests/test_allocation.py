@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robust_prune.budget.allocation import ALLOCATIONS, allocate, cut_losses
+from robust_prune.budget.cost import CostModel, QuadraticForm
+from robust_prune.budget.rounding import floor_of, land, levels_of
 from robust_prune.errors import UsageError
-from robust_prune.pruning.allocation import ALLOCATIONS, allocate, cut_losses
-from robust_prune.pruning.budget import floor_of, land, levels_of
-from robust_prune.pruning.cost import CostModel, QuadraticForm
-from robust_prune.pruning.types import ChannelGroup
 from robust_prune.sensitivity.profile import GroupSensitivity, SensitivityProfile
+from robust_prune.structure.types import ChannelGroup
 
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.plan import make_plan
 from robust_prune.export.onnx import export_onnx
 from robust_prune.export.precision import export_reduced
 from robust_prune.models import registry
-from robust_prune.pruning.cost import cost_model
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.importance import channel_scores
-from robust_prune.pruning.plan import make_plan
-from robust_prune.pruning.surgery import apply
+from robust_prune.ranking.importance import channel_scores
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery.apply import apply
 
 MODELS = {"cifar/resnet20_x2": 32, "cifar/resnet18": 32, "cifar/mobilevit_xs": 32, "timm/vit_tiny_patch16_224": 224}
 RUN = """

@@ -12,14 +12,14 @@ from toy import QUICK, write_data, write_model
 from robust_prune import cli
 from robust_prune.attacks import ThreatModel
 from robust_prune.baseline import fresh_like
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import TensorImages
 from robust_prune.models import registry
-from robust_prune.pruning.cost import cost_model
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.importance import channel_scores
-from robust_prune.pruning.plan import make_plan
-from robust_prune.pruning.surgery import apply
+from robust_prune.ranking.importance import channel_scores
 from robust_prune.recipe import TrainSettings
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery.apply import apply
 from robust_prune.training import budget
 from robust_prune.training.trainer import train as real_train
 

@@ -276,7 +276,7 @@ def test_an_unknown_recovery_is_refused(here, capsys):
 
 
 def test_help_names_every_criterion(capsys):
-    from robust_prune.pruning.importance import CRITERIA
+    from robust_prune.ranking.importance import CRITERIA
 
     cli.main(["compress", "--help"])
     text = " ".join(capsys.readouterr().out.split())

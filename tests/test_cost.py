@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from robust_prune.budget.cost import cost_model, count_macs, count_params
 from robust_prune.errors import UsageError
-from robust_prune.pruning.cost import cost_model, count_macs, count_params
-from robust_prune.pruning.types import ChannelGroup, GroupSlice
+from robust_prune.structure.types import ChannelGroup, GroupSlice
 
 
 def part(target, side, channels, start=0, repeat=1, dim=0):

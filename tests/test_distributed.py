@@ -27,8 +27,8 @@ model = run(sys.argv[3], sys.argv[4])
 if torch.distributed.get_rank() == 0:
     torch.save(model.state_dict(), sys.argv[1])
 assert torch.distributed.get_world_size() == 2
-from robust_prune import processes
-processes.part()
+from robust_prune import distributed
+distributed.part()
 """
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from robust_prune.machine.host.snapshot import Check, Facts, doctor_checks, render_doctor, snapshot
 
-from robust_prune import machine
-from robust_prune.environment import Check, Facts, doctor_checks, render_doctor, snapshot
+from robust_prune.machine.host import host
 
 SOUND = Facts(
     python=(3, 12, 1),
@@ -142,7 +142,7 @@ def test_snapshot_names_versions_and_device_but_no_host_user_or_folder() -> None
 
 def test_snapshot_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from robust_prune.environment import snapshot; snapshot();"
+        "import sys; from robust_prune.machine.host.snapshot import snapshot; snapshot();"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'timm', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -150,10 +150,10 @@ def test_snapshot_imports_nothing_heavy() -> None:
 
 
 def test_memory_is_what_the_container_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_container_limit", lambda: 1.5 * machine.GIB)
-    assert machine.memory_gib() == 1.5
+    monkeypatch.setattr(host, "_container_limit", lambda: 1.5 * host.GIB)
+    assert host.memory_gib() == 1.5
 
 
 def test_a_package_outside_a_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "robust_prune" / "machine.py"))
-    assert machine.git_commit() is None
+    monkeypatch.setattr(host, "__file__", str(tmp_path / "robust_prune" / "machine" / "host.py"))
+    assert host.git_commit() is None

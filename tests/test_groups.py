@@ -22,9 +22,9 @@ from surgery_models import (
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
-from robust_prune.pruning import graph, groups
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.types import ChannelGroup, GroupSlice
+from robust_prune.structure import graph, groups
+from robust_prune.structure.groups import find_groups
+from robust_prune.structure.types import ChannelGroup, GroupSlice
 
 
 def groups_of(model: nn.Module) -> dict[str, ChannelGroup]:

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
-from robust_prune.pruning.importance import (
+from robust_prune.ranking.group_weights import per_channel
+from robust_prune.ranking.importance import (
     CRITERIA,
     TAYLOR_BATCH,
     channel_scores,
     removal_order,
     removed_fraction_curve,
 )
-from robust_prune.pruning.slices import per_channel
-from robust_prune.pruning.types import ChannelGroup, GroupSlice
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.structure.types import ChannelGroup, GroupSlice
 
 
 def part(target: str, side: str, index: list[int], root: list[int] | None = None, dim: int = 0) -> GroupSlice:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from robust_prune.budget.iterative import compose, dense_widths, realised, remaining_ratio
+from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
-from robust_prune.pruning.iterative import compose, dense_widths, realised, remaining_ratio
-from robust_prune.pruning.types import PlannedGroup, PruningPlan
 
 
 def plan(before: int, after: int, *groups: PlannedGroup, of: str = "macs") -> PruningPlan:

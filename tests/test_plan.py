@@ -10,18 +10,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from robust_prune.budget.allocation import allocate
+from robust_prune.budget.cost import cost_model, count_macs, count_params
+from robust_prune.budget.plan import make_plan, render_plan
+from robust_prune.budget.rounding import floor_of
+from robust_prune.budget.types import PruningPlan
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
-from robust_prune.pruning.allocation import allocate
-from robust_prune.pruning.budget import floor_of
-from robust_prune.pruning.compensation import reestimate_batchnorm
-from robust_prune.pruning.cost import cost_model, count_macs, count_params
-from robust_prune.pruning.groups import GroupSearch, find_groups
-from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
-from robust_prune.pruning.plan import make_plan, render_plan
-from robust_prune.pruning.surgery import apply
-from robust_prune.pruning.types import ChannelGroup, GroupSlice, PruningPlan, Refused
+from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
+from robust_prune.structure.groups import GroupSearch, find_groups
+from robust_prune.structure.types import ChannelGroup, GroupSlice, Refused
+from robust_prune.surgery.apply import apply
+from robust_prune.surgery.batchnorm import reestimate_batchnorm
 
 
 class Net(nn.Module):

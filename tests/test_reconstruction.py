@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
-from robust_prune.pruning import reconstruction
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.reconstruction import reconstruct
-from robust_prune.pruning.surgery import Surgery, apply
-from robust_prune.pruning.types import PlannedGroup, PruningPlan
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery import reconstruction
+from robust_prune.surgery.apply import Surgery, apply
+from robust_prune.surgery.reconstruction import reconstruct
 
 
 class Net(nn.Module):

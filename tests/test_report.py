@@ -29,9 +29,9 @@ from robust_prune.report import (
     headline_markdown,
     headline_table,
     pictures,
+    summary,
     svg,
     text,
-    words,
     write,
 )
 from robust_prune.report.files import to_csv, to_markdown
@@ -154,11 +154,11 @@ def test_many_models_stand_below_each_other() -> None:
     assert len(shown) == 2 + 3, "a line was wrapped"
     assert all(figure in shown[-1] for figure in ("pruned int8", "0.610 5.11×", "36.0 [31.9, 40.3]"))
     page = Page(render(run))
-    assert page is not None and "5.11 times as fast as the dense one" in " ".join(words.summary(run))
-    assert "The pruned model does 50" in words.summary(run)[0]
+    assert page is not None and "5.11 times as fast as the dense one" in " ".join(summary.summary(run))
+    assert "The pruned model does 50" in summary.summary(run)[0]
     level = latency("half", 1, 3.1, Ratio(1.01, 0.99, 1.03, "no difference"))
     fourth = replace(run.models[1], label="half", latency=(level,))
-    assert words.summary(replace(run, models=(*run.models, fourth)))[-1] == (
+    assert summary.summary(replace(run, models=(*run.models, fourth)))[-1] == (
         "The half file cannot be told apart in speed from the dense one at batch 1 and is right on 38.8 % of the "
         "images even when each one is attacked."
     )
@@ -169,8 +169,8 @@ def test_speed_inside_the_noise_floor_is_no_difference() -> None:
     row = latency("pruned", 1, 3.1, Ratio(1.01, 0.99, 1.03, "no difference"))
     run = replace(run, models=(run.models[0], replace(run.models[1], latency=(row,))))
     assert "no difference, 1.01×" in headline_markdown(run)
-    assert any("cannot be told apart" in sentence for sentence in words.summary(run))
-    assert [tile.value for tile in words.tiles(run) if tile.name == "Speed"] == ["no difference"]
+    assert any("cannot be told apart" in sentence for sentence in summary.summary(run))
+    assert [tile.value for tile in summary.tiles(run) if tile.name == "Speed"] == ["no difference"]
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

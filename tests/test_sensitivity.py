@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
-from robust_prune.pruning.types import ChannelGroup, GroupSlice
 from robust_prune.sensitivity import estimators, losses
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.display import draw_profile, render_table
@@ -23,6 +22,7 @@ from robust_prune.sensitivity.estimators import ESTIMATORS, measure
 from robust_prune.sensitivity.groups import aggregate_groups, damped
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.targets import exchanged, find_targets
+from robust_prune.structure.types import ChannelGroup, GroupSlice
 
 
 @pytest.fixture

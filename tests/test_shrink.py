@@ -10,8 +10,8 @@ from toy import QUICK, write_data, write_model
 
 from robust_prune import shrink
 from robust_prune.commands.common import open_data, open_model_for, resolve
-from robust_prune.job import Job, StageLog
-from robust_prune.run_dir import RunDir
+from robust_prune.runs.files import RunDir
+from robust_prune.runs.job import Job, StageLog
 
 
 class Forbidden:

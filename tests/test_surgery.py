@@ -24,13 +24,13 @@ from surgery_models import (
 )
 from torch import Tensor, nn
 
+from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
-from robust_prune.pruning.groups import GroupSearch, find_candidates, find_groups
-from robust_prune.pruning.manifest import apply_changes, describe_changes
-from robust_prune.pruning.masking import masked
-from robust_prune.pruning.surgery import apply
-from robust_prune.pruning.transaction import Bench, Candidate, Cut
-from robust_prune.pruning.types import PlannedGroup, PruningPlan
+from robust_prune.models.manifest import apply_changes, describe_changes
+from robust_prune.structure.groups import GroupSearch, find_candidates, find_groups
+from robust_prune.structure.masking import masked
+from robust_prune.structure.trial import Bench, Candidate, Cut
+from robust_prune.surgery.apply import apply
 
 
 def images() -> Tensor:

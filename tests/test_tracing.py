@@ -20,11 +20,12 @@ from surgery_models import (
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.surgery import apply
-from robust_prune.pruning.tracing import TracedGroup, trace_groups
-from robust_prune.pruning.transaction import Bench
-from robust_prune.pruning.types import GroupSlice, PruningPlan
+from robust_prune.budget.types import PruningPlan
+from robust_prune.structure.groups import find_groups
+from robust_prune.structure.tracing import TracedGroup, trace_groups
+from robust_prune.structure.trial import Bench
+from robust_prune.structure.types import GroupSlice
+from robust_prune.surgery.apply import apply
 
 
 def traced(model: nn.Module, **options: object) -> dict[str, TracedGroup]:
@@ -163,7 +164,7 @@ def test_a_model_that_bears_no_other_values_is_pruned_as_far_as_the_graph_goes()
 
 
 def test_a_model_that_changes_its_way_is_refused() -> None:
-    from robust_prune.pruning.graph import BrokenMapping
+    from robust_prune.structure.graph import BrokenMapping
 
     with pytest.raises(BrokenMapping, match="same layers in every pass"):
         trace_groups(Fickle().eval(), example())

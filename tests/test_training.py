@@ -15,7 +15,7 @@ from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.recipe import LOSSES, TrainSettings
-from robust_prune.run_dir import RunDir, atomic_write, claim
+from robust_prune.runs.files import RunDir, atomic_write, claim
 from robust_prune.training import trainer
 from robust_prune.training.losses import Batch, make_loss
 from robust_prune.training.optimizer import decay_groups, peak_rate

@@ -11,13 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.plan import make_plan
 from robust_prune.models import registry
-from robust_prune.pruning.cost import cost_model
-from robust_prune.pruning.groups import find_groups
-from robust_prune.pruning.importance import channel_scores, removed_fraction_curve
-from robust_prune.pruning.plan import make_plan
-from robust_prune.pruning.twin import make_twin
+from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
+from robust_prune.structure.groups import find_groups
+from robust_prune.structure.reference import make_twin
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,20 +30,20 @@ import parcels  # noqa: E402
 import torch  # noqa: E402
 from packaging.requirements import Requirement  # noqa: E402
 from packaging.utils import canonicalize_name  # noqa: E402
+from robust_prune.machine.host.host import git_commit  # noqa: E402
 from sizes import GPU, TOY, Sizes  # noqa: E402
 from skeletons import strip  # noqa: E402
 
 from robust_prune import stages  # noqa: E402
+from robust_prune.budget.cost import cost_model  # noqa: E402
+from robust_prune.budget.plan import make_plan  # noqa: E402
 from robust_prune.data.sources import data_root, load_data  # noqa: E402
 from robust_prune.export.onnx import export_onnx  # noqa: E402
 from robust_prune.export.precision import export_reduced  # noqa: E402
-from robust_prune.machine import git_commit  # noqa: E402
 from robust_prune.models import registry  # noqa: E402
-from robust_prune.pruning.cost import cost_model  # noqa: E402
-from robust_prune.pruning.groups import find_groups  # noqa: E402
-from robust_prune.pruning.importance import channel_scores  # noqa: E402
-from robust_prune.pruning.plan import make_plan  # noqa: E402
-from robust_prune.pruning.surgery import apply  # noqa: E402
+from robust_prune.ranking.importance import channel_scores  # noqa: E402
+from robust_prune.structure.groups import find_groups  # noqa: E402
+from robust_prune.surgery.apply import apply  # noqa: E402
 
 LIMIT_MIB = 52
 """A copy may hold 64 MiB, the checkout among them."""

@@ -17,7 +17,7 @@ from criteria import bootstrap, outcomes  # noqa: E402
 from training import speed_table  # noqa: E402
 from work import COMMITTED, Work  # noqa: E402
 
-from robust_prune.run_dir import write_text  # noqa: E402
+from robust_prune.runs.files import write_text  # noqa: E402
 
 
 def main() -> None:

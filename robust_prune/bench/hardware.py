@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from .. import machine, nvml
+from ..machine import host, nvml
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -20,11 +20,11 @@ def describe(provider: str) -> dict[str, Any]:
     Values that the system does not tell are left out. No host names and no paths.
     """
     facts: dict[str, Any] = {
-        "cpu": machine.cpu_name(),
-        "cores": machine.usable_cores(),
-        "memory_gib": machine.memory_gib(),
-        "platform": machine.platform_name(),
-        "versions": machine.versions(("onnxruntime", "onnxruntime-gpu", "numpy")),
+        "cpu": host.cpu_name(),
+        "cores": host.usable_cores(),
+        "memory_gib": host.memory_gib(),
+        "platform": host.platform_name(),
+        "versions": host.versions(("onnxruntime", "onnxruntime-gpu", "numpy")),
     }
     facts |= state(provider)
     with contextlib.suppress(OSError):

@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .. import nvml
+from ..bench import hardware
 from ..console import track
 from ..errors import UsageError
-from . import hardware
+from ..machine import nvml
 from .providers import PROVIDERS, import_onnxruntime
 from .sampler import LAUNCHES, Arm, Samples, Shape, measure
 from .session import signature

@@ -28,8 +28,8 @@ import psutil
 
 import robust_prune
 
-from .. import nvml
 from ..errors import EnvironmentProblem, UsageError
+from ..machine import nvml
 
 ANSWER_SECONDS = 300.0
 WARMUP_WINDOW_SECONDS = 0.1

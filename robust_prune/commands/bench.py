@@ -35,7 +35,7 @@ def bench(
         raise UsageError("no file given. Try: robust-prune bench dense.onnx model.onnx")
 
     from ..bench.latency import render_latency, run
-    from ..run_dir import write_json
+    from ..runs.files import write_json
 
     table = run(
         [(label, path) for label, path in zip(_labels(files), files, strict=True)],

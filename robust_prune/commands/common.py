@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from cyclopts import Parameter
 
-from .. import processes
+from .. import distributed
 from ..console import console
 from ..errors import UsageError
 from ..recipe import Recipe, load
@@ -101,8 +101,8 @@ def open_data(recipe: Recipe) -> DataBundle:
         )
     size = (3, section.image_size, section.image_size) if section.image_size else None
     root = Path(section.root).expanduser() if section.root else None
-    processes.join(recipe.device)
-    with processes.one_at_a_time_on_each_machine():
+    distributed.join(recipe.device)
+    with distributed.one_at_a_time_on_each_machine():
         # Splits do not follow the recipe's seed: what one run tests on, no other may have trained on.
         return load_data(section.name, validation=section.validation, root=root, input_size=size)
 
@@ -144,7 +144,7 @@ def run_name(model: str) -> str:
 
 def command_line() -> str:
     """The command that repeats this run, as the user typed it."""
-    started = processes.launcher()
+    started = distributed.launcher()
     return (
         f"{started} -m robust_prune {shlex.join(sys.argv[1:])}"
         if started

@@ -106,9 +106,9 @@ def compress(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
     from .. import pipeline, shrink
-    from ..job import Job, warn
-    from ..machine import tune_allocator
-    from ..pruning.plan import render_plan
+    from ..budget.plan import render_plan
+    from ..machine.host import tune_allocator
+    from ..runs.job import Job, warn
 
     tune_allocator()
     job = Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)

@@ -8,7 +8,7 @@ from ..errors import EnvironmentProblem
 
 def doctor() -> None:
     """Check this machine and name repairs. Exit code 3 when something must be repaired."""
-    from ..environment import doctor_checks, render_doctor
+    from ..machine.snapshot import doctor_checks, render_doctor
 
     checks = doctor_checks()
     console.print(render_doctor(checks))

@@ -79,11 +79,11 @@ def evaluate(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
     from .. import stages
-    from ..environment import snapshot
-    from ..job import warn
-    from ..machine import tune_allocator
+    from ..machine.host import tune_allocator
+    from ..machine.snapshot import snapshot
     from ..pipeline import SAMPLE_NOTE
-    from ..run_dir import write_json
+    from ..runs.files import write_json
+    from ..runs.job import warn
 
     tune_allocator()
     threat, where = stages.threat_of(resolved), stages.device_of(resolved)

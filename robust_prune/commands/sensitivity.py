@@ -51,9 +51,9 @@ def sensitivity(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
     from .. import stages
-    from ..pruning.groups import find_groups
-    from ..run_dir import write_json
+    from ..runs.files import write_json
     from ..sensitivity.display import draw_profile, render_table
+    from ..structure.groups import find_groups
 
     threat, where = stages.threat_of(resolved), stages.device_of(resolved)
     search = find_groups(loaded.model, stages.blank_image(loaded.spec))

@@ -53,9 +53,9 @@ def train(
     check_loss(resolved.training.loss)
     bundle = open_data(resolved)
 
-    from .. import training_run
-    from ..machine import tune_allocator
+    from .. import train
+    from ..machine.host import tune_allocator
 
     tune_allocator()
     name = f"{resolved.model.arch.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
-    training_run.run(name, bundle, resolved, out or Path("runs") / name, command_line())
+    train.run(name, bundle, resolved, out or Path("runs") / name, command_line())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import processes
+from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet, images_at_once
@@ -150,7 +150,7 @@ def evaluate_with_twins(
             steps=steps, restarts=restarts, sweep=tuple(sweep),
             batch_size=batch_size or images_at_once(images, DEFAULT_BATCH), seed=seed, device=where,
             precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
-            together=together and processes.count() > 1,
+            together=together and distributed.count() > 1,
         )  # fmt: skip
         state = _begin(job) if job.leads else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
@@ -161,7 +161,7 @@ def evaluate_with_twins(
         if job.leads:
             clean_pass(job, state)
         if job.together:
-            state = processes.from_first(state)
+            state = distributed.from_first(state)
         attack_pass(job, state)
         if job.leads:
             black_box_pass(job, state)

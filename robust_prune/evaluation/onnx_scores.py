@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EnvironmentProblem, UsageError
-from ..run_dir import file_sha256
+from ..runs.files import file_sha256
 from .scoring import classify
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import processes
+from .. import distributed
 from ..attacks import ThreatModel, square
 from ..attacks.objectives import misclassified
 from ..attacks.square import Predict
@@ -22,7 +22,7 @@ from ..console import track
 from ..data.base import ImageSet
 from ..errors import UsageError
 from ..models.layout import tf32
-from ..run_dir import digest
+from ..runs.files import digest
 from .flags import CHECK_IMAGES
 from .hashing import images_hash, models_hash
 from .scoring import CountedModel, Precision, check_points, score
@@ -77,7 +77,7 @@ class Job:
     @property
     def leads(self) -> bool:
         """Whether this process does what is not divided."""
-        return processes.is_first() or not self.together
+        return distributed.is_first() or not self.together
 
     @property
     def key(self) -> str:
@@ -198,14 +198,14 @@ def _divided(
     attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """The same for the whole batch, of which each process attacks a share."""
-    count = processes.count()
-    share = slice(processes.index(), None, count)
+    count = distributed.count()
+    share = slice(distributed.index(), None, count)
     mine = None
     if len(y[share]):
         right, worst, passes = _attacked(attacker, stage, x[share], y[share], start)
         mine = right.cpu(), worst.cpu(), passes
     right, worst, forwards, backwards = torch.ones(len(y), dtype=torch.bool), x.cpu().clone(), 0, 0
-    for position, found in enumerate(processes.gathered(mine)):
+    for position, found in enumerate(distributed.gathered(mine)):
         if found is not None:
             right[position::count], worst[position::count] = found[0], found[1]
             forwards, backwards = forwards + found[2][0], backwards + found[2][1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..run_dir import atomic_write
+from ..runs.files import atomic_write
 
 Flags = NDArray[np.bool_]
 ARRAYS = ("clean", "robust")

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Literal
 
 from ..errors import UsageError
-from . import standard
+from ..evaluation import standard
 
 Kind = Literal["pgd", "apgd-ce", "apgd-t", "ensemble"]
 APGD_STEPS = 100

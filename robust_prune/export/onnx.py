@@ -20,7 +20,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from ..errors import QualityGateError, UsageError
-from ..run_dir import atomic_write, file_sha256
+from ..runs.files import atomic_write, file_sha256
 from .parity import check_images, check_parity, eval_copy, logits_of
 from .types import MANIFEST_KEY, OnnxArtifact, Parity
 

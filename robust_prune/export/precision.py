@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
-from ..run_dir import atomic_write, file_sha256
+from ..runs.files import atomic_write, file_sha256
 from .onnx import INPUT_NAME, MAX_EMBEDDED_BYTES, quiet
 from .parity import check_images, check_parity, eval_copy, logits_of
 from .types import MANIFEST_KEY, OnnxArtifact

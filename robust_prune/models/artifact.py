@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
-from ..run_dir import atomic_write
-from . import registry, user_file, weight_files
+from ..models import registry, user_file, weight_files
+from ..runs.files import atomic_write
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import EnvironmentProblem, UsageError
-from . import artifact, registry, weight_files
+from ..models import artifact, registry, weight_files
 from .artifact import Loaded
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier

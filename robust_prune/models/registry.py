@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import EnvironmentProblem, RobustPruneError, UsageError
-from . import cifar, user_file
+from ..models import cifar, user_file
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
 from .suggest import did_you_mean

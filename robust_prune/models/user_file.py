@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
-from ..run_dir import file_sha256
+from ..runs.files import file_sha256
 from .spec import ModelSpec
 from .suggest import did_you_mean
 

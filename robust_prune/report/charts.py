@@ -10,9 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..pruning.types import PruningPlan
+from ..budget.types import PruningPlan
+from ..report import svg, text
 from ..sensitivity.profile import SensitivityProfile
-from . import svg, text
 from .table import find_latency, latency_keys
 from .types import RunReport
 

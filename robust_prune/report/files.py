@@ -10,11 +10,11 @@ from typing import Any
 
 from ..bench.types import LatencyRow
 from ..evaluation.card import Accuracy
-from ..run_dir import finite, write_json, write_text
+from ..runs.files import finite, write_json, write_text
 from .html import render
+from .summary import summary, warnings
 from .table import headline_markdown
 from .types import ModelRow, RunReport
-from .words import summary, warnings
 
 
 def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from . import charts, pictures, table, text, words
+from ..report import charts, pictures, summary, table, text
 from .types import RunReport
 
 
@@ -52,11 +52,11 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
         "pair": len(run.models) == table.SIDE_BY_SIDE,
         "wide_heads": table.wide_heads(run) if table.is_wide(run) else [],
         "wide_rows": table.wide_rows(run) if table.is_wide(run) else [],
-        "tiles": words.tiles(run),
-        "summary": [unbroken(sentence) for sentence in words.summary(run)],
-        "warnings": words.warnings(run),
-        "after_the_cut": unbroken(words.after_the_cut(run)),
-        "how_cut": words.how_cut(run),
+        "tiles": summary.tiles(run),
+        "summary": [unbroken(sentence) for sentence in summary.summary(run)],
+        "warnings": summary.warnings(run),
+        "after_the_cut": unbroken(summary.after_the_cut(run)),
+        "how_cut": summary.how_cut(run),
         "card": next((m.card for m in run.models if m.card), None),
         "tradeoff": charts.tradeoff(run),
         "speedups": charts.speedups(run),

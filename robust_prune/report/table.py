@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..bench.types import LatencyRow
 from ..evaluation.card import Accuracy
-from . import text
+from ..report import text
 from .types import ModelRow, RunReport
 
 MAX_LATENCY_LINES = 3

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..bench.types import LatencyRow, Ratio
+from ..budget.types import PruningPlan
 from ..evaluation.card import Accuracy, ResultCard
 from ..export.types import OnnxArtifact
-from ..pruning.types import PruningPlan, Refused
 from ..sensitivity.profile import SensitivityProfile
+from ..structure.types import Refused
 
 
 @dataclass(frozen=True)

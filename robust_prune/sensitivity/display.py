@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from rich.table import Table
 
 from ..errors import UsageError
-from ..run_dir import atomic_write
+from ..runs.files import atomic_write
 from .profile import SensitivityProfile
 
 BAR_WIDTH = 16

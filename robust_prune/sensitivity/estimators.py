@@ -28,7 +28,7 @@ from ..console import track
 from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..models.wrappers import unwrap
-from ..pruning.types import ChannelGroup
+from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
 from .losses import Ray, RobustLoss, losses_along

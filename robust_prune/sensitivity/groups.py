@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import UsageError
-from ..pruning.types import ChannelGroup
+from ..structure.types import ChannelGroup
 from .profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 from .targets import ATTENTION_WEIGHTS
 

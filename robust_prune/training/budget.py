@@ -7,7 +7,7 @@ import math
 
 from torch import nn
 
-from .. import processes
+from .. import distributed
 from ..attacks import ThreatModel
 from ..data.base import ImageSet, first
 from ..recipe import TrainSettings
@@ -47,4 +47,4 @@ def affordable(
     took = train(copy.deepcopy(model), few, first(images, 0), threat, timed, device=device, teacher=teacher)
     seen = max(settings.batch_size, int(len(few) * seconds / took.history[0].seconds))
     epochs = math.ceil(seen / len(images))
-    return processes.from_first((epochs, min(len(images), max(settings.batch_size, seen // epochs))))
+    return distributed.from_first((epochs, min(len(images), max(settings.batch_size, seen // epochs))))

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
-from .. import processes
+from .. import distributed
 from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
@@ -25,8 +25,8 @@ from ..evaluation.hashing import images_hash, models_hash
 from ..models import user_file
 from ..models.layout import tf32
 from ..recipe import TrainSettings
-from ..run_dir import atomic_write, digest
-from . import compilation
+from ..runs.files import atomic_write, digest
+from ..training import compilation
 from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
 from .optimizer import make_optimizer, make_schedule
@@ -88,7 +88,7 @@ class _Run:
         self.model = model.to(self.device)
         # Every process takes as many images, so that the mean of their gradients is the batch's.
         self.batch_size = _divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
-        self.precision = processes.from_first(self._precision())
+        self.precision = distributed.from_first(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
@@ -241,7 +241,7 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
         # Each process has normalised with its own share; what is remembered is the same in all.
-        processes.averaged([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
+        distributed.averaged([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
         self.figures.queue(result.loss, result.metrics.get("accuracy"))
@@ -346,7 +346,7 @@ class _Run:
                 f"{100 * scores['live'].robust:.1f} % (catastrophic overfitting); went back to epoch {state.best_epoch}"
             )
             console.print(state.note, markup=False)
-        sums = zip(*processes.gathered((state.loss_sum, state.accuracy_sum)), strict=True)
+        sums = zip(*distributed.gathered((state.loss_sum, state.accuracy_sum)), strict=True)
         loss, accuracy = (sum(parts) / len(parts) / self.steps_per_epoch for parts in sums)
         record = EpochRecord(
             epoch=epoch,
@@ -423,7 +423,7 @@ def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelera
     if missing:
         hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
         raise EnvironmentProblem(f"tracker {missing[0]} was asked for, but its package is not installed. Run: {hint}")
-    processes.join(device)
+    distributed.join(device)
     accelerator = Accelerator(cpu=device == "cpu", log_with=list(settings.trackers) or None, project_dir=folder)
     if settings.trackers:
         accelerator.init_trackers("trackers")

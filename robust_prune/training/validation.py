@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .. import processes
+from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, pgd
 from ..data.base import ImageSet, batches, images_at_once
 from ..evaluation.scoring import classify
@@ -40,7 +40,7 @@ def score(
     right = survived = 0
     with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
         for index, (x, y) in enumerate(batches(images, images_at_once(images), device)):
-            if index % processes.count() != processes.index():
+            if index % distributed.count() != distributed.index():
                 continue
             x = x.contiguous(memory_format=precision.memory_format)
             with torch.no_grad():
@@ -53,7 +53,7 @@ def score(
             x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=False)
             with torch.no_grad():
                 survived += int((classify(model(x_adv)) == y).sum())
-    robust, clean = (sum(parts) for parts in zip(*processes.gathered((survived, right)), strict=True))
+    robust, clean = (sum(parts) for parts in zip(*distributed.gathered((survived, right)), strict=True))
     total = max(len(images), 1)
     return Score(robust / total, clean / total)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from robust_prune.machine.host.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from training import COMPILED
@@ -19,11 +20,10 @@ from work import Work
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import ImageSet, first, random_subset
 from robust_prune.data.sources import load_data
-from robust_prune.environment import snapshot
 from robust_prune.models import artifact, registry
 from robust_prune.models.spec import ModelSpec
 from robust_prune.recipe import TrainSettings
-from robust_prune.run_dir import read_json, write_json
+from robust_prune.runs.files import read_json, write_json
 from robust_prune.training.trainer import train
 
 THREAT = ThreatModel("linf", 8 / 255)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from criteria import Arm, analyses, cut_and_recover, scored
+from robust_prune.machine.host.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from work import Work
@@ -17,13 +18,12 @@ from robust_prune.bench import latency
 from robust_prune.bench.providers import provider_problem
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.data.sources import load_data
-from robust_prune.environment import snapshot
 from robust_prune.errors import RobustPruneError
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.models import artifact
 from robust_prune.models.artifact import Loaded
-from robust_prune.pruning.surgery import apply
 from robust_prune.recipe import Recipe, load
+from robust_prune.surgery.apply import apply
 
 ARMS = (
     Arm("mrs", "mrs", "adversarial_taylor"),

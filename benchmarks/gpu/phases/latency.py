@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from robust_prune.machine.host.snapshot import snapshot
 from sizes import Set, Sizes
 from skeletons import fill
 from work import Work
 
 from robust_prune.bench import latency
 from robust_prune.bench.providers import provider_problem
-from robust_prune.environment import snapshot
 from robust_prune.errors import RobustPruneError
 
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..budget.types import PlannedGroup, PruningPlan
 from ..errors import QualityGateError
 from ..models.wrappers import unwrap
-from .cutting import Cutter, Place, gone_positions
-from .groups import bundled, check_example, find_candidates, find_traced
-from .masking import masked
-from .transaction import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
-from .twin import copy_model, first_line, images_like, precise_copy, relative_error
-from .types import ChannelGroup, PlannedGroup, PruningPlan, Refused
+from ..structure.cutting import Cutter, Place, gone_positions
+from ..structure.groups import bundled, check_example, find_candidates, find_traced
+from ..structure.masking import masked
+from ..structure.reference import copy_model, first_line, images_like, precise_copy, relative_error
+from ..structure.trial import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
+from ..structure.types import ChannelGroup, Refused
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from . import nvml
+from ..machine import nvml
 
 GIB = 2**30
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -69,7 +69,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of the checkout that holds this package, with ``+changes`` if files differ; None outside one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])

@@ -18,9 +18,9 @@ from torch_pruning.pruner.importance import FPGMImportance, GroupHessianImportan
 
 from ..console import track
 from ..errors import UsageError
-from .cutting import is_depthwise
-from .twin import copy_model
-from .types import ChannelGroup, GroupSlice
+from ..structure.cutting import is_depthwise
+from ..structure.reference import copy_model
+from ..structure.types import ChannelGroup, GroupSlice
 
 BASELINES = ("fpgm", "hessian", "lamp")
 HESSIAN_IMAGES = 256

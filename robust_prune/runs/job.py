@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import processes
-from .console import console
-from .data.base import DataBundle
-from .models.artifact import Loaded
-from .recipe import Recipe
-from .run_dir import RunDir, digest, finite
+from .. import distributed
+from ..console import console
+from ..data.base import DataBundle
+from ..models.artifact import Loaded
+from ..recipe import Recipe
+from .files import RunDir, digest, finite
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class StageLog:
         Of several processes the first one makes it while the others wait, or all do, `together`; its outcome counts.
         The folder must be one that all of them see.
         """
-        first = processes.is_first()
+        first = distributed.is_first()
         key = digest([self.key, name, inputs])
         stored = self.run.finished(name, key) if first else None
         if stored is not None and not all(file.exists() for file in files):
             stored = None
-        stored = processes.from_first(stored)
+        stored = distributed.from_first(stored)
         if stored is None:
             begin = time.monotonic()
             value = make() if first or together else None
             stored = {"value": finite(value), "seconds": time.monotonic() - begin}
             self.run.finish(name, key, stored)
-            stored = processes.from_first(stored)
+            stored = distributed.from_first(stored)
         self.seconds[name] = stored["seconds"]
         return stored["value"]
 

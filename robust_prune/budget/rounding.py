@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..structure.types import ChannelGroup
 from .cost import QuadraticForm
-from .types import ChannelGroup
 
 TOLERANCE = 0.01
 """Largest distance to the budget, as a share of the dense cost."""

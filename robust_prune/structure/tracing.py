@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .cutting import Place
 from .graph import Coupling
+from .probing import Watch, watching
 from .types import GroupSlice
-from .watching import Watch, watching
 
 _SEED = 1735
 _EXTRA_PROBES = 64

@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, machine, nvml
+from .. import __version__
+from ..machine import host, nvml
 
 PACKAGES = (
     "torch",
@@ -48,14 +49,14 @@ def snapshot() -> dict[str, Any]:
     """
     return {
         "robust_prune": __version__,
-        "commit": machine.git_commit(),
+        "commit": host.git_commit(),
         "python": platform.python_version(),
-        "platform": machine.platform_name(),
-        "cpu": machine.cpu_name(),
-        "cores": machine.usable_cores(),
-        "memory_gib": machine.memory_gib(),
-        "versions": machine.versions(PACKAGES),
-        "device": machine.device_name(),
+        "platform": host.platform_name(),
+        "cpu": host.cpu_name(),
+        "cores": host.usable_cores(),
+        "memory_gib": host.memory_gib(),
+        "versions": host.versions(PACKAGES),
+        "device": host.device_name(),
     }
 
 
@@ -82,7 +83,7 @@ class Facts:
 
     Attributes:
         python: version as numbers.
-        installed: package versions, as `machine.versions` gives them.
+        installed: package versions, as `host.versions` gives them.
         builds: torch's and torchvision's own version strings, with the build behind the plus sign.
         requirements: what robust-prune declares to need on this machine, e.g. ``torch>=2.9``.
         import_errors: module to the error of importing it; a module that imports is absent.
@@ -123,7 +124,7 @@ def gather() -> Facts:
     providers = ("cpu", "cuda", "tensorrt") if session and "onnx" not in errors else ()
     return Facts(
         python=tuple(sys.version_info[:3]),
-        installed=machine.versions(PACKAGES),
+        installed=host.versions(PACKAGES),
         builds={name: str(module.__version__) for name, module in modules.items()},
         requirements=_declared(),
         import_errors=errors,
@@ -132,10 +133,10 @@ def gather() -> Facts:
         torch_cuda=str(torch.version.cuda or "") if torch is not None else "",
         gpu=str(torch.cuda.get_device_name()) if torch is not None and cuda else "",
         driver_gpus=tuple(gpu["name"] for gpu in nvml.gpus()),
-        bf16=bool(torch.cuda.is_bf16_supported()) if torch is not None and cuda else machine.cpu_has_bf16(),
-        disk_gib=shutil.disk_usage(Path.cwd()).free / machine.GIB,
+        bf16=bool(torch.cuda.is_bf16_supported()) if torch is not None and cuda else host.cpu_has_bf16(),
+        disk_gib=shutil.disk_usage(Path.cwd()).free / host.GIB,
         writable=_writable(),
-        free_memory_gib=psutil.virtual_memory().available / machine.GIB,
+        free_memory_gib=psutil.virtual_memory().available / host.GIB,
     )
 
 
@@ -159,7 +160,7 @@ def _provider_problem(provider: str) -> str:
     """Runs a model of one node on the provider; empty when that works."""
     from onnx import TensorProto, helper
 
-    from .bench import providers, session
+    from ..bench import providers, session
 
     shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
     graph = helper.make_graph([helper.make_node("Relu", ["images"], ["logits"])], "probe", shapes[:1], shapes[1:])

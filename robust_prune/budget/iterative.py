@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ..errors import UsageError
-from .budget import TOLERANCE
+from .rounding import TOLERANCE
 from .types import PruningPlan
 
 

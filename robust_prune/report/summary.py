@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import text
+from ..report import text
 from .table import find_latency, latency_keys
 from .types import ModelRow, RunReport
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..models.wrappers import unwrap
+from ..structure.types import ChannelGroup
 from .counting import Product, count_macs, count_params, trace_products
-from .types import ChannelGroup
 
 __all__ = ["CostModel", "Of", "QuadraticForm", "cost_model", "count_macs", "count_params"]
 

@@ -35,10 +35,10 @@ from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..models.wrappers import unwrap
 from ..recipe import Criterion
-from .attention import find_attention
-from .baselines import BASELINES, baseline_scores
-from .slices import parameters_of, per_channel, weight_of
-from .types import ChannelGroup, GroupSlice
+from ..structure.attention import find_attention
+from ..structure.types import ChannelGroup, GroupSlice
+from .group_weights import parameters_of, per_channel, weight_of
+from .torch_pruning import BASELINES, baseline_scores
 
 if TYPE_CHECKING:
     from ..sensitivity.adversarial_set import AdversarialSet

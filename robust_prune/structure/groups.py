@@ -17,7 +17,7 @@ from .attention import Attention, find_attention
 from .cutting import is_depthwise, place_size
 from .graph import BoundedGraph, BrokenMapping, Coupling, couple
 from .tracing import trace_groups
-from .transaction import Bench, Candidate, Cut, Ledger
+from .trial import Bench, Candidate, Cut, Ledger
 from .types import ChannelGroup, GroupSlice, Refused
 
 _SEED = 308

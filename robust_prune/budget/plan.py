@@ -11,13 +11,14 @@ from rich.table import Table
 from torch import Tensor
 
 from ..errors import UsageError
+from ..ranking.importance import removal_order
 from ..sensitivity.groups import MRS_EXPONENT, damped
 from ..sensitivity.profile import SensitivityProfile
+from ..structure.types import ChannelGroup, Refused
 from .allocation import allocate
-from .budget import TOLERANCE, floor_of
 from .cost import CostModel
-from .importance import removal_order
-from .types import ChannelGroup, PlannedGroup, PruningPlan, Refused
+from .rounding import TOLERANCE, floor_of
+from .types import PlannedGroup, PruningPlan
 
 _BAR = 12
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import processes
-from .errors import EnvironmentProblem, UsageError
+from .. import distributed
+from ..errors import EnvironmentProblem, UsageError
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -24,7 +24,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         EnvironmentProblem: the folder is not writable or the disk is full; nothing is left behind.
     """
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

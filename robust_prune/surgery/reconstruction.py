@@ -24,7 +24,7 @@ from ..attacks.context import frozen_eval
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
-from .cutting import Place
+from ..structure.cutting import Place
 
 RIDGE = 1e-3
 """λ in units of the mean of the diagonal of X'ᵀX'."""

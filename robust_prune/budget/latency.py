@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
-from . import stages
-from .bench.latency import run as measure_latency
-from .bench.types import LatencyTable
-from .console import console
-from .job import Job
-from .pruning.surgery import apply
-from .pruning.types import PruningPlan
-from .recipe import BenchSection
+from .. import stages
+from ..bench.latency import run as measure_latency
+from ..bench.types import LatencyTable
+from ..console import console
+from ..recipe import BenchSection
+from ..runs.job import Job
+from ..surgery.apply import apply
+from .types import PruningPlan
 
 TOLERANCE = 0.05
 """A latency within this share of the wanted one keeps the budget."""

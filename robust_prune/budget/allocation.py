@@ -37,9 +37,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..sensitivity.profile import SensitivityProfile
-from .budget import check_limits, floor_of, land
+from ..structure.types import ChannelGroup
 from .cost import CostModel
-from .types import ChannelGroup
+from .rounding import check_limits, floor_of, land
 
 Allocation = Literal["mrs", "rank", "global", "uniform"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)

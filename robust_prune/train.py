@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from . import __version__, processes, stages
+from . import __version__, distributed, stages
+from .budget.counting import count_macs, count_params
 from .console import console
 from .data.base import DataBundle
-from .environment import snapshot
 from .errors import UsageError
 from .evaluation.hashing import images_hash, models_hash
-from .job import StageLog, warn
+from .machine.snapshot import snapshot
 from .models import artifact, registry, user_file
 from .pipeline import SAMPLE_NOTE
-from .pruning.counting import count_macs, count_params
 from .recipe import Recipe
 from .report.files import write as write_report
 from .report.table import headline_table
 from .report.types import ModelRow, RunReport
-from .run_dir import RunDir, claim, digest, finite, write_json, write_text
+from .runs.files import RunDir, claim, digest, finite, write_json, write_text
+from .runs.job import StageLog, warn
 
 
 def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport | None:
@@ -81,7 +81,7 @@ def run(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str)
         return {"card": found.card.to_json(), "onnx_clean": None, "onnx_robust": None}
 
     found = log.once("evaluate", models_hash(best), make_card, together=True)
-    if not processes.part():
+    if not distributed.part():
         return None
     row = ModelRow.from_json(
         {

@@ -1,9 +1,9 @@
-"""Values that pass between finding groups, planning and surgery."""
+"""What hangs together in a model: coupled channels, and what a channel is in each layer."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Side = Literal["out", "in", "norm", "param"]
 
@@ -63,60 +63,3 @@ class Refused:
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class PlannedGroup:
-    """Which channels of a group go; `traced` and `members` as in ChannelGroup."""
-
-    name: str
-    channels: int
-    removed: tuple[int, ...]
-    mrs: float
-    traced: bool = False
-    members: tuple[str, ...] = ()
-
-    @property
-    def keep(self) -> int:
-        """Channels that stay."""
-        return self.channels - len(self.removed)
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """The whole cut, before anything is touched.
-
-    Attributes:
-        ratio: share of `of` to remove, in (0, 1).
-        of: ``macs``, ``params``, ``channels`` or ``latency``.
-        macs_before .. params_after: for one image, closed form over channel counts.
-        note: empty when the budget was met within 1 %, else which budget is nearest and why.
-    """
-
-    ratio: float
-    of: str
-    allocation: str
-    criterion: str
-    align: int
-    groups: tuple[PlannedGroup, ...]
-    refused: tuple[Refused, ...]
-    macs_before: int
-    macs_after: int
-    params_before: int
-    params_after: int
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> PruningPlan:
-        """The plan that `to_json` wrote."""
-        data = dict(value)
-        data["groups"] = tuple(
-            PlannedGroup(**{**g, "removed": tuple(g["removed"]), "members": tuple(g.get("members", ()))})
-            for g in data["groups"]
-        )
-        data["refused"] = tuple(Refused(**r) for r in data["refused"])
-        return cls(**data)

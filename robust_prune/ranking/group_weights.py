@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .types import GroupSlice
+from ..structure.types import GroupSlice
 
 
 def weight_of(model: nn.Module, part: GroupSlice) -> nn.Parameter | None:

@@ -1,1 +1,0 @@
-"""Pruning: coupled groups, channel scores, budgeted allocation and proven surgery."""

@@ -1,0 +1,1 @@
+"""Runs: folders, files that are written whole, and stages that are not done twice."""
