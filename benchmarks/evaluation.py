@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from robust_prune.machine.host.host import tune_allocator
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from torch import Tensor, nn
 
 from robust_prune import stages

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.console import console
 from robust_prune.report.compare import compare, load_run

@@ -27,8 +27,8 @@ from unittest import mock
 import numpy as np
 import torch
 from recovered import by_seed, cut_base, difference, images_seen, interval, paired, right_images, scores
-from robust_prune.machine.host.host import tune_allocator
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from recovered import Base, by_seed, cut_base, difference, images_seen, score_on
-from robust_prune.machine.host.host import tune_allocator
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console

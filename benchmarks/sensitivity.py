@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from robust_prune.machine.host.host import tune_allocator
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from scipy.stats import spearmanr
 from torch import nn
 

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 from plain_loops import PLAIN_STEPS
 from recovered import paired, right_images, scores
-from robust_prune.machine.host.host import tune_allocator
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from torch import Tensor, nn
 
 from robust_prune import stages

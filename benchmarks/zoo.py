@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.console import console
 from robust_prune.runs.files import write_json, write_text

@@ -15,7 +15,7 @@ import pytest
 
 from robust_prune.bench import sampler
 from robust_prune.bench.sampler import Arm, Shape
-from robust_prune.machine.host import nvml
+from robust_prune.machine import nvml
 
 CPU1 = Shape(batch=1, threads=1, provider="cpu", kind="host")
 

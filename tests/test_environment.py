@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from robust_prune.machine.host.snapshot import Check, Facts, doctor_checks, render_doctor, snapshot
+from robust_prune.machine.snapshot import Check, Facts, doctor_checks, render_doctor, snapshot
 
-from robust_prune.machine.host import host
+from robust_prune.machine import host
 
 SOUND = Facts(
     python=(3, 12, 1),
@@ -142,7 +142,7 @@ def test_snapshot_names_versions_and_device_but_no_host_user_or_folder() -> None
 
 def test_snapshot_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from robust_prune.machine.host.snapshot import snapshot; snapshot();"
+        "import sys; from robust_prune.machine.snapshot import snapshot; snapshot();"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'timm', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -30,7 +30,7 @@ import parcels  # noqa: E402
 import torch  # noqa: E402
 from packaging.requirements import Requirement  # noqa: E402
 from packaging.utils import canonicalize_name  # noqa: E402
-from robust_prune.machine.host.host import git_commit  # noqa: E402
+from robust_prune.machine.host import git_commit  # noqa: E402
 from sizes import GPU, TOY, Sizes  # noqa: E402
 from skeletons import strip  # noqa: E402
 

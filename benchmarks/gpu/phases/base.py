@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from training import COMPILED

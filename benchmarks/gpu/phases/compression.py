@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from criteria import Arm, analyses, cut_and_recover, scored
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from work import Work

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 from sizes import Set, Sizes
 from skeletons import fill
 from work import Work

@@ -6,7 +6,7 @@ import time
 
 import torch
 from plain_loops import PLAIN_STEPS
-from robust_prune.machine.host.snapshot import snapshot
+from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from training import COMPILED, speed
 from work import Work
