@@ -27,25 +27,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
-from robust_prune.machine.host import tune_allocator
-from robust_prune.machine.snapshot import snapshot
 from torch import nn
 
-from robust_prune import stages
+from robust_prune.budget.analysis import Analysis, analyse
+from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
+from robust_prune.compress import score_before_finetune
 from robust_prune.console import console
-from robust_prune.data.base import DataBundle, first, random_subset
-from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.data.base import DataBundle, first, random_images, random_subset
+from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine.device import choose_device
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.artifact import Loaded
-from robust_prune.models.layout import has_fast_bf16
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
-from robust_prune.recipe import Recipe, load
+from robust_prune.recipe import PruningSection, Recipe, load
 from robust_prune.runs.files import digest, write_json, write_text
-from robust_prune.sensitivity.adversarial_set import AdversarialSet
-from robust_prune.sensitivity.groups import MRS_EXPONENT
+from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.surgery.apply import apply
+from robust_prune.surgery.repair import repair
+from robust_prune.training.trainer import train
 
 RESAMPLES = 4000
 REFERENCE = "mrs"
@@ -59,7 +61,7 @@ class Arm:
     allocation: str
     criterion: str
     compensation: str = "least_squares"
-    exponent: float = MRS_EXPONENT
+    exponent: float = PruningSection().mrs_exponent
 
 
 ARMS = (
@@ -87,17 +89,16 @@ ABLATION = (
 
 def analyses(
     loaded: Loaded, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
-) -> Iterator[tuple[str, stages.Analysis]]:
+) -> Iterator[tuple[str, Analysis]]:
     """One analysis a criterion, the recipe's first; groups, costs and sensitivity are measured once."""
-    base = stages.analyse(loaded.model, loaded.spec, data.train, recipe, device)
+    base = analyse(loaded.model, loaded.spec, data.train, recipe, device)
     yield recipe.pruning.criterion, base
-    chosen = random_subset(data.train, recipe.sensitivity.images, recipe.seed)
-    x, y = chosen.get(torch.arange(len(chosen)))
+    clean = random_images(data.train, recipe.sensitivity.images, recipe.seed)
     for criterion in dict.fromkeys(criteria):
         if criterion == recipe.pruning.criterion:
             continue
         scores = channel_scores(
-            loaded.model, base.search.groups, criterion, clean=(x.float() / 255, y), seed=recipe.seed, device=device
+            loaded.model, base.search.groups, criterion, clean=clean, seed=recipe.seed, device=device
         )
         removed = {g.name: removed_fraction_curve(loaded.model, g, scores[g.name]) for g in base.search.groups}
         yield criterion, replace(base, scores=scores, removed=removed)
@@ -106,7 +107,7 @@ def analyses(
 def cut_and_recover(
     arm: Arm,
     ratio: float,
-    analysis: stages.Analysis,
+    analysis: Analysis,
     adv: AdversarialSet,
     loaded: Loaded,
     data: DataBundle,
@@ -122,16 +123,17 @@ def cut_and_recover(
         "mrs_exponent": arm.exponent,
     }
     recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
-    threat = stages.threat_of(recipe)
-    plan = stages.plan_cut(analysis, recipe.pruning)
-    surgery = apply(loaded.model.cpu(), plan, stages.blank_image(loaded.spec))
+    plan = make_plan(analysis, recipe.pruning)
+    surgery = apply(loaded.model.cpu(), plan, loaded.spec.blank_image())
     begin = time.monotonic()
-    stages.compensate(surgery, loaded.model, data.train, recipe, device, adv)
+    repair(surgery, loaded.model, data.train, recipe, device, adv)
     repaired = time.monotonic()
-    before = stages.score_before_finetune(surgery.model, data, threat, recipe.evaluation, recipe.seed, device)
+    before = score_before_finetune(surgery.model, data, recipe)
     small = surgery.model.to(device)
     started = time.monotonic()
-    tuned = stages.finetune(small, data, threat, recipe.finetune, seed=recipe.seed, device=device)
+    tuned = train(
+        small, data.train, data.validation, recipe.threat_model, recipe.finetune, seed=recipe.seed, device=device
+    )
     finished = time.monotonic()
     return small.cpu().eval(), {
         **asdict(arm),
@@ -153,10 +155,8 @@ def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         card = evaluate(
-            model, first(data.test, section.images), stages.threat_of(recipe), model_name=name, data_name=data.name,
-            tier=section.tier, steps=section.steps, restarts=section.restarts, batch_size=section.batch_size, seed=0,
-            device=device, state_path=state,
-            precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
+            model.to(device), first(data.test, section.images), recipe.threat_model, section,
+            subject=Subject(name, data.name, "test"), state_path=state,
         )  # fmt: skip
         with np.load(state) as stored:
             bits = {f"{name}_bits": np.packbits(stored[name]).tobytes().hex() for name in ("clean", "robust")}
@@ -166,7 +166,7 @@ def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device
 def run_arm(
     arm: Arm,
     ratio: float,
-    analysis: stages.Analysis,
+    analysis: Analysis,
     adv: AdversarialSet,
     loaded: Loaded,
     data: DataBundle,
@@ -204,7 +204,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     data = replace(data, train=random_subset(data.train, args.train_images, 0))
     if args.ablation:
         data = replace(data, test=data.validation)
-    device = stages.device_of(recipe)
+    device = choose_device(recipe.device)
     settings = {
         "model": models_hash(loaded.model),
         "arch": loaded.spec.arch,
@@ -220,14 +220,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"{args.out} holds results of other settings. Choose another --out, or remove it.")
     rows: list[dict[str, Any]] = stored.get("rows", [])
     todo = rows_to_do(args, rows)
-    found: dict[str, stages.Analysis] = {}
+    found: dict[str, Analysis] = {}
     last_seed = None
     for position, (seed, ratio, arm) in enumerate(todo, start=1):
         seeded = recipe.model_copy(update={"seed": seed})
         if seed != last_seed:
             found, last_seed = dict(analyses(loaded, data, seeded, device, [arm.criterion for arm in ARMS])), seed
-            adv = stages.adversarial_set(
-                loaded.model, data.train, stages.threat_of(seeded), seeded.sensitivity, seed, device
+            adv = make_adversarial_set(
+                loaded.model, data.train, seeded.threat_model, seeded.sensitivity, seed=seed, device=device
             )
         row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)
         rows.append(row)

@@ -27,24 +27,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from robust_prune.machine.host import tune_allocator
-from robust_prune.machine.snapshot import snapshot
 from torch import Tensor, nn
 
-from robust_prune import stages
 from robust_prune.attacks import ThreatModel, frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import TensorImages
-from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points, score
 from robust_prune.evaluation.standard import ATTACKS, StandardEnsemble
 from robust_prune.evaluation.tiers import Stage
 from robust_prune.evaluation.worst_case import Attacker
+from robust_prune.machine.device import choose_device
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.layout import fastest_layout, has_fast_bf16
-from robust_prune.recipe import load
+from robust_prune.recipe import EvaluationSection, load
 from robust_prune.runs.files import write_json, write_text
+from robust_prune.serialization import to_json
 
 METHODS = ("standard", "aa-fast", "apgd-ce")
 RESAMPLES = 4000
@@ -87,14 +88,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
     model = open_model_for(args.model, data, recipe, args.arch).model.eval()
-    device, threat = torch.device(stages.device_of(recipe)), stages.threat_of(recipe)
+    device, threat = torch.device(choose_device(recipe.device)), recipe.threat_model
     model.to(device)
     settings = {
         "model": models_hash(model),
         "data": data.name,
         "images": args.images,
         "batch": args.batch_size,
-        "threat": threat.to_json(),
+        "threat": to_json(threat),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
@@ -147,8 +148,9 @@ def run(
         state = Path(folder) / "state.npz"
         begin = watch.now()
         card = evaluate(
-            model, TensorImages(images, y), threat, model_name=method, data_name="", tier=method, restarts=1,
-            batch_size=len(y), device=device, state_path=state, precision="bf16" if fast else "fp32",
+            model.to(device), TensorImages(images, y), threat,
+            EvaluationSection(tier=method, restarts=1, batch_size=len(y), precision="auto" if fast else "fp32"),
+            subject=Subject(method), state_path=state,
         )  # fmt: skip
         watch(method, begin)
         with np.load(state) as stored:

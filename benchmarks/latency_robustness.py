@@ -22,13 +22,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from robust_prune.machine.snapshot import snapshot
-
 from robust_prune.console import console
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.report.compare import compare, load_run
 from robust_prune.report.files import to_csv, to_markdown
 from robust_prune.report.html import render
 from robust_prune.runs.files import write_json, write_text
+from robust_prune.serialization import to_json
 
 NAME = "latency_robustness"
 
@@ -79,7 +79,7 @@ def main() -> None:
         done[name] = load_run(command[command.index("--out") + 1])
     line = f"python benchmarks/{NAME}.py {' '.join(sys.argv[1:])}"
     joint = compare(done, line)
-    write_json(args.out / f"{NAME}.json", {"environment": snapshot(), "report": joint.to_json()})
+    write_json(args.out / f"{NAME}.json", {"environment": snapshot(), "report": to_json(joint)})
     write_text(args.out / f"{NAME}.md", to_markdown(joint))
     write_text(args.out / f"{NAME}.csv", to_csv(joint))
     write_text(args.out / f"{NAME}.html", render(joint))

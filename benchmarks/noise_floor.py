@@ -21,11 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.bench.hardware import load_average
 from robust_prune.bench.latency import run
 from robust_prune.console import console
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.runs.files import file_sha256, write_json, write_text
 
 

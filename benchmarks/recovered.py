@@ -11,18 +11,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
+from robust_prune.baseline import fresh_like
 from torch import nn
 
-from robust_prune import stages
-from robust_prune.baseline import fresh_like
+from robust_prune.budget.analysis import analyse
+from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
-from robust_prune.evaluation.evaluate import evaluate
+from robust_prune.evaluation.evaluate import Subject, evaluate
+from robust_prune.machine.device import choose_device
 from robust_prune.models.artifact import Loaded
-from robust_prune.models.layout import has_fast_bf16
 from robust_prune.models.spec import ModelSpec
-from robust_prune.recipe import Recipe, TrainSettings
+from robust_prune.recipe import EvaluationSection, Recipe, TrainSettings
 from robust_prune.surgery.apply import apply
+from robust_prune.surgery.repair import repair
 from robust_prune.training.budget import affordable
 from robust_prune.training.trainer import train
 
@@ -49,7 +50,7 @@ class Base:
         """A copy, trained on `count` images, and the seconds that the epochs themselves took."""
         small = copy.deepcopy(self.cut)
         result = train(
-            small, random_subset(self.data.train, count, recipe.seed), chosen_on, stages.threat_of(recipe), settings,
+            small, random_subset(self.data.train, count, recipe.seed), chosen_on, recipe.threat_model, settings,
             seed=recipe.seed, device=self.device, teacher=self.dense,
         )  # fmt: skip
         return small.cpu().eval(), sum(record.seconds for record in result.history)
@@ -57,10 +58,10 @@ class Base:
 
 def cut_base(loaded: Loaded, data: DataBundle, recipe: Recipe) -> Base:
     """The model cut and repaired as the recipe says."""
-    device, dense = stages.device_of(recipe), loaded.model
-    analysis = stages.analyse(dense, loaded.spec, data.train, recipe, device)
-    surgery = apply(dense.cpu(), stages.plan_cut(analysis, recipe.pruning), stages.blank_image(loaded.spec))
-    stages.compensate(surgery, dense, data.train, recipe, device)
+    device, dense = choose_device(recipe.device), loaded.model
+    analysis = analyse(dense, loaded.spec, data.train, recipe, device)
+    surgery = apply(dense.cpu(), make_plan(analysis, recipe.pruning), loaded.spec.blank_image())
+    repair(surgery, dense, data.train, recipe, device)
     return Base(surgery.model, dense, loaded.spec, data, device)
 
 
@@ -77,7 +78,7 @@ def images_seen(
     timed = stored.setdefault("steps_a_minute", {})
     if kind not in timed:
         epochs, count = affordable(
-            base.cut, base.data.train, stages.threat_of(recipe), settings, 60.0, device=base.device, teacher=base.dense
+            base.cut, base.data.train, recipe.threat_model, settings, 60.0, device=base.device, teacher=base.dense
         )  # fmt: skip
         timed[kind] = epochs * count / settings.batch_size
     images = int(minutes * timed[kind] * settings.batch_size)
@@ -98,9 +99,8 @@ def score_on(
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         evaluate(
-            small, images, stages.threat_of(recipe), model_name="recovered", data_name=data.name, split=split,
-            restarts=1, device=device, precision="bf16" if has_fast_bf16(torch.device(device)) else "fp32",
-            state_path=state,
+            small.to(device), images, recipe.threat_model, EvaluationSection(restarts=1),
+            subject=Subject("recovered", data.name, split), state_path=state,
         )  # fmt: skip
         with np.load(state) as found:
             bits = {name: np.packbits(found[name]).tobytes().hex() for name in ("clean", "robust")}

@@ -27,13 +27,13 @@ from unittest import mock
 import numpy as np
 import torch
 from recovered import by_seed, cut_base, difference, images_seen, interval, paired, right_images, scores
-from robust_prune.machine.host import tune_allocator
-from robust_prune.machine.snapshot import snapshot
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import random_subset
 from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.recipe import RECOVERIES, TrainSettings, load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.training import trainer

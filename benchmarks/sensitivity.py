@@ -27,21 +27,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from robust_prune.machine.host import tune_allocator
-from robust_prune.machine.snapshot import snapshot
 from scipy.stats import spearmanr
 from torch import nn
 
-from robust_prune import stages
 from robust_prune.attacks import frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console, track
 from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine.device import choose_device
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.recipe import load
 from robust_prune.runs.files import write_json, write_text
-from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
 from robust_prune.sensitivity.targets import find_targets
+from robust_prune.serialization import to_json
 
 REFERENCE = "reference"
 EPOCHS = 10
@@ -96,9 +97,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device, "sensitivity.images": args.images})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, args.arch)
-    device, threat = stages.device_of(recipe), stages.threat_of(recipe)
+    device, threat = choose_device(recipe.device), recipe.threat_model
     model = loaded.model.to(device)
-    adv = stages.adversarial_set(model, data.train, threat, recipe.sensitivity, recipe.seed, device)
+    adv = make_adversarial_set(model, data.train, threat, recipe.sensitivity, seed=recipe.seed, device=device)
     rho = recipe.sensitivity.rho
 
     def estimate(name: str) -> dict[str, float]:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images": len(adv),
         "modules": len(find_targets(model)),
         "rho": rho,
-        "threat": threat.to_json(),
+        "threat": to_json(threat),
         "attack_steps": recipe.sensitivity.steps,
         "seed": recipe.seed,
         "device": device,

@@ -36,21 +36,22 @@ import numpy as np
 import torch
 from plain_loops import PLAIN_STEPS
 from recovered import paired, right_images, scores
-from robust_prune.machine.host import tune_allocator
-from robust_prune.machine.snapshot import snapshot
 from torch import Tensor, nn
 
-from robust_prune import stages
 from robust_prune.attacks import ThreatModel
+from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.cost import cost_model
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle
 from robust_prune.evaluation.hashing import models_hash
+from robust_prune.machine.device import choose_device
+from robust_prune.machine.host import tune_allocator
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.layout import tf32
 from robust_prune.ranking.importance import channel_scores
-from robust_prune.recipe import Recipe, TrainSettings, load
+from robust_prune.recipe import PruningSection, Recipe, TrainSettings, load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery.apply import apply
@@ -158,7 +159,7 @@ def measure_speed(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, device: str
 ) -> dict[str, Any]:
     """`speed` of every published loss."""
-    threat, found = stages.threat_of(recipe), {}
+    threat, found = recipe.threat_model, {}
     x, y = data.train.get(torch.arange(args.batch_size))
     x, y = x.to(device).float() / 255, y.to(device)
     for name in PLAIN_STEPS:
@@ -206,12 +207,13 @@ def accuracy(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
     """Which test images each loop's model gets right, by loss."""
-    example = stages.blank_image(spec)
+    example = spec.blank_image()
     search = find_groups(dense.cpu(), example)
     cost, magnitudes = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
     plan = make_plan(
-        search, cost, None, magnitudes, None, ratio=0.75, allocation="uniform", criterion="magnitude"
-    )  # fmt: skip
+        Analysis(search, cost, None, magnitudes),
+        PruningSection(ratio=0.75, allocation="uniform", criterion="magnitude"),
+    )
     small = apply(dense, plan, example).model
     evaluation = recipe.evaluation.model_copy(update={"images": args.test_images})
     recipe = recipe.model_copy(update={"evaluation": evaluation})
@@ -221,7 +223,7 @@ def accuracy(
     found: dict[str, Any] = {}
     for name in ("pgd_at", "trades"):
         settings = TrainSettings(loss=name, steps=args.steps)
-        threat = stages.threat_of(recipe)
+        threat = recipe.threat_model
         ours, precision = our_loop(small, batches[0][0], threat, settings)
         loops = {"ours": ours, "plain": plain_loop(small, batches[0][0], threat, settings)}
         torch.manual_seed(0)
@@ -266,12 +268,12 @@ def cost(
     """Seconds of every round by setting: attack steps (0 is clean training), share of the MACs left, batch size."""
     if len(data.train) < max(BATCHES):
         raise SystemExit(f"cost takes batches of up to {max(BATCHES)} images, {data.name} has {len(data.train)}.")
-    threat = stages.threat_of(recipe)
-    analysis = stages.analyse(dense, spec, data.train, recipe, device)
+    threat = recipe.threat_model
+    analysis = analyse(dense, spec, data.train, recipe, device)
     models, kept = {0.0: dense}, {0.0: 1.0}
     for ratio in RATIOS:
-        plan = stages.plan_cut(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
-        models[ratio] = apply(dense.cpu(), plan, stages.blank_image(spec)).model
+        plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
+        models[ratio] = apply(dense.cpu(), plan, spec.blank_image()).model
         kept[ratio] = plan.macs_after / plan.macs_before
     settings = dict.fromkeys(
         [(steps, 0.0, args.batch_size) for steps in ATTACK_STEPS]
@@ -330,7 +332,7 @@ def main() -> None:
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, None)
-    device = stages.device_of(recipe)
+    device = choose_device(recipe.device)
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     if result.get("model", models_hash(loaded.model)) != models_hash(loaded.model):
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")

@@ -22,9 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from robust_prune.machine.snapshot import snapshot
-
+from robust_prune.budget.analysis import Analysis
 from robust_prune.console import console
+from robust_prune.machine.snapshot import snapshot
+from robust_prune.recipe import PruningSection
 from robust_prune.runs.files import write_json, write_text
 
 RATIO = 0.5
@@ -102,9 +103,9 @@ def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
     search = find_groups(model, example)
     cost = cost_model(model, example, search.groups)
     plan = make_plan(
-        search, cost, None, channel_scores(model, search.groups, "magnitude"), None,
-        ratio=RATIO, allocation="uniform", criterion="magnitude",
-    )  # fmt: skip
+        Analysis(search, cost, None, channel_scores(model, search.groups, "magnitude")),
+        PruningSection(ratio=RATIO, allocation="uniform", criterion="magnitude"),
+    )
     surgery = apply(model, plan, example)
     seconds = time.monotonic() - begin
     small = surgery.model.eval()

@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "compress": ("pipeline", "compress"),
+    "compress": ("compress", "compress"),
     "measure_sensitivity": ("sensitivity.estimators", "measure"),
     "plan": ("budget.plan", "make_plan"),
     "prune": ("surgery.apply", "apply"),

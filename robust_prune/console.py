@@ -57,6 +57,12 @@ def _bar() -> Progress:
     )
 
 
+def warn(text: str) -> None:
+    """Prints a note that the user must not miss, if there is one."""
+    if text:
+        console.print(f"Note: {text}", markup=False)
+
+
 @contextmanager
 def _plain(description: str, total: int, done: int) -> Iterator[Advance]:
     begin = last = time.monotonic()

@@ -6,12 +6,15 @@ import difflib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .attacks.threat import ThreatModel
 
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 
@@ -120,7 +123,8 @@ class PruningSection(Section):
     align: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
-    """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone."""
+    """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone. With 90 % of the MACs
+    removed, 0.25 was better than either on held-out images, and not told apart from 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
     """Smallest share of a group's channels that stays; one channel always does."""
     steps: int = Field(1, ge=1, le=100)
@@ -210,12 +214,15 @@ class EvaluationSection(Section):
     """PGD steps."""
     restarts: int = Field(2, ge=1)
     """Random restarts of PGD; an image is robust only if it survives all of them."""
-    sweep: tuple[FractionNumber, ...] = ()
+    sweep: tuple[Annotated[FractionNumber, Field(ge=0)], ...] = ()
     """Other radii to measure by PGD on the first 256 images; fractions such as 4/255 are welcome."""
     images: int | None = Field(None, ge=1)
     """Test images; all of them by default."""
     batch_size: int | None = Field(None, ge=1)
     """Images a pass; by default 250, fewer if they are larger than 64x64 pixels."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the attacks' gradients: `auto` is bf16 where the hardware is fast at it. What an attack found is always scored
+    in fp32."""
 
 
 class ExportSection(Section):
@@ -286,6 +293,13 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
 
+    @property
+    def threat_model(self) -> ThreatModel:
+        """What the attacker may do, as attacks take it."""
+        from .attacks.threat import ThreatModel
+
+        return ThreatModel(self.threat.norm, self.threat.epsilon)
+
     def to_yaml(self) -> str:
         """The resolved recipe, every value written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -334,6 +348,23 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
         if new is not None:
             _put(value, key, new)
     return _validate(value, path, text, set(overrides or {}))
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
+    """A section of a recipe from Python, with the errors that a recipe's reader gives.
+
+    Raises:
+        UsageError: an unknown key, or a value out of range.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = next(name for name, field in Recipe.model_fields.items() if field.annotation is kind)
+        raise UsageError(_explain(problem, (name, *(str(part) for part in problem["loc"])))) from error
 
 
 def _put(value: dict[str, Any], dotted: str, new: Any) -> None:

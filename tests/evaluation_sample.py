@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +13,13 @@ from torch import Tensor, nn
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.evaluation.card import ResultCard
+from robust_prune.evaluation.evaluate import Subject, evaluate
+from robust_prune.evaluation.passes import ExportedModel
+from robust_prune.recipe import EvaluationSection, make_section
+from robust_prune.serialization import to_json
 
 CLASSES = 3
 THREAT = ThreatModel("linf", 8 / 255)
-NAMES = {"model_name": "tiny", "data_name": "generated"}
 
 
 def generated(count: int, seed: int = 0) -> TensorImages:
@@ -67,6 +74,22 @@ class DiesAfter(nn.Module):
         return self.model(x)
 
 
+def evaluated(
+    model: nn.Module,
+    images: TensorImages,
+    threat: ThreatModel,
+    *,
+    exported: Mapping[str, ExportedModel] | None = None,
+    state_path: Path | None = None,
+    **section: Any,
+) -> ResultCard:
+    """`evaluate` in fp32, with the values of its section as keywords."""
+    settings = make_section(EvaluationSection, **{"precision": "fp32"} | section)
+    return evaluate(
+        model, images, threat, settings, subject=Subject("tiny", "generated"), exported=exported, state_path=state_path
+    )
+
+
 def same_but_for_time(a: ResultCard, b: ResultCard) -> bool:
-    left, right = a.to_json(), b.to_json()
+    left, right = to_json(a), to_json(b)
     return {**left, "seconds": 0} == {**right, "seconds": 0}

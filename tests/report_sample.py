@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyRow, Ratio
 from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.evaluation.card import Accuracy, ResultCard
@@ -15,7 +16,7 @@ from robust_prune.report import ModelRow, RunReport
 from robust_prune.sensitivity.profile import ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.types import Refused
 
-THREAT = {"norm": "linf", "epsilon": 8 / 255}
+THREAT = ThreatModel("linf", 8 / 255)
 
 
 def card(model: str, clean: int, robust: int, total: int = 500, flags: tuple[str, ...] = ()) -> ResultCard:

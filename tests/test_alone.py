@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import cost_model
 from robust_prune.budget.plan import make_plan
 from robust_prune.export.onnx import export_onnx
 from robust_prune.export.precision import export_reduced
 from robust_prune.models import registry
 from robust_prune.ranking.importance import channel_scores
+from robust_prune.recipe import PruningSection
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery.apply import apply
 
@@ -48,7 +50,7 @@ def halved(arch: str, size: int) -> nn.Module:
     found = find_groups(model, x)
     scores = channel_scores(model, found.groups, "magnitude")
     cost = cost_model(model, x, found.groups)
-    plan = make_plan(found, cost, None, scores, None, ratio=0.5, criterion="magnitude", allocation="uniform")
+    plan = make_plan(Analysis(found, cost, None, scores), PruningSection(allocation="uniform"))
     assert abs(plan.macs_after / plan.macs_before - 0.5) < 0.02
     return apply(model, plan, x).model.eval()
 

@@ -20,6 +20,7 @@ from robust_prune.models.foreign import check_data, open_model
 from robust_prune.models.manifest import describe_changes
 from robust_prune.models.normalization import NormalizedClassifier
 from robust_prune.models.spec import ModelSpec
+from robust_prune.serialization import to_json
 
 FACTS: dict[str, Any] = {
     "num_classes": 5,
@@ -267,11 +268,11 @@ def test_an_artifact_cannot_pass_arguments_to_code_on_the_readers_disk(tmp_path:
     path = tmp_path / "m.safetensors"
     artifact.save(path, model, spec)
     ran = tmp_path / "ran"
-    evil = spec.to_json() | {"arch": f"{source}:make", "kwargs": {"ran": str(ran)}, "source_sha256": ""}
+    evil = to_json(spec) | {"arch": f"{source}:make", "kwargs": {"ran": str(ran)}, "source_sha256": ""}
     with pytest.raises(UsageError, match="runs that file"):
         artifact.load(rewritten(path, spec=evil))
     assert not ran.exists()
-    evil = spec.to_json() | {"arch": "timm/resnet10t", "kwargs": {"checkpoint_path": str(source)}}
+    evil = to_json(spec) | {"arch": "timm/resnet10t", "kwargs": {"checkpoint_path": str(source)}}
     with pytest.raises(UsageError, match="read other files"):
         artifact.load(rewritten(path, spec=evil))
 

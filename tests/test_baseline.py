@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from robust_prune.baseline import fresh_like
 from toy import QUICK, write_data, write_model
 
 from robust_prune import cli
 from robust_prune.attacks import ThreatModel
-from robust_prune.baseline import fresh_like
+from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import cost_model
 from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import TensorImages
 from robust_prune.models import registry
 from robust_prune.ranking.importance import channel_scores
-from robust_prune.recipe import TrainSettings
+from robust_prune.recipe import PruningSection, TrainSettings
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery.apply import apply
 from robust_prune.training import budget
@@ -31,7 +32,7 @@ def test_a_fresh_model_has_the_pruned_shape_and_weights_of_its_own(arch: str) ->
     dense, example = registry.build(spec).eval(), torch.zeros(1, 3, 32, 32)
     search = find_groups(dense, example)
     cost, scores = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
-    plan = make_plan(search, cost, None, scores, None, ratio=0.5, allocation="uniform", criterion="magnitude")
+    plan = make_plan(Analysis(search, cost, None, scores), PruningSection(allocation="uniform"))
     pruned = apply(dense, plan, example).model
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     first, again, other = (fresh_like(spec, pruned, seed) for seed in (0, 0, 1))

@@ -25,6 +25,7 @@ from robust_prune.bench.sampler import Arm, Shape
 from robust_prune.bench.session import open_session
 from robust_prune.bench.types import LatencyRow, LatencyTable, Ratio
 from robust_prune.errors import EnvironmentProblem, UsageError
+from robust_prune.serialization import from_json, to_json
 
 CPU1 = Shape(batch=1, threads=1, provider="cpu", kind="host")
 
@@ -76,7 +77,7 @@ def test_a_table_has_a_row_for_each_file_and_batch_and_leaves_no_process(
         assert (row.speedup is None) == (row.label == "dense")
         for q, least in statistics.MIN_SAMPLES.items():
             assert (getattr(row, f"p{q}_ms") is None) == (row.samples < least)
-    assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    assert from_json(LatencyTable, json.loads(json.dumps(to_json(table)))) == table
     assert table.environment["cpu"] and "onnxruntime" in " ".join(table.environment["versions"])
     assert str(tmp_path) not in json.dumps(table.environment)
     assert left_over() == before

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import QUICK, write_data, write_model
 
-from robust_prune import cli, pipeline, stages
+from robust_prune import cli, compress
 
 PLAIN_ONNX = """
 import sys
@@ -25,6 +25,9 @@ images = numpy.load("images.npy")
 for batch in (1, 32):
     print(session.run(None, {"images": images[:batch]})[0].tolist())
 """
+
+STAGES = ("analyse", "apply", "train", "export_model", "evaluate", "run_section")
+"""What the stages of `compress` call to do their work."""
 
 
 @pytest.fixture
@@ -84,9 +87,8 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     assert torch.allclose(one, many[:1], atol=1e-5)
 
     # The same command again finds everything done.
-    for name in ("analyse", "cut", "finetune", "export", "evaluate_model"):
-        monkeypatch.setattr(pipeline.stages, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
-    monkeypatch.setattr(pipeline, "measure_latency", lambda *_, **__: pytest.fail("latency was measured again"))
+    for name in STAGES:
+        monkeypatch.setattr(compress, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
     _compress("run")
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]
 
@@ -107,12 +109,12 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]
 
 
-@pytest.mark.parametrize("stage", ["cut", "finetune", "export", "evaluate_model"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch, stage):
     write_data(here / "toy.npz")
     write_model(here)
     torch.set_num_threads(1)
-    real = getattr(pipeline.stages, stage)
+    real = getattr(compress, stage)
     calls = 0
 
     def interrupted(*arguments, **keywords):
@@ -123,7 +125,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
         return real(*arguments, **keywords)
 
     _compress("whole", "--seed", "1")
-    monkeypatch.setattr(pipeline.stages, stage, interrupted)
+    monkeypatch.setattr(compress, stage, interrupted)
     with pytest.raises(SystemExit) as stop:
         _compress("broken", "--seed", "1")
     assert stop.value.code == 130
@@ -141,7 +143,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
 def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     write_data(here / "toy.npz")
     write_model(here)
-    real, calls = stages.finetune, []
+    real, calls = compress.train, []
 
     def interrupted(model, *arguments, **keywords):
         calls.append(sum(p.numel() for p in model.parameters()))
@@ -149,7 +151,7 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(model, *arguments, **keywords)
 
-    monkeypatch.setattr(stages, "finetune", interrupted)
+    monkeypatch.setattr(compress, "train", interrupted)
     with pytest.raises(SystemExit):
         _compress("run", "--steps", "2")
     _compress("run", "--steps", "2")
@@ -261,7 +263,7 @@ def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, 
 
 def test_a_recovery_preset_stands_over_the_recipe_and_under_the_flags(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "compress", lambda job: seen.append(job.recipe.finetune))
+    monkeypatch.setattr(compress, "compress", lambda job: seen.append(job.recipe.finetune))
     for more in ([], ["--recovery", "best"], ["--recovery", "best", "--epochs", "2", "--set", "finetune.awp=0"]):
         cli.main(["compress", "demo", "--out", "run", *more])
     of_the_recipe, best, mixed = seen

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from robust_prune.machine.snapshot import Check, Facts, doctor_checks, render_doctor, snapshot
 
 from robust_prune.machine import host
+from robust_prune.machine.snapshot import Check, Facts, doctor_checks, render_doctor, snapshot
 
 SOUND = Facts(
     python=(3, 12, 1),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from evaluation_sample import (
-    NAMES,
     THREAT,
     DiesAfter,
     KilledError,
     Tiny,
+    evaluated,
     same_but_for_time,
 )
 from torch import Tensor, nn
@@ -20,23 +20,23 @@ from robust_prune.data.base import TensorImages
 from robust_prune.errors import QualityGateError, UsageError
 from robust_prune.evaluation import worst_case
 from robust_prune.evaluation.card import ResultCard
-from robust_prune.evaluation.evaluate import evaluate
 from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points
 from robust_prune.evaluation.state import load_state
 from robust_prune.evaluation.worst_case import start_seed, worst_points
+from robust_prune.serialization import from_json, to_json
 
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
 def test_honest_model_has_clean_above_robust_and_no_flags(trained: Tiny, images: TensorImages) -> None:
-    card = evaluate(trained, images, THREAT, **NAMES, steps=10, batch_size=64)
+    card = evaluated(trained, images, THREAT, steps=10, batch_size=64)
     assert card.clean.total == card.robust.total == 150
     assert card.clean.value > 0.7
     assert 0 < card.robust.correct < card.clean.correct
     assert card.flags == ()
     assert card.forwards > card.backwards > 0
-    assert ResultCard.from_json(card.to_json()) == card
+    assert from_json(ResultCard, to_json(card)) == card
 
 
 def test_linear_model_reaches_its_analytic_robust_accuracy() -> None:
@@ -58,7 +58,7 @@ def test_linear_model_reaches_its_analytic_robust_accuracy() -> None:
 
     threat = ThreatModel("linf", 8 / 255)
     margin = torch.where(labels == 1, signed, -signed)
-    card = evaluate(Linear().eval(), TensorImages(pixels, labels), threat, **NAMES, restarts=1)
+    card = evaluated(Linear().eval(), TensorImages(pixels, labels), threat, restarts=1)
     assert card.clean.correct == int((margin > 0).sum())
     assert card.robust.correct == int((margin > threat.epsilon * weight.abs().sum()).sum())
     assert 0 < card.robust.correct < card.clean.correct < 400
@@ -74,7 +74,7 @@ def test_linear_model_reaches_its_analytic_l2_robust_accuracy() -> None:
         model[1].weight.copy_(torch.stack([-weight, weight]))
         model[1].bias.copy_(torch.tensor([0.5, -0.5]) * weight.sum())
     threat = ThreatModel("l2", 0.1)
-    card = evaluate(model, TensorImages(pixels, (signed > 0).long()), threat, **NAMES, restarts=2)
+    card = evaluated(model, TensorImages(pixels, (signed > 0).long()), threat, restarts=2)
     exact = int((signed.abs() > 0.1 * weight.norm()).sum())
     assert exact < card.clean.correct == 300
     # The attack walks the sphere towards the worst point without landing on it exactly.
@@ -82,20 +82,20 @@ def test_linear_model_reaches_its_analytic_l2_robust_accuracy() -> None:
 
 
 def test_epsilon_zero_gives_the_clean_accuracy(trained: Tiny, images: TensorImages) -> None:
-    card = evaluate(trained, images, ThreatModel("linf", 0.0), **NAMES)
+    card = evaluated(trained, images, ThreatModel("linf", 0.0))
     assert card.robust == card.clean
     assert (card.forwards, card.backwards) == (0, 0)
 
 
 def test_more_restarts_never_help_the_model(trained: Tiny, images: TensorImages) -> None:
-    cards = [evaluate(trained, images, THREAT, **NAMES, steps=2, restarts=r) for r in (1, 2, 4)]
+    cards = [evaluated(trained, images, THREAT, steps=2, restarts=r) for r in (1, 2, 4)]
     counts = [card.robust.correct for card in cards]
     assert counts == sorted(counts, reverse=True)
 
 
 def test_bf16_gradients_end_in_fp32_verdicts(trained: Tiny, images: TensorImages) -> None:
-    fp32 = evaluate(trained, images, THREAT, **NAMES, steps=5)
-    bf16 = evaluate(trained, images, THREAT, **NAMES, steps=5, precision="bf16")
+    fp32 = evaluated(trained, images, THREAT, steps=5)
+    bf16 = evaluated(trained, images, THREAT, steps=5, precision="bf16")
     assert bf16.clean == fp32.clean
     assert abs(bf16.robust.correct - fp32.robust.correct) <= 8
     assert "bf16" in bf16.attack and bf16.flags == ()
@@ -124,7 +124,7 @@ def test_points_outside_the_ball_are_refused(
 
     monkeypatch.setattr(worst_case, "pgd", cheating)
     with pytest.raises(QualityGateError, match="outside Linf 8/255"):
-        evaluate(trained, images, THREAT, **NAMES)
+        evaluated(trained, images, THREAT)
     x = torch.full((1, 3, 2, 2), 0.99)
     with pytest.raises(QualityGateError, match=r"leaves \[0, 1\]"):
         check_points(x + 0.02, x, THREAT)
@@ -139,17 +139,17 @@ def test_points_outside_the_ball_are_refused(
 def test_a_killed_run_resumes_to_the_same_card(trained: Tiny, images: TensorImages, tmp_path: Path, calls: int) -> None:
     state = tmp_path / "deep" / "state.npz"
     model = DiesAfter(trained).eval()
-    whole = evaluate(model, images, THREAT, **NAMES, steps=5, batch_size=32)
+    whole = evaluated(model, images, THREAT, steps=5, batch_size=32)
     model.calls[0] = calls
     with pytest.raises(KilledError):
-        evaluate(model, images, THREAT, **NAMES, steps=5, batch_size=32, state_path=state)
+        evaluated(model, images, THREAT, steps=5, batch_size=32, state_path=state)
     assert all(p.requires_grad for p in trained.parameters())
     model.calls[0] = 10**9
-    resumed = evaluate(model, images, THREAT, **NAMES, steps=5, batch_size=32, state_path=state)
+    resumed = evaluated(model, images, THREAT, steps=5, batch_size=32, state_path=state)
     assert same_but_for_time(whole, resumed)
     spent = 10**9 - model.calls[0]
     model.calls[0] = 10**9
-    evaluate(model, images, THREAT, **NAMES, steps=5, batch_size=32)
+    evaluated(model, images, THREAT, steps=5, batch_size=32)
     assert spent < 10**9 - model.calls[0], "nothing of the killed run was reused"
     assert sorted(p.name for p in state.parent.iterdir()) == ["state.npz"]
 
@@ -159,9 +159,9 @@ def test_a_finished_state_answers_without_running_the_model(
 ) -> None:
     state = tmp_path / "state.npz"
     model = DiesAfter(trained).eval()
-    first = evaluate(model, images, THREAT, **NAMES, steps=3, state_path=state)
+    first = evaluated(model, images, THREAT, steps=3, state_path=state)
     model.calls[0] = 0
-    assert evaluate(model, images, THREAT, **NAMES, steps=3, state_path=state) == first
+    assert evaluated(model, images, THREAT, steps=3, state_path=state) == first
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a zip", "truncate", "wrong shape"])
@@ -169,7 +169,7 @@ def test_a_damaged_state_is_started_over(
     trained: Tiny, images: TensorImages, tmp_path: Path, damage: bytes | str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = tmp_path / "state.npz"
-    first = evaluate(trained, images, THREAT, **NAMES, steps=3, state_path=state)
+    first = evaluated(trained, images, THREAT, steps=3, state_path=state)
     if isinstance(damage, bytes):
         state.write_bytes(damage)
     elif damage == "truncate":
@@ -179,17 +179,17 @@ def test_a_damaged_state_is_started_over(
             arrays = dict(stored)
         arrays["clean"] = arrays["clean"][:-1]
         np.savez(state, **arrays)
-    again = evaluate(trained, images, THREAT, **NAMES, steps=3, state_path=state)
+    again = evaluated(trained, images, THREAT, steps=3, state_path=state)
     assert same_but_for_time(first, again)
     assert "starts over" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_state_of_other_settings_or_models_is_not_reused(trained: Tiny, images: TensorImages, tmp_path: Path) -> None:
     state = tmp_path / "state.npz"
-    evaluate(trained, images, THREAT, **NAMES, steps=1, restarts=1, state_path=state)
+    evaluated(trained, images, THREAT, steps=1, restarts=1, state_path=state)
     first = state.read_bytes()
-    stored = evaluate(trained, images, THREAT, **NAMES, steps=8, state_path=state)
-    assert same_but_for_time(stored, evaluate(trained, images, THREAT, **NAMES, steps=8))
+    stored = evaluated(trained, images, THREAT, steps=8, state_path=state)
+    assert same_but_for_time(stored, evaluated(trained, images, THREAT, steps=8))
     _, note = load_state(state, "another key", 150)
     assert "another model or other settings" in note
     assert (tmp_path / "state.npz.old").read_bytes() == first
@@ -223,4 +223,4 @@ def test_a_label_that_the_model_lacks_is_named_wherever_it_is(
     labels = images.labels.clone()
     labels[-1] = wrong
     with pytest.raises(UsageError, match=f"label {wrong} found, but the model has"):
-        evaluate(trained, TensorImages(images.images, labels), THREAT, **NAMES, steps=1, batch_size=32)
+        evaluated(trained, TensorImages(images.images, labels), THREAT, steps=1, batch_size=32)

@@ -3,16 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from evaluation_sample import (
-    NAMES,
     THREAT,
     Tiny,
+    evaluated,
 )
 from torch import Tensor, nn
 
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
-from robust_prune.evaluation.evaluate import evaluate
-from robust_prune.evaluation.flags import twin_flags
+from robust_prune.evaluation.flags import exported_flags
 from robust_prune.evaluation.scoring import classify
 from robust_prune.evaluation.tiers import TIERS
 
@@ -97,7 +96,7 @@ class BackToTraining(Wrapped):
 def test_cheating_models_are_flagged(trained: Tiny, images: TensorImages, cheat: type[Wrapped], sentence: str) -> None:
     model = cheat(trained).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    card = evaluate(model, images, THREAT, **NAMES, steps=2, restarts=1)
+    card = evaluated(model, images, THREAT, steps=2, restarts=1)
     assert any(sentence in flag for flag in card.flags), card.flags
     assert card.robust.correct <= card.clean.correct
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -105,11 +104,11 @@ def test_cheating_models_are_flagged(trained: Tiny, images: TensorImages, cheat:
 
 
 def test_training_mode_is_flagged_and_comes_back(trained: Tiny, images: TensorImages) -> None:
-    reference = evaluate(trained, images, THREAT, **NAMES, steps=2)
+    reference = evaluated(trained, images, THREAT, steps=2)
     trained.train()
     trained.head.eval()
     try:
-        card = evaluate(trained, images, THREAT, **NAMES, steps=2)
+        card = evaluated(trained, images, THREAT, steps=2)
         assert trained.training and trained.features[1].training and not trained.head.training
     finally:
         trained.eval()
@@ -117,10 +116,10 @@ def test_training_mode_is_flagged_and_comes_back(trained: Tiny, images: TensorIm
     assert card.robust == reference.robust
 
 
-def test_twin_flags_have_their_limits() -> None:
-    assert twin_flags("fp32", 5, 1000, 500, 510) == []
-    assert "0.6 %" in twin_flags("fp32", 6, 1000, 500, 500)[0]
-    assert "1.1 points" in twin_flags("fp32", 0, 1000, 500, 511)[0]
+def test_exported_flags_have_their_limits() -> None:
+    assert exported_flags("fp32", 5, 1000, 500, 510) == []
+    assert "0.6 %" in exported_flags("fp32", 6, 1000, 500, 500)[0]
+    assert "1.1 points" in exported_flags("fp32", 0, 1000, 500, 511)[0]
 
 
 def test_non_finite_logits_never_count_as_right() -> None:
@@ -132,21 +131,21 @@ def test_non_finite_logits_never_count_as_right() -> None:
 
 
 def test_unknown_tier_lists_those_that_exist(trained: Tiny, images: TensorImages) -> None:
-    with pytest.raises(UsageError, match="unknown evaluation tier 'strongest'") as caught:
-        evaluate(trained, images, THREAT, **NAMES, tier="strongest")
+    with pytest.raises(UsageError, match="evaluation.tier must be one of .*, got 'strongest'") as caught:
+        evaluated(trained, images, THREAT, tier="strongest")
     assert all(name in str(caught.value) for name in TIERS)
 
 
 def test_bad_requests_say_what_is_wrong(trained: Tiny, images: TensorImages) -> None:
     empty = TensorImages(images.images[:0], images.labels[:0])
     with pytest.raises(UsageError, match="no images"):
-        evaluate(trained, empty, THREAT, **NAMES)
-    with pytest.raises(UsageError, match="steps must be at least 1"):
-        evaluate(trained, images, THREAT, **NAMES, steps=0)
+        evaluated(trained, empty, THREAT)
+    with pytest.raises(UsageError, match="evaluation.steps: input should be greater than or equal to 1, got 0"):
+        evaluated(trained, images, THREAT, steps=0)
     with pytest.raises(UsageError, match="has 3 outputs"):
-        evaluate(trained, TensorImages(images.images, images.labels + 5), THREAT, **NAMES)
+        evaluated(trained, TensorImages(images.images, images.labels + 5), THREAT)
     with pytest.raises(UsageError, match="float32 weights"):
-        evaluate(Tiny().half(), images, THREAT, **NAMES)
+        evaluated(Tiny().half(), images, THREAT)
 
     class Rounded(Wrapped):
         def forward(self, x: Tensor) -> Tensor:
@@ -154,4 +153,4 @@ def test_bad_requests_say_what_is_wrong(trained: Tiny, images: TensorImages) -> 
                 return self.model(x)
 
     with pytest.raises(UsageError, match="no gradient"):
-        evaluate(Rounded(trained).eval(), images, THREAT, **NAMES)
+        evaluated(Rounded(trained).eval(), images, THREAT)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from evaluation_sample import (
     CLASSES,
-    NAMES,
     THREAT,
     DiesAfter,
     KilledError,
     Tiny,
+    evaluated,
     same_but_for_time,
 )
 from torch import Tensor
@@ -21,9 +21,8 @@ from torch import Tensor
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.evaluation.card import Accuracy
-from robust_prune.evaluation.evaluate import evaluate_with_twins
 from robust_prune.evaluation.examples import make_examples
-from robust_prune.evaluation.onnx_scores import OnnxTwin
+from robust_prune.evaluation.onnx_scores import OnnxModel
 
 # --- the exported file -------------------------------------------------------------------------------------------
 
@@ -42,50 +41,50 @@ def onnx_file(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_file_is_scored_on_the_worst_points_of_its_model(
     trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path
 ) -> None:
-    twin = OnnxTwin(onnx_file)
-    settings = {**NAMES, "steps": 5, "batch_size": 64}
-    result = evaluate_with_twins(trained, images, THREAT, **settings, twins={"fp32": twin})
-    assert result.twins["fp32"].clean == result.card.clean
-    assert abs(result.twins["fp32"].robust.correct - result.card.robust.correct) <= 1
-    assert result.card.flags == ()
+    twin = OnnxModel(onnx_file)
+    settings = {"steps": 5, "batch_size": 64}
+    result = evaluated(trained, images, THREAT, **settings, exported={"fp32": twin})
+    assert result.exported["fp32"].clean == result.clean
+    assert abs(result.exported["fp32"].robust.correct - result.robust.correct) <= 1
+    assert result.flags == ()
 
-    class Backwards(OnnxTwin):
+    class Backwards(OnnxModel):
         def predict(self, images: Tensor) -> Tensor:
             return (super().predict(images) + 1) % CLASSES
 
-    twins = {"fp32": twin, "int8": Backwards(onnx_file)}
-    wrong = evaluate_with_twins(trained, images, THREAT, **settings, twins=twins)
-    assert "The int8 file and the torch model disagree on 100.0 % of clean images (limit 0.5 %)." in wrong.card.flags
-    assert not any("fp32" in flag for flag in wrong.card.flags)
-    assert wrong.twins["int8"].robust.value < 0.5 and wrong.twins["fp32"] == result.twins["fp32"]
+    exported = {"fp32": twin, "int8": Backwards(onnx_file)}
+    wrong = evaluated(trained, images, THREAT, **settings, exported=exported)
+    assert "The int8 file and the torch model disagree on 100.0 % of clean images (limit 0.5 %)." in wrong.flags
+    assert not any("fp32" in flag for flag in wrong.flags)
+    assert wrong.exported["int8"].robust.value < 0.5 and wrong.exported["fp32"] == result.exported["fp32"]
 
 
-def test_twin_figures_survive_a_kill(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
-    settings = {**NAMES, "steps": 5, "batch_size": 32, "twins": {"fp32": OnnxTwin(onnx_file)}}
+def test_file_figures_survive_a_kill(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
+    settings = {"steps": 5, "batch_size": 32, "exported": {"fp32": OnnxModel(onnx_file)}}
     model = DiesAfter(trained).eval()
-    whole = evaluate_with_twins(model, images, THREAT, **settings)
+    whole = evaluated(model, images, THREAT, **settings)
     model.calls[0] = 60
     with pytest.raises(KilledError):
-        evaluate_with_twins(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+        evaluated(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
     model.calls[0] = 10**9
-    resumed = evaluate_with_twins(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
-    assert same_but_for_time(whole.card, resumed.card)
-    assert whole.twins == resumed.twins
+    resumed = evaluated(model, images, THREAT, **settings, state_path=tmp_path / "state.npz")
+    assert same_but_for_time(whole, resumed)
+    assert whole.exported == resumed.exported
 
 
 def test_files_that_cannot_be_scored(trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        OnnxTwin(tmp_path / "none.onnx")
+        OnnxModel(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(UsageError, match="cannot be read as an ONNX model"):
-        OnnxTwin(tmp_path / "text.onnx")
+        OnnxModel(tmp_path / "text.onnx")
     with pytest.raises(UsageError, match=r"does not run on images of \(2, 3, 5\)"):
-        OnnxTwin(onnx_file).logits(torch.zeros(2, 3, 5))
+        OnnxModel(onnx_file).logits(torch.zeros(2, 3, 5))
     proto = onnx.load(onnx_file)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(proto, tmp_path / "one.onnx")
     with pytest.raises(UsageError, match=r"takes batches of 1 only.*Export it with a dynamic batch"):
-        OnnxTwin(tmp_path / "one.onnx")
+        OnnxModel(tmp_path / "one.onnx")
 
 
 def test_examples_show_every_model_the_same_points(trained: Tiny, images: TensorImages) -> None:

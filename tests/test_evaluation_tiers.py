@@ -10,11 +10,11 @@ import pytest
 import torch
 from evaluation_sample import (
     CLASSES,
-    NAMES,
     THREAT,
     DiesAfter,
     KilledError,
     Tiny,
+    evaluated,
     generated,
     same_but_for_time,
 )
@@ -24,9 +24,9 @@ from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, UsageError
 from robust_prune.evaluation.card import ResultCard
-from robust_prune.evaluation.evaluate import evaluate, evaluate_with_twins
 from robust_prune.evaluation.flags import black_box_flags, gap_flags, sweep_flags
 from robust_prune.evaluation.tiers import TIERS
+from robust_prune.serialization import from_json, to_json
 
 QUICK = {"steps": 5, "restarts": 1}
 
@@ -49,7 +49,7 @@ class FourClasses(nn.Module):
 def test_each_tier_is_at_least_as_strong_as_the_one_below(trained: Tiny, images: TensorImages) -> None:
     model = FourClasses(trained).eval()
     cards = {
-        tier: evaluate(model, images, THREAT, **NAMES, **QUICK, tier=tier, batch_size=100)
+        tier: evaluated(model, images, THREAT, **QUICK, tier=tier, batch_size=100)
         for tier in ("pgd", "apgd", "aa-fast", "standard")
     }
     robust = {tier: card.robust.correct for tier, card in cards.items()}
@@ -62,14 +62,14 @@ def test_each_tier_is_at_least_as_strong_as_the_one_below(trained: Tiny, images:
         left = list(card.breakdown.values())
         assert left == sorted(left, reverse=True) and left[-1] == card.robust.correct
         assert card.tier == tier and card.flags == () and "fp32 verdict" in card.attack
-        assert ResultCard.from_json(card.to_json()) == card
+        assert from_json(ResultCard, to_json(card)) == card
     assert cards["apgd"].attack == (
         "PGD-5, 1 random restart, cross-entropy; APGD-CE-100; APGD-T-100, 3 targets, fp32 verdict"
     )
 
 
 def test_classes_add_up(trained: Tiny, images: TensorImages) -> None:
-    card = evaluate(trained, images, THREAT, **NAMES, **QUICK, batch_size=64)
+    card = evaluated(trained, images, THREAT, **QUICK, batch_size=64)
     assert [part.label for part in card.per_class] == [0, 1, 2]
     assert [part.total for part in card.per_class] == [50, 50, 50]
     assert sum(part.clean for part in card.per_class) == card.clean.correct
@@ -81,18 +81,18 @@ def test_classes_add_up(trained: Tiny, images: TensorImages) -> None:
 
 def test_other_radii_are_swept(trained: Tiny, images: TensorImages) -> None:
     radii = (0.0, 4 / 255, THREAT.epsilon, 0.25)
-    card = evaluate(trained, images, THREAT, **NAMES, steps=10, restarts=1, sweep=radii, batch_size=256)
+    card = evaluated(trained, images, THREAT, steps=10, restarts=1, sweep=radii, batch_size=256)
     found = dict(card.sweep)
     assert list(found) == sorted(found) and len(found) == 4
     values = [accuracy.correct for accuracy in found.values()]
     assert values[0] == card.clean.correct and values[2] == card.robust.correct and values[3] == 0
     assert values == sorted(values, reverse=True) and card.flags == ()
-    with pytest.raises(UsageError, match="epsilon must be a finite number"):
-        evaluate(trained, images, THREAT, **NAMES, sweep=(-0.1,))
+    with pytest.raises(UsageError, match=r"sweep\.0: input should be greater than or equal to 0, got -0\.1"):
+        evaluated(trained, images, THREAT, sweep=(-0.1,))
 
 
 def test_epsilon_zero_runs_no_attack(trained: Tiny, images: TensorImages) -> None:
-    card = evaluate(trained, images, ThreatModel("linf", 0.0), **NAMES, tier="aa-fast")
+    card = evaluated(trained, images, ThreatModel("linf", 0.0), tier="aa-fast")
     assert card.robust == card.clean and card.breakdown == {} and card.backwards == 0
 
 
@@ -109,16 +109,16 @@ def test_a_killed_run_resumes_to_the_same_card(
     if tier == "standard":
         monkeypatch.setattr("robust_prune.evaluation.tiers.standard.ATTACKS", ("apgd-ce", "apgd-t"))
     model = DiesAfter(FourClasses(trained)).eval()
-    run = {**NAMES, **QUICK, "tier": tier, "batch_size": 20, "sweep": (0.01, 0.02)}
-    whole = evaluate(model, images, THREAT, **run)
+    run = {**QUICK, "tier": tier, "batch_size": 20, "sweep": (0.01, 0.02)}
+    whole = evaluated(model, images, THREAT, **run)
     spent = 10**9 - model.calls[0]
     state = tmp_path / "state.npz"
     for part in (0.3, 0.25, 0.25):
         model.calls[0] = int(part * spent)
         with pytest.raises(KilledError):
-            evaluate(model, images, THREAT, **run, state_path=state)
+            evaluated(model, images, THREAT, **run, state_path=state)
     model.calls[0] = 10**9
-    resumed = evaluate(model, images, THREAT, **run, state_path=state)
+    resumed = evaluated(model, images, THREAT, **run, state_path=state)
     assert same_but_for_time(whole, resumed)
     assert 10**9 - model.calls[0] < spent, "nothing of the killed runs was reused"
 
@@ -172,8 +172,8 @@ class Batched(Misleading):
 def test_models_built_to_cheat_ring_the_alarms(
     trained: Tiny, images: TensorImages, cheat: type[Misleading], sentences: list[str]
 ) -> None:
-    honest = evaluate(trained, images, THREAT, **NAMES, **QUICK, tier="apgd", batch_size=150)
-    card = evaluate(cheat(trained).eval(), images, THREAT, **NAMES, **QUICK, tier="apgd", batch_size=150)
+    honest = evaluated(trained, images, THREAT, **QUICK, tier="apgd", batch_size=150)
+    card = evaluated(cheat(trained).eval(), images, THREAT, **QUICK, tier="apgd", batch_size=150)
     assert honest.flags == ()
     for sentence in sentences:
         assert any(sentence in flag for flag in card.flags), card.flags
@@ -203,16 +203,16 @@ class Mirrored:
         return self.logits(images).argmax(1)
 
 
-def test_a_twin_is_attacked_directly_as_well(
+def test_an_exported_file_is_attacked_directly_as_well(
     trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {**NAMES, **QUICK, "tier": "apgd", "twins": {"fp32": Mirrored(trained)}}
-    attacked = evaluate_with_twins(trained, images, THREAT, **run)
+    run = {**QUICK, "tier": "apgd", "exported": {"fp32": Mirrored(trained)}}
+    attacked = evaluated(trained, images, THREAT, **run)
     monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 1)
-    spared = evaluate_with_twins(trained, images, THREAT, **run)
-    assert attacked.twins["fp32"].robust.correct < spared.twins["fp32"].robust.correct
-    assert any("gradient attacks on the fp32 file's torch model" in flag for flag in attacked.card.flags)
-    assert attacked.card.robust == spared.card.robust
+    spared = evaluated(trained, images, THREAT, **run)
+    assert attacked.exported["fp32"].robust.correct < spared.exported["fp32"].robust.correct
+    assert any("gradient attacks on the fp32 file's torch model" in flag for flag in attacked.flags)
+    assert attacked.robust == spared.robust
 
 
 # --- requests ----------------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def test_the_standard_wants_four_classes_and_its_package(
     trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=f"at least 4 classes, the model has {CLASSES}"):
-        evaluate(trained, images, THREAT, **NAMES, tier="standard")
+        evaluated(trained, images, THREAT, tier="standard")
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(EnvironmentProblem, match="pip install pyautoattack"):
-        evaluate(FourClasses(trained).eval(), images, THREAT, **NAMES, tier="standard")
+        evaluated(FourClasses(trained).eval(), images, THREAT, tier="standard")
 
 
 def test_the_standard_leaves_the_global_random_numbers_alone(trained: Tiny) -> None:
@@ -234,7 +234,7 @@ def test_the_standard_leaves_the_global_random_numbers_alone(trained: Tiny) -> N
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(7)
     np.random.seed(7)
-    evaluate(FourClasses(trained).eval(), generated(6, seed=1), THREAT, **NAMES, tier="standard", **QUICK)
+    evaluated(FourClasses(trained).eval(), generated(6, seed=1), THREAT, tier="standard", **QUICK)
     assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
 
 

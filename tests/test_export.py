@@ -21,6 +21,7 @@ from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.export.onnx import export_onnx, read_manifest
 from robust_prune.export.parity import check_parity
 from robust_prune.export.types import OnnxArtifact
+from robust_prune.serialization import from_json, to_json
 
 
 class Small(nn.Module):
@@ -79,7 +80,7 @@ def test_runs_alone_at_any_batch_and_gives_the_models_logits(exported: tuple[Sma
     assert artifact.parity.passed and artifact.parity.argmax_agreement == 1.0
     assert artifact.parity.batch_sizes == (1, 3, 8) and artifact.parity.images == 12
     assert artifact.bytes == path.stat().st_size and artifact.opset == 18
-    assert OnnxArtifact.from_json(json.loads(json.dumps(artifact.to_json()))) == artifact
+    assert from_json(OnnxArtifact, json.loads(json.dumps(to_json(artifact)))) == artifact
 
 
 def test_the_file_needs_no_package_of_ours(exported: tuple[Small, Path, OnnxArtifact]) -> None:

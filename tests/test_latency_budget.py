@@ -9,10 +9,11 @@ import pytest
 from toy import QUICK, write_data, write_model
 
 from robust_prune import cli
+from robust_prune.bench.candidates import CandidateClock, missed
 from robust_prune.bench.types import LatencyRow, LatencyTable, Ratio
-from robust_prune.budget import latency
 from robust_prune.budget.counting import count_macs
-from robust_prune.budget.latency import MOST_CANDIDATES, Tried, missed, next_share
+from robust_prune.budget.latency import AIM, MOST_CANDIDATES, TOLERANCE, Tried, next_share
+from robust_prune.models import registry
 from robust_prune.recipe import BenchSection
 
 
@@ -31,7 +32,7 @@ def searched(latency: Callable[[float], float], wanted: float) -> list[Tried]:
 )
 def test_the_search_lands_in_a_few_candidates(latency: Callable[[float], float], wanted: float) -> None:
     tried = searched(latency, wanted)
-    assert min(abs(t.kept / wanted - 1) for t in tried) <= latency.AIM
+    assert min(abs(t.kept / wanted - 1) for t in tried) <= AIM
     assert len(tried) <= MOST_CANDIDATES
 
 
@@ -66,12 +67,12 @@ def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, steps):
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
 
-    def clock(job, model, dense, file):
-        latency._export(job, model, file)
-        image = latency.stages.blank_image(job.loaded.spec)
-        return 0.1 + 0.9 * count_macs(model.cpu(), image) / count_macs(job.loaded.model.cpu(), image)
+    def kept(clock, model):
+        clock._export(model, "candidate")
+        image, dense = clock.spec.blank_image(), registry.build(clock.spec)
+        return 0.1 + 0.9 * count_macs(model.cpu(), image) / count_macs(dense, image)
 
-    monkeypatch.setattr(latency, "_kept", clock)
+    monkeypatch.setattr(CandidateClock, "kept", kept)
     cli.main(
         ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.4", "--of",
          "latency", "--steps", str(steps), "--epochs", "1", "--out", "run", "--set", "pruning.align=1", *QUICK]
@@ -80,7 +81,7 @@ def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, steps):
     assert "of the dense latency (batch 1, 1 thread, cpu)" in told and "of the MACs removed:" in told
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     dense, pruned = result["models"]
-    assert 0.1 + 0.9 * pruned["macs"] / dense["macs"] == pytest.approx(0.6, rel=latency.TOLERANCE)
+    assert 0.1 + 0.9 * pruned["macs"] / dense["macs"] == pytest.approx(0.6, rel=TOLERANCE)
     assert result["plan"]["of"] == "latency" and result["plan"]["ratio"] == 0.4 and result["plan"]["note"] == ""
     assert "40 % of the latency removed" in result["title"]
 
@@ -89,7 +90,7 @@ def test_a_latency_that_cannot_be_had_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
-    monkeypatch.setattr(latency, "_kept", lambda *_: 0.9)
+    monkeypatch.setattr(CandidateClock, "kept", lambda *_: 0.9)
     cli.main(
         ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.5", "--of",
          "latency", "--dry-run", *QUICK]

@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from robust_prune.attacks import ThreatModel
 from robust_prune.budget.allocation import allocate
+from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import cost_model, count_macs, count_params
 from robust_prune.budget.plan import make_plan, render_plan
 from robust_prune.budget.rounding import floor_of
@@ -18,7 +20,9 @@ from robust_prune.budget.types import PruningPlan
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
+from robust_prune.recipe import PruningSection, make_section
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
+from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.groups import GroupSearch, find_groups
 from robust_prune.structure.types import ChannelGroup, GroupSlice, Refused
 from robust_prune.surgery.apply import apply
@@ -56,7 +60,7 @@ def profile_of(groups, mrs):
         for g, s in zip(groups, found, strict=True)
         for producer in g.producers
     )
-    return SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 64, 0, {}, modules, found)
+    return SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 64, 0, ThreatModel(), modules, found)
 
 
 def plan_for(ratio=0.5, **options):
@@ -65,8 +69,8 @@ def plan_for(ratio=0.5, **options):
     scores = {g.name: torch.rand(g.channels) for g in GROUPS}
     fractions = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in GROUPS}
     cost = cost_model(model, X, GROUPS)
-    defaults = {"criterion": "random", "align": 4}
-    plan = make_plan(FOUND, cost, profile_of(GROUPS, [1.0, 2.0]), scores, fractions, ratio=ratio, **defaults | options)
+    section = make_section(PruningSection, ratio=ratio, **{"criterion": "random", "align": 4} | options)
+    plan = make_plan(Analysis(FOUND, cost, profile_of(GROUPS, [1.0, 2.0]), scores, fractions), section)
     return plan, scores
 
 
@@ -87,7 +91,7 @@ def test_the_plan_states_its_costs_and_survives_json():
     assert plan.note == "" and plan.refused == FOUND.refused
     assert plan.macs_before == count_macs(Net(), X) and plan.params_before == count_params(Net())
     assert abs(plan.macs_after / plan.macs_before - 0.5) <= 0.01
-    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert from_json(PruningPlan, to_json(plan)) == plan
 
 
 def test_a_budget_in_parameters():
@@ -149,7 +153,7 @@ def test_ratio_out_of_range(ratio):
 def test_nothing_to_cut():
     empty = GroupSearch((), FOUND.refused)
     with pytest.raises(UsageError, match="no group of channels that can be cut: odd: its index mapping"):
-        make_plan(empty, cost_model(Net(), X, ()), None, {}, None, ratio=0.5, criterion="random", allocation="uniform")
+        make_plan(Analysis(empty, cost_model(Net(), X, ()), None, {}), PruningSection(allocation="uniform"))
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -182,7 +186,7 @@ def test_budgets_on_resnet18(resnet, ratio):
     scores = channel_scores(model, found.groups, "magnitude")
     fractions = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in found.groups}
     profile = profile_of(found.groups, [0.09 * 1.5**i for i in range(len(found.groups))])
-    plan = make_plan(found, cost, profile, scores, fractions, ratio=ratio, criterion="magnitude")
+    plan = make_plan(Analysis(found, cost, profile, scores, fractions), PruningSection(ratio=ratio))
     assert plan.note == "" and abs(1 - plan.macs_after / plan.macs_before - ratio) <= 0.01
     assert all(g.keep % 8 == 0 for g in plan.groups)
 
@@ -190,7 +194,7 @@ def test_budgets_on_resnet18(resnet, ratio):
 def test_predicted_costs_are_those_of_the_real_cut(resnet):
     model, x, found, cost = resnet
     scores = channel_scores(model, found.groups, "random")
-    plan = make_plan(found, cost, None, scores, None, ratio=0.6, criterion="random", allocation="uniform")
+    plan = make_plan(Analysis(found, cost, None, scores), PruningSection(ratio=0.6, allocation="uniform"))
     small = apply(model, plan, x).model
     assert (count_macs(small, x), count_params(small)) == (plan.macs_after, plan.params_after)
 

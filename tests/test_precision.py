@@ -18,6 +18,7 @@ from robust_prune.export import precision as module
 from robust_prune.export.onnx import MANIFEST_KEY, export_onnx, read_manifest
 from robust_prune.export.precision import export_reduced
 from robust_prune.export.types import OnnxArtifact
+from robust_prune.serialization import from_json, to_json
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_reduced_file_runs_at_any_batch_and_stays_close(
     model, fp32 = source
     path = tmp_path / f"model.{precision}.onnx"
     found = export_reduced(fp32, path, precision, model, images(64))
-    assert OnnxArtifact.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert from_json(OnnxArtifact, json.loads(json.dumps(to_json(found)))) == found
     assert found.precision == precision and found.parity.passed and found.bytes == path.stat().st_size
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"

@@ -36,6 +36,7 @@ from robust_prune.report import (
 )
 from robust_prune.report.files import to_csv, to_markdown
 from robust_prune.report.html import flatten, render
+from robust_prune.serialization import from_json, to_json
 
 VOID = {"meta", "img", "link", "br", "input", "hr"}
 
@@ -79,9 +80,9 @@ class Page(HTMLParser):
 
 def test_json_round_trip_is_lossless() -> None:
     run = sample_run()
-    assert RunReport.from_json(json.loads(json.dumps(run.to_json()))) == run
+    assert from_json(RunReport, json.loads(json.dumps(to_json(run)))) == run
     bare = RunReport("t", "c", {}, (), (ModelRow("dense", 1, 2),))
-    assert RunReport.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+    assert from_json(RunReport, json.loads(json.dumps(to_json(bare)))) == bare
 
 
 def test_write_leaves_four_whole_files(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_write_leaves_four_whole_files(tmp_path: Path) -> None:
     write(sample_run(), folder, sample_examples())
     assert sorted(p.name for p in folder.iterdir()) == ["report.html", "result.csv", "result.json", "result.md"]
     stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert RunReport.from_json(stored) == sample_run()
+    assert from_json(RunReport, stored) == sample_run()
     assert stored["models"][1]["card"]["robust"]["value"] == pytest.approx(194 / 500)
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
+from robust_prune.recipe import SensitivitySection
 from robust_prune.sensitivity import estimators, losses
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.display import draw_profile, render_table
@@ -22,6 +23,7 @@ from robust_prune.sensitivity.estimators import ESTIMATORS, measure
 from robust_prune.sensitivity.groups import aggregate_groups, damped
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.targets import exchanged, find_targets
+from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.types import ChannelGroup, GroupSlice
 
 
@@ -243,7 +245,7 @@ def test_modules_in_order_of_execution(resnet: nn.Module, adv: AdversarialSet) -
 
 def test_json_round_trip(resnet: nn.Module, adv: AdversarialSet) -> None:
     profile = measure(resnet, adv, THREAT, groups=[group("a", "stem.0", "layer1.0.conv2")])
-    assert SensitivityProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+    assert from_json(SensitivityProfile, json.loads(json.dumps(to_json(profile)))) == profile
     assert profile.rho in profile.radii and list(profile.radii) == sorted(profile.radii)
 
 
@@ -334,7 +336,7 @@ def test_wrapped_and_double_models(resnet: nn.Module, adv: AdversarialSet) -> No
     for wrapped in (nn.DataParallel(resnet), torch.compile(resnet, backend="eager")):
         assert measure(wrapped, adv, THREAT, groups=groups) == plain
     images = TensorImages((adv.images * 255).byte(), adv.labels)
-    made = make_adversarial_set(resnet.double(), images, THREAT, steps=2)
+    made = make_adversarial_set(resnet.double(), images, THREAT, SensitivitySection(steps=2))
     assert made.images.dtype == torch.float32
 
 
@@ -354,10 +356,11 @@ def test_adversarial_set(resnet: nn.Module) -> None:
     images = TensorImages(pixels, torch.randint(5, (30,), generator=generator))
     resnet.train()
     before = snapshot(resnet)
-    made = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=3)
+    few = SensitivitySection(images=16, steps=5)
+    made = make_adversarial_set(resnet, images, THREAT, few, batch_size=6, seed=3)
     assert_same(before, snapshot(resnet))
-    again = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=3)
-    other = make_adversarial_set(resnet, images, THREAT, count=16, steps=5, batch_size=6, seed=4)
+    again = make_adversarial_set(resnet, images, THREAT, few, batch_size=6, seed=3)
+    other = make_adversarial_set(resnet, images, THREAT, few, batch_size=6, seed=4)
     assert torch.equal(made.images, again.images) and not torch.equal(made.images, other.images)
     assert made.images.dtype == torch.float32 and made.labels.dtype == torch.int64 and len(made) == 16
     assert made.images.min() >= 0 and made.images.max() <= 1
@@ -375,8 +378,8 @@ def test_adversarial_set_refuses_nonsense(resnet: nn.Module) -> None:
     empty = TensorImages(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(UsageError, match="needs training images"):
         make_adversarial_set(resnet, empty, THREAT)
-    with pytest.raises(UsageError, match="count of the adversarial set must be at least 1, got 0"):
-        make_adversarial_set(resnet, empty, THREAT, count=0)
+    with pytest.raises(UsageError, match="batch_size of the adversarial set must be at least 1, got 0"):
+        make_adversarial_set(resnet, empty, THREAT, batch_size=0)
     with pytest.raises(UsageError, match="one label an image"):
         AdversarialSet(torch.zeros(2, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 0)
 

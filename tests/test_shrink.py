@@ -1,4 +1,4 @@
-"""What happens between the dense model and the recovered one."""
+"""Where the main job looks, and where it does not."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import pytest
 import torch
 from toy import QUICK, write_data, write_model
 
-from robust_prune import shrink
 from robust_prune.commands.common import open_data, open_model_for, resolve
-from robust_prune.runs.files import RunDir
-from robust_prune.runs.job import Job, StageLog
+from robust_prune.compress import Compression, compress
+from robust_prune.data.base import ImageSet
 
 
 class Forbidden:
     """A test split that must not be looked at; its size may be known."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, images: ImageSet) -> None:
+        self._size = len(images)
 
     def __len__(self) -> int:
         return self._size
@@ -36,8 +35,11 @@ def test_nothing_is_measured_chosen_or_trained_on_test_images(tmp_path, monkeypa
     recipe = resolve(None, flags, QUICK[1::2], demo=False)
     data = open_data(recipe)
     loaded = open_model_for("weights.pt", data, recipe, "model.py:make_model")
-    job = Job("toy", loaded, replace(data, test=Forbidden(len(data.test))), recipe, arch="model.py:make_model")
-    done = shrink.shrink(job, StageLog(RunDir(tmp_path / "run"), "key"), tmp_path / "run")
-    assert done.plan.macs_after < done.plan.macs_before
+    data = replace(data, test=Forbidden(data.test))
+    job = Compression("toy", loaded, data, recipe, tmp_path / "run", arch="model.py:make_model")
+    monkeypatch.setattr("robust_prune.compress.images_hash", lambda images: str(len(images)))
+    # The first who reads test images is the evaluation of the finished models, from the files that were exported.
     with pytest.raises(AssertionError, match="test split was read"):
-        job.data.test.get(torch.arange(1))
+        compress(job)
+    assert (tmp_path / "run" / "model.onnx").exists() and (tmp_path / "run" / "export-pruned" / "stage.json").exists()
+    assert not (tmp_path / "run" / "evaluate-dense" / "stage.json").exists()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 from robust_prune.budget.types import PruningPlan
+from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.groups import find_groups
 from robust_prune.structure.tracing import TracedGroup, trace_groups
 from robust_prune.structure.trial import Bench
@@ -95,7 +96,7 @@ def test_widths_that_only_code_ties_are_bundled() -> None:
     }  # fmt: skip
     model = randomised(TiedAttention())
     plan = plan_of(find_groups(model, example()), 0.25)
-    stored = PruningPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    stored = from_json(PruningPlan, json.loads(json.dumps(to_json(plan))))
     assert stored == plan
     result = apply(model, stored, example())
     assert result.rolled_back == () and result.parity < 1e-7
@@ -110,7 +111,7 @@ def test_attention_whose_layers_are_never_called_is_found_by_their_weights() -> 
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     search = find_groups(model, image)
     assert not search.refused
-    done = apply(model, PruningPlan.from_json(json.loads(json.dumps(plan_of(search).to_json()))), image)
+    done = apply(model, from_json(PruningPlan, json.loads(json.dumps(to_json(plan_of(search))))), image)
     assert not done.rolled_back
     block = done.model.get_submodule("features.1.1.attn")
     assert block.qkv.out_features == 18 and block.proj.in_features == block.qkv.in_features == 6

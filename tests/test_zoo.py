@@ -11,10 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
+from robust_prune.attacks import ThreatModel
+from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import cost_model
 from robust_prune.budget.plan import make_plan
 from robust_prune.models import registry
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
+from robust_prune.recipe import PruningSection
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.groups import find_groups
 from robust_prune.structure.reference import make_twin
@@ -91,11 +94,11 @@ def test_every_budget_is_met_within_one_percent(arch):
         for g, s in zip(search.groups, curves, strict=True)
         for producer in g.producers
     )
-    profile = SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 1, 0, {}, modules, curves)
+    profile = SensitivityProfile("boundary", 0.1, radii, "sum", 1.0, 1, 0, ThreatModel(), modules, curves)
     for allocation in ("mrs", "rank", "global", "uniform"):
         for ratio in (0.25, 0.5, 0.75, 0.9):
             plan = make_plan(
-                search, cost, profile, scores, removed, ratio=ratio, allocation=allocation, criterion="magnitude"
+                Analysis(search, cost, profile, scores, removed), PruningSection(ratio=ratio, allocation=allocation)
             )
             assert 1 - plan.macs_after / plan.macs_before == pytest.approx(ratio, abs=0.01), (allocation, ratio)
             assert plan.note == ""

@@ -30,18 +30,19 @@ import parcels  # noqa: E402
 import torch  # noqa: E402
 from packaging.requirements import Requirement  # noqa: E402
 from packaging.utils import canonicalize_name  # noqa: E402
-from robust_prune.machine.host import git_commit  # noqa: E402
 from sizes import GPU, TOY, Sizes  # noqa: E402
 from skeletons import strip  # noqa: E402
 
-from robust_prune import stages  # noqa: E402
+from robust_prune.budget.analysis import Analysis  # noqa: E402
 from robust_prune.budget.cost import cost_model  # noqa: E402
 from robust_prune.budget.plan import make_plan  # noqa: E402
 from robust_prune.data.sources import data_root, load_data  # noqa: E402
 from robust_prune.export.onnx import export_onnx  # noqa: E402
 from robust_prune.export.precision import export_reduced  # noqa: E402
+from robust_prune.machine.host import git_commit  # noqa: E402
 from robust_prune.models import registry  # noqa: E402
 from robust_prune.ranking.importance import channel_scores  # noqa: E402
+from robust_prune.recipe import PruningSection  # noqa: E402
 from robust_prune.structure.groups import find_groups  # noqa: E402
 from robust_prune.surgery.apply import apply  # noqa: E402
 
@@ -108,14 +109,15 @@ def make_skeletons(sizes: Sizes, folder: Path) -> Path:
         spec = registry.make_spec(arch, num_classes=10, input_size=(3, side, side), mean=(0.5,) * 3, std=(0.25,) * 3)
         torch.manual_seed(0)
         dense = registry.build(spec).eval()
-        example = stages.blank_image(spec)
+        example = spec.blank_image()
         search = find_groups(dense, example)
         cost, scores = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
         models = {"dense": dense}
         for label, ratio in CUTS.items():
             plan = make_plan(
-                search, cost, None, scores, None, ratio=ratio, allocation="uniform", criterion="magnitude"
-            )  # fmt: skip
+                Analysis(search, cost, None, scores),
+                PruningSection(ratio=ratio, allocation="uniform", criterion="magnitude"),
+            )
             models[label] = apply(dense, plan, example).model
         noise = torch.rand(16, *spec.input_size, generator=torch.Generator().manual_seed(0))
         with TemporaryDirectory() as scratch:

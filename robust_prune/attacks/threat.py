@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import UsageError
 
@@ -32,7 +32,3 @@ class ThreatModel:
         if self.norm == "linf":
             return f"Linf {self.epsilon * 255:.3g}/255"
         return f"L2 {self.epsilon:.3g}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The threat model as plain values."""
-        return asdict(self)

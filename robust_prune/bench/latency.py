@@ -14,7 +14,8 @@ from ..bench import hardware
 from ..console import track
 from ..errors import UsageError
 from ..machine import nvml
-from .providers import PROVIDERS, import_onnxruntime
+from ..recipe import BenchSection
+from .providers import PROVIDERS, import_onnxruntime, require
 from .sampler import LAUNCHES, Arm, Samples, Shape, measure
 from .session import signature
 from .statistics import Interval, excludes_one, judged, median_interval, paired_ratio, percentile
@@ -84,6 +85,14 @@ def run(
     return LatencyTable(tuple(rows), floors, environment, _protocol(provider, kinds))
 
 
+def run_section(files: Sequence[tuple[str, str | Path]], section: BenchSection, seed: int) -> LatencyTable:
+    """`run` under the conditions of a recipe, with its time for each of them."""
+    return run(
+        files, batches=section.batches, threads=section.threads, provider=section.provider, kinds=section.kinds,
+        seconds_budget=section.seconds * len(section.batches) * len(section.threads) * len(section.kinds), seed=seed,
+    )  # fmt: skip
+
+
 def describe(shape: Shape) -> str:
     """The conditions in words, e.g. ``batch 1 x 2 threads``: the key of the noise floor."""
     kind = "" if shape.kind == "host" else f" ({shape.kind})"
@@ -121,6 +130,17 @@ def _check(
         takes = signature(ort, path)
         for batch in batches:
             takes.batched(batch, f"{label} ({path.name})")
+
+
+def check_section(section: BenchSection) -> None:
+    """Says before hours of work, not after them, that latency cannot be measured as the recipe wants it.
+
+    Raises:
+        EnvironmentProblem: a GPU provider was asked for and does not run here.
+        UsageError: the provider has no rows of these kinds.
+    """
+    require(section.provider)
+    check_kinds(section.provider, section.kinds)
 
 
 def check_kinds(provider: str, kinds: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -78,17 +78,3 @@ class LatencyTable:
     noise_floor: dict[str, tuple[float, float, float]]
     environment: dict[str, Any]
     protocol: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The table as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> LatencyTable:
-        """The table that `to_json` wrote."""
-        rows = []
-        for row in value["rows"]:
-            speedup = Ratio(**row["speedup"]) if row["speedup"] else None
-            rows.append(LatencyRow(**{**row, "speedup": speedup}))
-        floor = {k: (v[0], v[1], v[2]) for k, v in value["noise_floor"].items()}
-        return cls(tuple(rows), floor, value["environment"], value["protocol"])

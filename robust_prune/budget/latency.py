@@ -7,20 +7,13 @@ next share follows from where the wanted latency lies between the cuts that were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from torch import nn
-
-from .. import stages
-from ..bench.latency import run as measure_latency
-from ..bench.types import LatencyTable
 from ..console import console
-from ..recipe import BenchSection
-from ..runs.job import Job
-from ..surgery.apply import apply
+from ..recipe import PruningSection
+from .analysis import Analysis
+from .plan import make_plan
 from .types import PruningPlan
 
 TOLERANCE = 0.05
@@ -32,7 +25,6 @@ AIM = 0.02
 MOST_CANDIDATES = 8
 MOST_REMOVED = 0.99
 NARROW = 0.004
-SECONDS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,98 +68,51 @@ def next_share(tried: Sequence[Tried], wanted: float) -> float | None:
     return slow.removed + width * min(max(share, 0.1), 0.9)
 
 
-def plan_for_latency(job: Job, model: nn.Module, analysis: stages.Analysis, wanted: float) -> PruningPlan:
-    """The plan whose exported file comes nearest to `wanted` times the latency of the job's dense model.
-
-    Timed is the first batch size and thread count of the recipe's ``bench`` section.
+def plan_for_latency(
+    analysis: Analysis,
+    section: PruningSection,
+    wanted: float,
+    present: float,
+    measure: Callable[[PruningPlan], float],
+    conditions: str,
+) -> PruningPlan:
+    """The plan whose exported file comes nearest to `wanted` times the latency of the dense model.
 
     Args:
-        job: its dense model is what is compared with.
-        model: what is cut: the dense model, or what earlier cuts left of it.
-        analysis: of `model`.
-        wanted: in (0, 1).
+        analysis: of the model that is cut: the dense one, or what earlier cuts left of it.
+        section: how a cut of some share of the MACs is planned.
+        wanted: latency over that of the dense model, in (0, 1).
+        present: the same of the model that is cut; 1 for the dense one.
+        measure: carries a plan out and returns the outcome's latency over that of the dense model.
+        conditions: that latency is measured under, for messages.
 
     Returns:
         The plan, with a note where no candidate came within `TOLERANCE`.
 
     Raises:
         UsageError: nothing can be cut.
-        QualityGateError: a candidate's surgery or export is not what it should be.
     """
-    section, bench = job.recipe.pruning, job.recipe.bench
-    console.print(f"Looking for {wanted:.0%} of the dense latency ({conditions(bench)})", markup=False)
-    with TemporaryDirectory() as folder:
-        dense, file = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
-        _export(job, job.loaded.model, dense)
-        first = model is job.loaded.model
-        tried = [Tried(0.0, 1.0 if first else _kept(job, model, dense, file))]
-        plans: list[PruningPlan] = []
-        while (share := next_share(tried, wanted)) is not None:
-            plan = stages.plan_cut(analysis, section.model_copy(update={"of": "macs", "ratio": share}))
-            if any(plan.groups == other.groups for other in plans):
-                break
-            small = apply(model.cpu(), plan, stages.blank_image(job.loaded.spec)).model
-            plans.append(plan)
-            removed = 1 - plan.macs_after / plan.macs_before
-            tried.append(Tried(removed, _kept(job, small, dense, file)))
-            console.print(f"  {removed:.1%} of the MACs removed: {tried[-1].kept:.1%} of the latency", markup=False)
-            if plan.note and tried[-1].kept > wanted:
-                break  # not even the most that can be cut is fast enough
+    console.print(f"Looking for {wanted:.0%} of the dense latency ({conditions})", markup=False)
+    tried = [Tried(0.0, present)]
+    plans: list[PruningPlan] = []
+    while (share := next_share(tried, wanted)) is not None:
+        plan = make_plan(analysis, section.model_copy(update={"of": "macs", "ratio": share}))
+        if any(plan.groups == other.groups for other in plans):
+            break
+        plans.append(plan)
+        removed = 1 - plan.macs_after / plan.macs_before
+        tried.append(Tried(removed, measure(plan)))
+        console.print(f"  {removed:.1%} of the MACs removed: {tried[-1].kept:.1%} of the latency", markup=False)
+        if plan.note and tried[-1].kept > wanted:
+            break  # not even the most that can be cut is fast enough
     if not plans:  # an earlier cut is as fast as was asked already; the smallest step that there is
-        plans.append(stages.plan_cut(analysis, section.model_copy(update={"of": "macs", "ratio": NARROW})))
+        plans.append(make_plan(analysis, section.model_copy(update={"of": "macs", "ratio": NARROW})))
         tried.append(tried[0])
     best, kept = min(zip(plans, (t.kept for t in tried[1:]), strict=True), key=lambda pair: abs(pair[1] / wanted - 1))
     note = ""
     if abs(kept / wanted - 1) > TOLERANCE:
         note = (
-            f"asked for {wanted:.1%} of the dense latency ({conditions(bench)}), the nearest that was found is "
+            f"asked for {wanted:.1%} of the dense latency ({conditions}), the nearest that was found is "
             f"{kept:.1%}. {best.note}"
         ).strip()
     return replace(best, ratio=section.ratio, of="latency", note=note)
-
-
-def conditions(bench: BenchSection) -> str:
-    """What a latency budget is measured under, in words."""
-    threads = bench.threads[0]
-    return f"batch {bench.batches[0]}, {threads} thread{'' if threads == 1 else 's'}, {bench.provider}"
-
-
-def missed(table: LatencyTable, bench: BenchSection, ratio: float) -> str:
-    """A sentence if the final measurement does not keep the budget, else an empty string.
-
-    Args:
-        table: with rows labelled ``pruned``.
-        bench: that the budget was measured under.
-        ratio: share of the latency to remove.
-    """
-    for row in table.rows:
-        same = row.batch == bench.batches[0] and row.threads == bench.threads[0]
-        if row.label == "pruned" and same and row.speedup is not None:
-            kept = 1 / row.speedup.value
-            if abs(kept / (1 - ratio) - 1) > TOLERANCE:
-                return (
-                    f"the final file takes {kept:.1%} of the dense latency ({conditions(bench)}), "
-                    f"{1 - ratio:.1%} was asked for."
-                )
-    return ""
-
-
-def _export(job: Job, model: nn.Module, path: Path) -> None:
-    stages.export(model, job.loaded.spec, job.data, path, job.recipe.export.opset, job.recipe.seed)
-
-
-def _kept(job: Job, model: nn.Module, dense: Path, file: Path) -> float:
-    bench = job.recipe.bench
-    _export(job, model, file)
-    table = measure_latency(
-        [("dense", dense), ("candidate", file)],
-        batches=bench.batches[:1],
-        threads=bench.threads[:1],
-        provider=bench.provider,
-        kinds=bench.kinds[:1],
-        seconds_budget=bench.seconds * SECONDS_SHARE,
-        seed=job.recipe.seed,
-    )
-    speedup = table.rows[1].speedup
-    assert speedup is not None
-    return 1 / speedup.value

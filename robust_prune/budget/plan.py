@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,10 +10,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..ranking.importance import removal_order
-from ..sensitivity.groups import MRS_EXPONENT, damped
-from ..sensitivity.profile import SensitivityProfile
-from ..structure.types import ChannelGroup, Refused
+from ..recipe import PruningSection
+from ..sensitivity.groups import damped
+from ..structure.groups import GroupSearch
+from ..structure.types import ChannelGroup
 from .allocation import allocate
+from .analysis import Analysis, check_groups
 from .cost import CostModel
 from .rounding import TOLERANCE, floor_of
 from .types import PlannedGroup, PruningPlan
@@ -23,100 +23,54 @@ from .types import PlannedGroup, PruningPlan
 _BAR = 12
 
 
-class GroupsFound(Protocol):
-    """What `find_groups` returns: the groups that can be cut and those that cannot, with reasons."""
-
-    @property
-    def groups(self) -> Sequence[ChannelGroup]:
-        """Groups that can be cut."""
-        ...
-
-    @property
-    def refused(self) -> Sequence[Refused]:
-        """Groups that stay whole."""
-        ...
-
-
-def check_groups(found: GroupsFound) -> None:
-    """Raises UsageError if there is nothing to cut."""
-    if not found.groups:
-        reason = f": {found.refused[0].name}: {found.refused[0].reason}" if found.refused else ""
-        raise UsageError(f"the model has no group of channels that can be cut{reason}")
-
-
-def make_plan(
-    found: GroupsFound,
-    cost: CostModel,
-    profile: SensitivityProfile | None,
-    scores: Mapping[str, Tensor],
-    removed_fraction: Mapping[str, Tensor] | None,
-    *,
-    ratio: float,
-    of: str = "macs",
-    allocation: str = "mrs",
-    criterion: str,
-    align: int = 8,
-    min_keep: float = 0.1,
-    exponent: float = MRS_EXPONENT,
-) -> PruningPlan:
-    """Plans the removal of `ratio` of the model's cost; the lowest-scored channels of each group go.
+def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
+    """Plans the removal of `section.ratio` of the model's cost; the lowest-scored channels of each group go.
 
     A budget that the structure does not allow (floors, refused groups) is no error: the plan is the nearest that can be
     had and its `note` names the ratio it reaches, so that the caller can go on, warn or stop.
 
     Args:
-        found: groups and refusals.
-        cost: of the same groups.
-        profile: group sensitivities; only ``uniform`` does without.
-        scores: per group, [channels], higher is more important.
-        removed_fraction: per group, [channels + 1]; only ``mrs`` needs it.
-        ratio: share of `of` to remove, in (0, 1).
-        of: ``macs``, ``params`` or ``channels``.
-        allocation: one of `allocation.ALLOCATIONS`.
-        criterion: what the scores are, for the record.
-        align: widths are multiples of this where possible.
-        min_keep: floor as a share of each group, in [0, 1).
-        exponent: on MRS, for ``mrs`` allocation: see `damped`.
+        analysis: of the model.
+        section: ratio, what it counts (``latency`` is for `plan_for_latency`), allocation and its limits. The criterion
+            is only noted: the scores are those of `analysis`.
 
     Raises:
-        UsageError: a value out of range, no group to cut, or an input that the allocation lacks.
+        UsageError: no group to cut, or `analysis` lacks what the allocation needs.
     """
-    if not 0 < ratio < 1:
-        raise UsageError(f"ratio must be in (0, 1), got {ratio}. Try 0.5.")
-    check_groups(found)
-    before = cost.cost({}, of)
+    search, cost, profile = analysis.search, analysis.cost, analysis.profile
+    check_groups(search)
     keep = allocate(
-        allocation,
-        found.groups,
+        section.allocation,
+        search.groups,
         cost,
-        (1 - ratio) * before,
-        of,
-        damped(profile, found.groups, exponent) if profile and allocation == "mrs" else profile,
-        scores,
-        removed_fraction,
-        align=align,
-        min_keep=min_keep,
+        (1 - section.ratio) * cost.cost({}, section.of),
+        section.of,
+        damped(profile, search.groups, section.mrs_exponent) if profile and section.allocation == "mrs" else profile,
+        analysis.scores,
+        analysis.removed,
+        align=section.align,
+        min_keep=section.min_keep,
     )
-    mrs = {} if profile is None else {s.name: s.mrs for s in profile.groups}
+    mrs = {} if profile is None else {group.name: group.mrs for group in profile.groups}
     planned = tuple(
         PlannedGroup(
-            g.name, g.channels, _lowest(g, scores, keep[g.name]), mrs.get(g.name, math.nan), g.traced, g.members
+            g.name, g.channels, _lowest(g, analysis.scores, keep[g.name]), mrs.get(g.name), g.traced, g.members
         )
-        for g in found.groups
+        for g in search.groups
     )
     return PruningPlan(
-        ratio=ratio,
-        of=of,
-        allocation=allocation,
-        criterion=criterion,
-        align=align,
+        ratio=section.ratio,
+        of=section.of,
+        allocation=section.allocation,
+        criterion=section.criterion,
+        align=section.align,
         groups=planned,
-        refused=tuple(found.refused),
+        refused=tuple(search.refused),
         macs_before=cost.macs({}),
         macs_after=cost.macs(keep),
         params_before=cost.params({}),
         params_after=cost.params(keep),
-        note=_note(found, cost, keep, ratio, of, min_keep),
+        note=_note(search, cost, keep, section),
     )
 
 
@@ -134,7 +88,7 @@ def render_plan(plan: PruningPlan) -> Table:
     table.add_column("MRS", justify="right")
     for group in plan.groups:
         share = group.keep / group.channels
-        mrs = "" if math.isnan(group.mrs) else f"{group.mrs:.3g}"
+        mrs = "" if group.mrs is None else f"{group.mrs:.3g}"
         table.add_row(group.name, str(group.channels), str(group.keep), f"{share:.0%}", _bar(share), mrs)
     for refused in plan.refused:
         table.add_row(escape(f"{refused.name}: {refused.reason}"), "", "whole", "", "", "", style="dim")
@@ -148,15 +102,15 @@ def _lowest(group: ChannelGroup, scores: Mapping[str, Tensor], keep: int) -> tup
     return tuple(sorted(order[: group.channels - keep].tolist()))
 
 
-def _note(found: GroupsFound, cost: CostModel, keep: Mapping[str, int], ratio: float, of: str, min_keep: float) -> str:
-    before, after = cost.cost({}, of), cost.cost(keep, of)
-    reached = 1 - after / before
+def _note(search: GroupSearch, cost: CostModel, keep: Mapping[str, int], section: PruningSection) -> str:
+    ratio, of = section.ratio, section.of
+    reached = 1 - cost.cost(keep, of) / cost.cost({}, of)
     if abs(reached - ratio) <= TOLERANCE:
         return ""
     asked = f"asked to remove {ratio:.1%} of {of}, the nearest"
-    if all(keep[g.name] == floor_of(g, min_keep) for g in found.groups):
-        whole = f" and {len(found.refused)} groups stay whole" if found.refused else ""
-        lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in found.groups) else ""
+    if all(keep[g.name] == floor_of(g, section.min_keep) for g in search.groups):
+        whole = f" and {len(search.refused)} groups stay whole" if search.refused else ""
+        lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in search.groups) else ""
         said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"
         return f"{said}. Lower {lower}the ratio."
     return f"{asked} found is {reached:.1%}: one channel more or less is too coarse a step."

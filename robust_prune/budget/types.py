@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..structure.types import Refused
 
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """Which channels of a group go; `traced` and `members` as in ChannelGroup."""
+    """Which channels of a group go, and its MRS, where that was measured; `traced` and `members` as in ChannelGroup."""
 
     name: str
     channels: int
     removed: tuple[int, ...]
-    mrs: float
+    mrs: float | None
     traced: bool = False
     members: tuple[str, ...] = ()
 
@@ -48,18 +47,3 @@ class PruningPlan:
     params_before: int
     params_after: int
     note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> PruningPlan:
-        """The plan that `to_json` wrote."""
-        data = dict(value)
-        data["groups"] = tuple(
-            PlannedGroup(**{**g, "removed": tuple(g["removed"]), "members": tuple(g.get("members", ()))})
-            for g in data["groups"]
-        )
-        data["refused"] = tuple(Refused(**r) for r in data["refused"])
-        return cls(**data)

@@ -36,6 +36,7 @@ def bench(
 
     from ..bench.latency import render_latency, run
     from ..runs.files import write_json
+    from ..serialization import to_json
 
     table = run(
         [(label, path) for label, path in zip(_labels(files), files, strict=True)],
@@ -49,7 +50,7 @@ def bench(
     )
     console.print(render_latency(table))
     if out is not None:
-        write_json(out, table.to_json())
+        write_json(out, to_json(table))
 
 
 def _labels(files: tuple[Path, ...]) -> list[str]:

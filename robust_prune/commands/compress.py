@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..console import console
+from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
     DEMO,
@@ -105,19 +105,16 @@ def compress(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from .. import pipeline, shrink
-    from ..budget.plan import render_plan
+    from ..compress import Compression, plan_only, say_plan
+    from ..compress import compress as run
     from ..machine.host import tune_allocator
-    from ..runs.job import Job, warn
 
     tune_allocator()
-    job = Job(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
+    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
     if not dry_run:
-        pipeline.compress(job)
+        run(job)
         return
-    plan = shrink.make_plan(job)
-    console.print(render_plan(plan))
-    warn(plan.note)
+    say_plan(plan_only(job))
     if resolved.pruning.steps > 1:
         warn(f"this is the first of {resolved.pruning.steps} cuts; the others are planned on the model that it leaves.")
     console.print("Dry run: nothing was written.")

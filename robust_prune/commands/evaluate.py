@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from ..console import console
+from ..console import console, warn
 from ..errors import UsageError
 from .common import (
     DEMO,
@@ -78,36 +79,41 @@ def evaluate(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from .. import stages
+    from ..budget.counting import count_macs, count_params
+    from ..data.base import SAMPLE_NOTE, first
+    from ..evaluation.evaluate import Subject
+    from ..evaluation.evaluate import evaluate as evaluate_model
+    from ..evaluation.onnx_scores import OnnxModel
+    from ..machine.device import choose_device
     from ..machine.host import tune_allocator
     from ..machine.snapshot import snapshot
-    from ..pipeline import SAMPLE_NOTE
     from ..runs.files import write_json
-    from ..runs.job import warn
+    from ..serialization import to_json
 
     tune_allocator()
-    threat, where = stages.threat_of(resolved), stages.device_of(resolved)
+    threat, section = resolved.threat_model, resolved.evaluation
     state = out.with_suffix(".state.npz") if out is not None else None
-    found = stages.evaluate_model(
-        loaded.model, bundle, threat, resolved.evaluation,
-        name=run_name(model), seed=resolved.seed, device=where, onnx={"exported": onnx} if onnx else {},
-        state_path=state,
+    card = evaluate_model(
+        loaded.model.to(choose_device(resolved.device)), first(bundle.test, section.images), threat, section,
+        subject=Subject(run_name(model), bundle.name, "test"), seed=resolved.seed,
+        exported={"exported": OnnxModel(onnx)} if onnx else {}, state_path=state,
     )  # fmt: skip
-    card = found.card
+    macs = count_macs(loaded.model.cpu(), loaded.spec.blank_image())
+    card = replace(card, macs=macs, params=count_params(loaded.model))
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)
     how = "at the same adversarial images" + (", and attacked directly" if card.tier != "pgd" else "")
-    for twin in found.twins.values():
-        console.print(f"ONNX clean       {twin.clean}", markup=False)
-        console.print(f"ONNX robust      {twin.robust}   {how}", markup=False)
+    for file in card.exported.values():
+        console.print(f"ONNX clean       {file.clean}", markup=False)
+        console.print(f"ONNX robust      {file.robust}   {how}", markup=False)
     for line in _details(card, bundle.class_names):
         console.print(line, markup=False)
     for flag in card.flags:
         warn(flag)
     warn(SAMPLE_NOTE if bundle.sample else "")
     if out is not None and state is not None:
-        write_json(out, {**card.to_json(), "environment": snapshot()})
+        write_json(out, {**to_json(card), "environment": snapshot()})
         state.unlink(missing_ok=True)
 
 
@@ -119,7 +125,7 @@ def _details(card: ResultCard, class_names: Sequence[str]) -> Iterator[str]:
     if len(card.breakdown) > 1:
         yield "standing after   " + ", ".join(f"{name} {left / total:.2%}" for name, left in card.breakdown.items())
     if card.sweep:
-        radii = (f"{ThreatModel(card.threat['norm'], radius)} {found}" for radius, found in card.sweep)
+        radii = (f"{ThreatModel(card.threat.norm, radius)} {found}" for radius, found in card.sweep)
         yield "other radii      " + "; ".join(radii) + "   by PGD"
     if len(card.per_class) > 1 and min(part.total for part in card.per_class) >= FEWEST_OF_A_CLASS:
         ranked = sorted(card.per_class, key=lambda part: part.robust / part.total)

@@ -53,11 +53,12 @@ def export(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from .. import stages
+    from ..export.onnx import export_model
+    from ..export.precision import export_precisions
 
-    found = stages.export(loaded.model, loaded.spec, bundle, out, resolved.export.opset, resolved.seed)
+    found = export_model(loaded.model, loaded.spec, bundle.train, out, resolved.export, resolved.seed)
     _say(found)
-    for reduced in stages.export_precisions(loaded.model, bundle, out, resolved.export).values():
+    for reduced in export_precisions(loaded.model, bundle.train, out, resolved.export).values():
         _say(reduced)
 
 

@@ -50,18 +50,25 @@ def sensitivity(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from .. import stages
+    from ..machine.device import choose_device
     from ..runs.files import write_json
+    from ..sensitivity.adversarial_set import make_adversarial_set
     from ..sensitivity.display import draw_profile, render_table
+    from ..sensitivity.estimators import measure
+    from ..serialization import to_json
     from ..structure.groups import find_groups
 
-    threat, where = stages.threat_of(resolved), stages.device_of(resolved)
-    search = find_groups(loaded.model, stages.blank_image(loaded.spec))
+    threat, section, where = resolved.threat_model, resolved.sensitivity, choose_device(resolved.device)
+    search = find_groups(loaded.model, loaded.spec.blank_image())
     loaded.model.to(where)
-    adv = stages.adversarial_set(loaded.model, bundle.train, threat, resolved.sensitivity, resolved.seed, where)
-    profile = stages.measure_sensitivity(loaded.model, adv, threat, resolved.sensitivity, search, where)
+    adv = make_adversarial_set(loaded.model, bundle.train, threat, section, seed=resolved.seed, device=where)
+    profile = measure(
+        loaded.model, adv, threat,
+        estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
+        device=where,
+    )  # fmt: skip
     console.print(render_table(profile))
     if out is not None:
-        write_json(out / "sensitivity.json", profile.to_json())
+        write_json(out / "sensitivity.json", to_json(profile))
         draw_profile(profile, out / "sensitivity.png")
         console.print(f"{out / 'sensitivity.json'}  {out / 'sensitivity.png'}", markup=False)

@@ -53,9 +53,9 @@ def train(
     check_loss(resolved.training.loss)
     bundle = open_data(resolved)
 
-    from .. import train
     from ..machine.host import tune_allocator
+    from ..train import train_model
 
     tune_allocator()
     name = f"{resolved.model.arch.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
-    train.run(name, bundle, resolved, out or Path("runs") / name, command_line())
+    train_model(name, bundle, resolved, out or Path("runs") / name, command_line())

@@ -79,6 +79,17 @@ def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
     return Subset(images, order[:count].sort().values)
 
 
+def random_images(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The images of `random_subset`, [N, C, H, W] in [0, 1], and their labels [N]."""
+    return first_images(random_subset(images, count, seed), count)
+
+
+def first_images(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images (all, if there are fewer), [N, C, H, W] in [0, 1], and their labels [N]."""
+    x, y = images.get(torch.arange(min(count, len(images))))
+    return x.float() / 255, y
+
+
 def mixing_order(labels: Tensor) -> Tensor:
     """Positions [N] in which images should lie, so that the first of them are of all classes.
 
@@ -108,6 +119,11 @@ def batches(images: ImageSet, batch_size: int, device: torch.device | str = "cpu
         yield x.to(device).float() / 255, y.to(device)
 
 
+SAMPLE_NOTE = (
+    "These figures come from the embedded sample of CIFAR-10 (a few hundred test images): they are indicative only."
+)
+
+
 @dataclass(frozen=True)
 class DataBundle:
     """The splits of one data set.
@@ -133,6 +149,11 @@ class DataBundle:
     input_size: tuple[int, int, int]
     sample: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """Sentences that must stand beside any figure of these images."""
+        return ((SAMPLE_NOTE,) if self.sample else ()) + self.notes
 
     @property
     def num_classes(self) -> int:

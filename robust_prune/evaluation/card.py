@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+
+from pydantic import computed_field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ..attacks.threat import ThreatModel
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -22,18 +26,20 @@ def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) ->
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True)
 class Accuracy:
-    """Correct predictions out of a number of images."""
+    """Correct predictions out of a number of images. As JSON it holds the rate and its interval too."""
 
     correct: int
     total: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def value(self) -> float:
         """Share of correct predictions in [0, 1]."""
         return self.correct / self.total if self.total else float("nan")
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval in [0, 1]."""
@@ -55,6 +61,20 @@ class ClassAccuracy:
 
 
 @dataclass(frozen=True)
+class ExportedAccuracy:
+    """What an exported form of the model gets right.
+
+    Attributes:
+        clean: images without an attack.
+        robust: images that the torch model gets right as they are, and the exported one as they are, at the worst
+            points found on the torch model, and after the black-box check on the exported one itself.
+    """
+
+    clean: Accuracy
+    robust: Accuracy
+
+
+@dataclass(frozen=True)
 class ResultCard:
     """Clean and robust accuracy of one model on one split.
 
@@ -63,7 +83,7 @@ class ResultCard:
         data, split: which images.
         tier: strength of the attack, e.g. ``pgd`` (PGD-20).
         attack: one line naming steps, restarts and loss.
-        threat: the threat model as JSON.
+        threat: norm and radius.
         clean, robust: counts; robust is the point-wise worst case over all attacks.
         flags: sentences that warn that a figure may not be trusted; empty is good.
         forwards, backwards: image passes that the attack spent.
@@ -74,6 +94,7 @@ class ResultCard:
         sweep: accuracy at other radii, by PGD on the first images, the radius in [0, 1] pixel units first.
         model_hash, images_hash: SHA-256 of the model and of (a sample of) the images.
         macs, params: of the model; None where nobody counted them.
+        exported: what exported forms of the model get right, by name.
     """
 
     model: str
@@ -81,7 +102,7 @@ class ResultCard:
     split: str
     tier: str
     attack: str
-    threat: dict[str, Any]
+    threat: ThreatModel
     clean: Accuracy
     robust: Accuracy
     flags: tuple[str, ...]
@@ -96,22 +117,4 @@ class ResultCard:
     images_hash: str = ""
     macs: int | None = None
     params: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The card as plain JSON values, rates and intervals included."""
-        value = asdict(self)
-        for key, accuracy in (("clean", self.clean), ("robust", self.robust)):
-            value[key] |= {"value": accuracy.value, "interval": list(accuracy.interval)}
-        return value
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ResultCard:
-        """The card that `to_json` wrote."""
-        data = dict(value)
-        for key in ("clean", "robust"):
-            data[key] = Accuracy(data[key]["correct"], data[key]["total"])
-        data["flags"] = tuple(data["flags"])
-        data["per_class"] = tuple(ClassAccuracy(**counts) for counts in data.get("per_class", ()))
-        data["sweep"] = tuple((radius, Accuracy(**counts)) for radius, counts in data.get("sweep", ()))
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: part for key, part in data.items() if key in known})
+    exported: dict[str, ExportedAccuracy] = field(default_factory=dict)

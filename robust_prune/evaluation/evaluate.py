@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,21 @@ from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet, images_at_once
 from ..errors import UsageError
-from ..models.layout import fastest_layout, tf32
-from .card import Accuracy, ClassAccuracy, ResultCard
+from ..models.layout import fastest_layout, has_fast_bf16, tf32
+from ..recipe import EvaluationSection
+from .card import Accuracy, ClassAccuracy, ExportedAccuracy, ResultCard
 from .flags import (
     BUFFERS_MOVED,
     CHECK_IMAGES,
     behaviour_flags,
     black_box_flags,
+    exported_flags,
     gap_flags,
     mode_flags,
     sweep_flags,
-    twin_flags,
 )
 from .hashing import buffers_hash, images_hash, models_hash
-from .passes import BLACK_BOX, Job, Twin, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
+from .passes import BLACK_BOX, ExportedModel, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
 from .standard import check_classes
 from .state import EvalState, load_state
@@ -39,73 +39,32 @@ DEFAULT_BATCH = 250
 
 
 @dataclass(frozen=True)
-class TwinAccuracy:
-    """What a twin gets right.
+class Subject:
+    """What is evaluated on which images, for the card.
 
     Attributes:
-        clean: images without an attack.
-        robust: images that the model gets right as they are, and the twin as they are, at the worst points found on
-            the model, and after the black-box check on the twin itself.
+        model: how the report names the model.
+        data, split: which images.
     """
 
-    clean: Accuracy
-    robust: Accuracy
+    model: str = "model"
+    data: str = "data"
+    split: str = "test"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A result card, and the figures of the twins by name."""
-
-    card: ResultCard
-    twins: dict[str, TwinAccuracy] = field(default_factory=dict)
-
-
+# Nine parameters: what is attacked, how, and where the progress goes, none of which belongs in another's value.
 def evaluate(
     model: nn.Module,
     images: ImageSet,
     threat: ThreatModel,
+    section: EvaluationSection | None = None,
     *,
-    model_name: str,
-    data_name: str,
-    split: str = "test",
-    tier: str = "pgd",
-    steps: int = 20,
-    restarts: int = 2,
-    batch_size: int | None = None,
+    subject: Subject | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    exported: Mapping[str, ExportedModel] | None = None,
     state_path: Path | None = None,
-    precision: Precision = "fp32",
-    sweep: Sequence[float] = (),
+    shared: bool = False,
 ) -> ResultCard:
-    """Clean and robust accuracy of `model`; see `evaluate_with_twins`, of which this is the card."""
-    return evaluate_with_twins(
-        model, images, threat, model_name=model_name, data_name=data_name, split=split, tier=tier, steps=steps,
-        restarts=restarts, batch_size=batch_size, seed=seed, device=device, state_path=state_path, precision=precision,
-        sweep=sweep,
-    ).card  # fmt: skip
-
-
-def evaluate_with_twins(
-    model: nn.Module,
-    images: ImageSet,
-    threat: ThreatModel,
-    *,
-    model_name: str,
-    data_name: str,
-    split: str = "test",
-    tier: str = "pgd",
-    steps: int = 20,
-    restarts: int = 2,
-    batch_size: int | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    state_path: Path | None = None,
-    precision: Precision = "fp32",
-    sweep: Sequence[float] = (),
-    twins: Mapping[str, Twin] | None = None,
-    together: bool = False,
-) -> Evaluation:
     """Attacks every image that the model classifies rightly, and counts those that survive all attacks of the tier.
 
     An image counts as robust only if it is right as it is and at every point the attacks returned (point-wise worst
@@ -115,96 +74,79 @@ def evaluate_with_twins(
     not.
 
     Args:
-        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; float32. It leaves as it came.
-        images: uint8 images and labels.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; float32. It leaves as it came, and is attacked where
+            its parameters are.
+        images: uint8 images and labels; all of them are used.
         threat: norm and radius; with epsilon 0 the robust accuracy is the clean one.
-        model_name, data_name, split: for the card.
-        tier: a name of `TIERS`.
-        steps: gradient steps of PGD.
-        restarts: random starts of PGD; each attacks only what survived those before.
-        batch_size: images a batch; 250 by default, fewer where they are large (see `images_at_once`).
+        section: tier, PGD's steps and restarts (each attacks only what survived those before), other radii, batch size
+            and the precision of the attacks' gradients. The ensemble of the ``standard`` tier stays in fp32.
+        subject: names for the card.
         seed: of the random starts.
-        device: where to run; the model comes back to where it was.
+        exported: exported forms of the model by name, scored on the clean images and on the worst points found.
         state_path: file that keeps the progress; written after every batch.
-        precision: of the attacks' gradients. ``bf16`` is faster where the hardware has it. The ensemble of the
-            ``standard`` tier stays in fp32.
-        sweep: other radii to measure, by PGD with one start on the first images.
-        twins: exported forms of the model by name, scored on the clean images and on the worst points found.
-        together: all processes of a distributed run call this, and each attacks its share of every batch. The first
-            one has the result. Random starts then depend on the number of processes too.
+        shared: all processes of a distributed run call this, and each attacks its share of every batch. The first one
+            has the result. Random starts then depend on the number of processes too.
 
     Raises:
-        UsageError: unknown tier or one that so few classes do not allow, no images, labels beyond the logits, weights
-            that are not float32.
+        UsageError: a tier that so few classes do not allow, no images, labels beyond the logits, weights that are not
+            float32.
         QualityGateError: the attack returned a point outside the threat model.
     """
-    chosen = find_tier(tier)
-    _check_request(model, images, steps, restarts, batch_size, sweep)
-    where = torch.device(device)
+    section, subject = section or EvaluationSection(), subject or Subject()
+    _check_request(model, images)
+    first = next(model.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
     flags = mode_flags(model)
-    with frozen_eval(model), _moved(model, where), kept_buffers(model):
+    with frozen_eval(model), kept_buffers(model):
         few, _ = images.get(torch.arange(min(2, len(images))))
-        few = few.to(where).float() / 255
-        job = Job(
-            model=model, images=images, threat=threat, name=model_name, tier=chosen,
-            steps=steps, restarts=restarts, sweep=tuple(sweep),
-            batch_size=batch_size or images_at_once(images, DEFAULT_BATCH), seed=seed, device=where,
-            precision=precision, twins=twins or {}, state_path=state_path, layout=fastest_layout(model, few),
-            together=together and distributed.count() > 1,
+        few = few.to(device).float() / 255
+        request = Request(
+            model=model, images=images, threat=threat, name=subject.model, section=section,
+            tier=find_tier(section.tier), batch_size=section.batch_size or images_at_once(images, DEFAULT_BATCH),
+            seed=seed, device=device, precision=_precision(section, device), exported=exported or {},
+            state_path=state_path, layout=fastest_layout(model, few), shared=shared and distributed.count() > 1,
         )  # fmt: skip
-        state = _begin(job) if job.leads else EvalState.fresh("", len(images))
+        state = _begin(request) if request.leads else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
         if state.counters.clean_done == 0:
-            state.counters.classes = _classes(job, few)
-            state.counters.flags = _union(state.counters.flags, _first_look(job, state.counters.classes))
-        if job.leads:
-            clean_pass(job, state)
-        if job.together:
+            state.counters.classes = _classes(request, few)
+            state.counters.flags = _union(state.counters.flags, _first_look(request, state.counters.classes))
+        if request.leads:
+            clean_pass(request, state)
+        if request.shared:
             state = distributed.from_first(state)
-        attack_pass(job, state)
-        if job.leads:
-            black_box_pass(job, state)
-            sweep_pass(job, state)
+        attack_pass(request, state)
+        if request.leads:
+            black_box_pass(request, state)
+            sweep_pass(request, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
-    return _result(job, state, data_name, split)
+    return _result(request, state, subject)
 
 
-def _check_request(
-    model: nn.Module, images: ImageSet, steps: int, restarts: int, batch_size: int | None, sweep: Sequence[float]
-) -> None:
+def _precision(section: EvaluationSection, device: torch.device) -> Precision:
+    if section.precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    return section.precision
+
+
+def _check_request(model: nn.Module, images: ImageSet) -> None:
     if len(images) == 0:
-        raise UsageError("there are no images to evaluate on. Check the data set and --limit.")
-    for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}.")
-    for radius in sweep:
-        ThreatModel("linf", radius)
+        raise UsageError("there are no images to evaluate on. Check the data set and --images.")
     odd = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if odd:
         raise UsageError(f"evaluation needs float32 weights, found {', '.join(sorted(odd))}. Call model.float() first.")
 
 
-@contextmanager
-def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
-    first = next(model.parameters(), None)
-    before = first.device if first is not None else device
-    try:
-        model.to(device)
-        yield
-    finally:
-        model.to(before)
-
-
-def _begin(job: Job) -> EvalState:
-    if job.state_path is None:
-        return EvalState.fresh("", len(job.images), len(job.twins))
-    state, note = load_state(job.state_path, job.key, len(job.images), len(job.twins))
+def _begin(request: Request) -> EvalState:
+    if request.state_path is None:
+        return EvalState.fresh("", len(request.images), len(request.exported))
+    state, note = load_state(request.state_path, request.key, len(request.images), len(request.exported))
     if note:
         # Hours of a strong attack may lie in it, and a mistyped option be all that keeps them from going on.
-        kept = job.state_path.with_name(f"{job.state_path.name}.old")
-        job.state_path.replace(kept)
+        kept = request.state_path.with_name(f"{request.state_path.name}.old")
+        request.state_path.replace(kept)
         console.print(f"{note} It is kept as {kept.name}.", markup=False)
     return state
 
@@ -214,63 +156,64 @@ def _union(known: list[str], more: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _classes(job: Job, few: Tensor) -> int:
-    logits = job.model(few)
+def _classes(request: Request, few: Tensor) -> int:
+    logits = request.model(few)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits [{len(few)}, K], it returned {found}.")
-    if job.tier.name == "standard":
+    if request.tier.name == "standard":
         check_classes(logits.shape[1])
     return int(logits.shape[1])
 
 
-def _first_look(job: Job, classes: int) -> list[str]:
-    x, y = job.get(torch.arange(min(CHECK_IMAGES, job.batch_size, len(job.images))))
+def _first_look(request: Request, classes: int) -> list[str]:
+    x, y = request.get(torch.arange(min(CHECK_IMAGES, request.batch_size, len(request.images))))
     check_labels(y, classes)
     with tf32(False):
-        return behaviour_flags(job.model, x, y)
+        return behaviour_flags(request.model, x, y)
 
 
-def _result(job: Job, state: EvalState, data_name: str, split: str) -> Evaluation:
-    total, counters = len(job.images), state.counters
+def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
+    total, counters = len(request.images), state.counters
     clean, robust = Accuracy(int(state.clean.sum()), total), Accuracy(int(state.robust.sum()), total)
-    breakdown = _breakdown(job, state)
+    breakdown = _breakdown(request, state)
     sweep = {float(radius): Accuracy(*counts) for radius, counts in sorted(counters.sweep.items(), key=_radius)}
     flags = [*counters.flags, *sweep_flags({radius: accuracy.value for radius, accuracy in sweep.items()})]
     if "pgd" in breakdown:
         flags += gap_flags(breakdown["pgd"], robust.correct, total)
     if counters.black_box is not None:
         flags += black_box_flags("the model", *counters.black_box)
-    twins = {}
-    for index, name in enumerate(job.twins):
-        right = (Accuracy(int(found[index].sum()), total) for found in (state.twin_clean, state.twin_robust))
-        twins[name] = TwinAccuracy(*right)
-        flags += twin_flags(name, counters.twin_mismatch[index], total, robust.correct, twins[name].robust.correct)
-        if counters.twin_black_box:
-            flags += black_box_flags(f"the {name} file's torch model", *counters.twin_black_box[index])
-    attack = job.tier.attack_line(counters.classes, job.steps, job.restarts)
-    if job.threat.epsilon == 0:
+    exported = {}
+    for index, name in enumerate(request.exported):
+        right = (Accuracy(int(found[index].sum()), total) for found in (state.exported_clean, state.exported_robust))
+        exported[name] = ExportedAccuracy(*right)
+        flags += exported_flags(
+            name, counters.exported_mismatch[index], total, robust.correct, exported[name].robust.correct
+        )
+        if counters.exported_black_box:
+            flags += black_box_flags(f"the {name} file's torch model", *counters.exported_black_box[index])
+    attack = request.tier.attack_line(counters.classes, request.section.steps, request.section.restarts)
+    if request.threat.epsilon == 0:
         attack = "none: epsilon is 0"
-    elif job.precision == "bf16" and job.tier.name != "standard":
+    elif request.precision == "bf16" and request.tier.name != "standard":
         attack += ", bf16 gradients"
-    card = ResultCard(
-        model=job.name, data=data_name, split=split, tier=job.tier.name, attack=attack, threat=job.threat.to_json(),
-        clean=clean, robust=robust, flags=tuple(dict.fromkeys(flags)), forwards=counters.forwards,
-        backwards=counters.backwards, seconds=counters.seconds, seed=job.seed, breakdown=breakdown,
-        per_class=_per_class(job, state), sweep=tuple(sweep.items()), model_hash=models_hash(job.model),
-        images_hash=images_hash(job.images),
+    return ResultCard(
+        model=subject.model, data=subject.data, split=subject.split, tier=request.tier.name, attack=attack,
+        threat=request.threat, clean=clean, robust=robust, flags=tuple(dict.fromkeys(flags)),
+        forwards=counters.forwards, backwards=counters.backwards, seconds=counters.seconds, seed=request.seed,
+        breakdown=breakdown, per_class=_per_class(request, state), sweep=tuple(sweep.items()),
+        model_hash=models_hash(request.model), images_hash=images_hash(request.images), exported=exported,
     )  # fmt: skip
-    return Evaluation(card, twins)
 
 
 def _radius(item: tuple[str, list[int]]) -> float:
     return float(item[0])
 
 
-def _breakdown(job: Job, state: EvalState) -> dict[str, int]:
+def _breakdown(request: Request, state: EvalState) -> dict[str, int]:
     """Images still right after each attack; stages of one name count together."""
     found = {}
-    names = [stage.name for stage in job.stages(state)]
+    names = [stage.name for stage in request.stages(state)]
     if state.counters.black_box is not None:
         names.append(BLACK_BOX)
     for index, name in enumerate(names):
@@ -278,9 +221,9 @@ def _breakdown(job: Job, state: EvalState) -> dict[str, int]:
     return found
 
 
-def _per_class(job: Job, state: EvalState) -> tuple[ClassAccuracy, ...]:
-    parts = torch.arange(len(job.images)).split(job.batch_size)
-    labels = np.concatenate([job.images.get(part)[1].cpu().numpy() for part in parts])
+def _per_class(request: Request, state: EvalState) -> tuple[ClassAccuracy, ...]:
+    parts = torch.arange(len(request.images)).split(request.batch_size)
+    labels = np.concatenate([request.images.get(part)[1].cpu().numpy() for part in parts])
     return tuple(
         ClassAccuracy(
             int(label),

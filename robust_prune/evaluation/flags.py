@@ -20,8 +20,8 @@ BATCH_TOLERANCE = 0.01
 ZERO_SHARE = 0.01
 BLANK_SHARE = 0.5
 PROBABILITY_SLACK = 1e-3
-TWIN_CLEAN_SHARE = 0.005
-TWIN_ROBUST_POINTS = 1.0
+EXPORTED_CLEAN_SHARE = 0.005
+EXPORTED_ROBUST_POINTS = 1.0
 RANGE_GAIN = 0.1
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNHILL_SHARE = 0.1
@@ -219,20 +219,20 @@ def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
     return []
 
 
-def twin_flags(name: str, mismatch: int, total: int, robust: int, twin_robust: int) -> list[str]:
+def exported_flags(name: str, mismatch: int, total: int, robust: int, exported_robust: int) -> list[str]:
     """The exported file and the torch model disagree on more than 0.5 % of clean images or 1 point of robustness.
 
     Args:
         name: of the file, such as its precision.
         mismatch: clean images that the two classify differently.
         total: images.
-        robust, twin_robust: images on which each survives the same adversarial points.
+        robust, exported_robust: images on which each survives the same adversarial points.
     """
     flags = []
-    if mismatch > TWIN_CLEAN_SHARE * total:
+    if mismatch > EXPORTED_CLEAN_SHARE * total:
         share = 100 * mismatch / total
         flags.append(f"The {name} file and the torch model disagree on {share:.1f} % of clean images (limit 0.5 %).")
-    gap = 100 * abs(robust - twin_robust) / total
-    if gap > TWIN_ROBUST_POINTS:
+    gap = 100 * abs(robust - exported_robust) / total
+    if gap > EXPORTED_ROBUST_POINTS:
         flags.append(f"The {name} file's robust accuracy is {gap:.1f} points off the torch model's (limit 1).")
     return flags

@@ -14,8 +14,8 @@ from ..runs.files import file_sha256
 from .scoring import classify
 
 
-class OnnxTwin:
-    """An ONNX classifier of [0, 1] images; a `Twin` for `evaluate_with_twins`.
+class OnnxModel:
+    """An ONNX classifier of [0, 1] images; an `ExportedModel` for `evaluate`.
 
     Args:
         path: the file; one input (float32, [N, C, H, W]) and logits [N, K] as its first output.

@@ -22,7 +22,9 @@ from ..console import track
 from ..data.base import ImageSet
 from ..errors import UsageError
 from ..models.layout import tf32
+from ..recipe import EvaluationSection
 from ..runs.files import digest
+from ..serialization import to_json
 from .flags import CHECK_IMAGES
 from .hashing import images_hash, models_hash
 from .scoring import CountedModel, Precision, check_points, score
@@ -36,12 +38,12 @@ BLACK_BOX = "square"
 """What the breakdown calls what the black-box check broke after all stages; the ensemble's own Square is a stage."""
 
 
-class Twin(Protocol):
+class ExportedModel(Protocol):
     """Another form of the same model, such as its ONNX file, that is scored on the very same images."""
 
     @property
     def key(self) -> str:
-        """A hash of it: results stored for another twin are not reused."""
+        """A hash of it: results stored for another file are not reused."""
         ...
 
     def logits(self, images: Tensor) -> Tensor:
@@ -54,37 +56,38 @@ class Twin(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """Everything that an evaluation is asked for."""
 
     model: nn.Module
     images: ImageSet
     threat: ThreatModel
     name: str
+    section: EvaluationSection
     tier: Tier
-    steps: int
-    restarts: int
-    sweep: tuple[float, ...]
     batch_size: int
     seed: int
     device: torch.device
     precision: Precision
-    twins: Mapping[str, Twin]
+    exported: Mapping[str, ExportedModel]
     state_path: Path | None
     layout: torch.memory_format
-    together: bool = False
+    shared: bool = False
 
     @property
     def leads(self) -> bool:
         """Whether this process does what is not divided."""
-        return distributed.is_first() or not self.together
+        return distributed.is_first() or not self.shared
 
     @property
     def key(self) -> str:
         """Hash of what the outcome depends on."""
-        settings = [self.threat.to_json(), self.tier.name, self.steps, self.restarts, self.sweep, self.batch_size]
-        twins = {name: twin.key for name, twin in self.twins.items()}
-        identity = [models_hash(self.model), images_hash(self.images), twins]
+        section = self.section
+        settings = [
+            to_json(self.threat), self.tier.name, section.steps, section.restarts, section.sweep, self.batch_size
+        ]  # fmt: skip
+        exported = {name: file.key for name, file in self.exported.items()}
+        identity = [models_hash(self.model), images_hash(self.images), exported]
         return digest([settings, self.seed, self.precision, identity])
 
     def stages(self, state: EvalState) -> tuple[Stage, ...]:
@@ -103,12 +106,12 @@ class Job:
 
 
 @contextmanager
-def _timed(job: Job, state: EvalState) -> Iterator[None]:
+def _timed(request: Request, state: EvalState) -> Iterator[None]:
     """Adds the time of a batch to the state and saves it, unless the batch failed."""
     begin = time.monotonic()
     yield
     state.counters.seconds += time.monotonic() - begin
-    job.save(state)
+    request.save(state)
 
 
 def check_labels(y: Tensor, classes: int) -> None:
@@ -119,43 +122,53 @@ def check_labels(y: Tensor, classes: int) -> None:
         raise UsageError(f"label {wrong} found, but the model has {classes} outputs. Is the data right?")
 
 
-def clean_pass(job: Job, state: EvalState) -> None:
+def clean_pass(request: Request, state: EvalState) -> None:
     """Predictions without an attack."""
-    total = len(job.images)
+    total = len(request.images)
     counters = state.counters
-    with track(f"{job.name}: clean accuracy", total, counters.clean_done) as advance:
-        for start in range(counters.clean_done, total, job.batch_size):
-            stop = min(start + job.batch_size, total)
-            with _timed(job, state):
-                x, y = job.get(torch.arange(start, stop))
+    with track(f"{request.name}: clean accuracy", total, counters.clean_done) as advance:
+        for start in range(counters.clean_done, total, request.batch_size):
+            stop = min(start + request.batch_size, total)
+            with _timed(request, state):
+                x, y = request.get(torch.arange(start, stop))
                 check_labels(y, counters.classes)
-                predicted, _ = score(job.model, x, y)
+                predicted, _ = score(request.model, x, y)
                 state.clean[start:stop] = (predicted == y).cpu().numpy()
                 state.robust[start:stop] = state.clean[start:stop]
-                for index, twin in enumerate(job.twins.values()):
-                    other = twin.predict(x.cpu())
-                    state.twin_clean[index, start:stop] = (other == y.cpu()).numpy()
-                    state.twin_robust[index, start:stop] = state.twin_clean[index, start:stop] & state.clean[start:stop]
-                    counters.twin_mismatch[index] += int((other != predicted.cpu()).sum())
+                for index, file in enumerate(request.exported.values()):
+                    other = file.predict(x.cpu())
+                    state.exported_clean[index, start:stop] = (other == y.cpu()).numpy()
+                    state.exported_robust[index, start:stop] = (
+                        state.exported_clean[index, start:stop] & state.clean[start:stop]
+                    )
+                    counters.exported_mismatch[index] += int((other != predicted.cpu()).sum())
                 counters.clean_done = stop
             advance(stop - start, f"clean {state.clean[:stop].mean():.1%}")
 
 
-def attack_pass(job: Job, state: EvalState) -> None:
+def attack_pass(request: Request, state: EvalState) -> None:
     """The tier's stages, each on what survived those before."""
     counters = state.counters
-    stages = job.stages(state)
-    attacker = Attacker(job.model, job.threat, counters.classes, job.steps, job.restarts, job.seed, job.precision)
+    stages = request.stages(state)
+    attacker = Attacker(
+        request.model,
+        request.threat,
+        counters.classes,
+        request.section.steps,
+        request.section.restarts,
+        request.seed,
+        request.precision,
+    )
     for index in range(counters.stage, len(stages)):
         stage = stages[index]
         # As they stood when the stage began, also when it is gone on with.
         standing = state.clean & ((state.fell < 0) | (state.fell >= index))
         active = torch.from_numpy(np.flatnonzero(standing))
-        with track(f"{job.name}: {_title(job, stage, stages)}", len(active), counters.attacked) as advance:
-            for start in range(counters.attacked, len(active), job.batch_size):
-                indices = active[start : start + job.batch_size]
-                with _timed(job, state):
-                    _attack_batch(job, state, attacker, stage, index, indices, start)
+        with track(f"{request.name}: {_title(request, stage, stages)}", len(active), counters.attacked) as advance:
+            for start in range(counters.attacked, len(active), request.batch_size):
+                indices = active[start : start + request.batch_size]
+                with _timed(request, state):
+                    _attack_batch(request, state, attacker, stage, index, indices, start)
                     counters.attacked = start + len(indices)
                 # Only the images attacked so far are known; the others are taken to fall as often.
                 so_far = state.robust[active[: counters.attacked]].mean() * standing.mean()
@@ -163,27 +176,28 @@ def attack_pass(job: Job, state: EvalState) -> None:
         counters.stage, counters.attacked = index + 1, 0
 
 
-def _title(job: Job, stage: Stage, stages: tuple[Stage, ...]) -> str:
+def _title(request: Request, stage: Stage, stages: tuple[Stage, ...]) -> str:
     if stage.kind == "pgd":
-        return f"PGD-{job.steps}, {job.restarts} restart{'s' if job.restarts != 1 else ''}"
+        steps, restarts = request.section.steps, request.section.restarts
+        return f"PGD-{steps}, {restarts} restart{'s' if restarts != 1 else ''}"
     aimed = f", target {stage.rank} of {sum(s.kind == 'apgd-t' for s in stages)}" if stage.rank else ""
     return f"{stage.name.upper()}{aimed}"
 
 
 def _attack_batch(
-    job: Job, state: EvalState, attacker: Attacker, stage: Stage, index: int, indices: Tensor, start: int
+    request: Request, state: EvalState, attacker: Attacker, stage: Stage, index: int, indices: Tensor, start: int
 ) -> None:
-    x, y = job.get(indices)
+    x, y = request.get(indices)
     rows = indices.numpy()
-    attack = _divided if job.together else _attacked
+    attack = _divided if request.shared else _attacked
     right, worst, (forwards, backwards) = attack(attacker, stage, x, y, start)
     survives = right.cpu().numpy()
     state.robust[rows] = survives
     state.fell[rows[~survives]] = index
     state.counters.forwards += forwards
     state.counters.backwards += backwards
-    if job.leads:
-        _show_twins(job, state, rows, worst, y)
+    if request.leads:
+        _score_exported(request, state, rows, worst, y)
 
 
 def _attacked(
@@ -212,47 +226,47 @@ def _divided(
     return right, worst, (forwards, backwards)
 
 
-def _show_twins(job: Job, state: EvalState, rows: NDArray[np.int64], points: Tensor, y: Tensor) -> None:
-    for index, twin in enumerate(job.twins.values()):
-        state.twin_robust[index, rows] &= (twin.predict(points.cpu()) == y.cpu()).numpy()
+def _score_exported(request: Request, state: EvalState, rows: NDArray[np.int64], points: Tensor, y: Tensor) -> None:
+    for index, file in enumerate(request.exported.values()):
+        state.exported_robust[index, rows] &= (file.predict(points.cpu()) == y.cpu()).numpy()
 
 
-def black_box_pass(job: Job, state: EvalState) -> None:
-    """Square on a few survivors, of the model and of its twins directly: what it breaks, the gradients had hidden."""
-    if not (job.tier.black_box and job.threat.epsilon):
+def black_box_pass(request: Request, state: EvalState) -> None:
+    """Square on a few survivors, of the model and its exported forms themselves: what it breaks, gradients hid."""
+    if not (request.tier.black_box and request.threat.epsilon):
         return
     counters = state.counters
     if counters.black_box is None:
-        counted = CountedModel(job.model)
+        counted = CountedModel(request.model)
 
         def exact(images: Tensor) -> Tensor:
             with tf32(False):
                 logits: Tensor = counted(images)
                 return logits
 
-        with _timed(job, state):
-            rows, points, y, fallen = _black_box(job, state.robust, exact, f"{job.name}: Square on survivors")
+        with _timed(request, state):
+            rows, points, y, fallen = _black_box(request, state.robust, exact, f"{request.name}: Square on survivors")
             state.robust[rows[fallen]] = False
-            state.fell[rows[fallen]] = len(job.stages(state))
-            _show_twins(job, state, rows, points, y)
+            state.fell[rows[fallen]] = len(request.stages(state))
+            _score_exported(request, state, rows, points, y)
             counters.forwards += counted.forwards
             counters.black_box = [len(rows), int(fallen.sum())]
-    for index, (name, twin) in enumerate(job.twins.items()):
-        if index < len(counters.twin_black_box):
+    for index, (name, file) in enumerate(request.exported.items()):
+        if index < len(counters.exported_black_box):
             continue
-        label = f"{job.name}: Square on its file ({name})"
-        with _timed(job, state):
-            rows, _, _, fallen = _black_box(job, state.twin_robust[index], twin.logits, label)
-            state.twin_robust[index, rows[fallen]] = False
-            counters.twin_black_box.append([len(rows), int(fallen.sum())])
+        label = f"{request.name}: Square on its file ({name})"
+        with _timed(request, state):
+            rows, _, _, fallen = _black_box(request, state.exported_robust[index], file.logits, label)
+            state.exported_robust[index, rows[fallen]] = False
+            counters.exported_black_box.append([len(rows), int(fallen.sum())])
 
 
 def _black_box(
-    job: Job, survivors: Flags, predict: Predict, label: str
+    request: Request, survivors: Flags, predict: Predict, label: str
 ) -> tuple[NDArray[np.int64], Tensor, Tensor, Flags]:
     """Positions of the survivors that were tried, their points and labels, and which of them fell."""
     rows = np.flatnonzero(survivors)[:CHECK_IMAGES]
-    x, y = job.get(torch.from_numpy(rows))
+    x, y = request.get(torch.from_numpy(rows))
     if len(rows) == 0:
         return rows, x, y, np.zeros(0, dtype=np.bool_)
     with track(label, BLACK_BOX_QUERIES) as advance:
@@ -261,30 +275,31 @@ def _black_box(
             advance()
             return predict(images)
 
-        generator = torch.Generator().manual_seed(start_seed(job.seed, 0, BLACK_BOX))
-        points = square(shown, x, y, job.threat, queries=BLACK_BOX_QUERIES, generator=generator)
-    check_points(points, x, job.threat)
+        generator = torch.Generator().manual_seed(start_seed(request.seed, 0, BLACK_BOX))
+        points = square(shown, x, y, request.threat, queries=BLACK_BOX_QUERIES, generator=generator)
+    check_points(points, x, request.threat)
     with torch.no_grad():
         fallen = misclassified(predict(points).to(y.device), y).cpu().numpy()
     return rows, points, y, fallen
 
 
-def sweep_pass(job: Job, state: EvalState) -> None:
+def sweep_pass(request: Request, state: EvalState) -> None:
     """Robust accuracy of the first images at other radii, by PGD with one start."""
     counters = state.counters
-    count = min(SWEEP_IMAGES, len(job.images))
+    count = min(SWEEP_IMAGES, len(request.images))
     active = torch.from_numpy(np.flatnonzero(state.clean[:count]))
-    todo = [radius for radius in job.sweep if f"{radius:.9g}" not in counters.sweep]
-    with track(f"{job.name}: other radii", len(todo)) as advance:
+    todo = [radius for radius in request.section.sweep if f"{radius:.9g}" not in counters.sweep]
+    with track(f"{request.name}: other radii", len(todo)) as advance:
         for radius in todo:
-            threat = ThreatModel(job.threat.norm, radius)
-            with _timed(job, state):
+            threat = ThreatModel(request.threat.norm, radius)
+            with _timed(request, state):
                 right = 0
-                for start in range(0, len(active), job.batch_size):
-                    x, y = job.get(active[start : start + job.batch_size])
+                for start in range(0, len(active), request.batch_size):
+                    x, y = request.get(active[start : start + request.batch_size])
                     survives, _, counted = worst_points(
-                        job.model, x, y, threat, steps=job.steps, restarts=1, seed=job.seed, batch=start,
-                        precision=job.precision,
+                        request.model, x, y, threat,
+                        steps=request.section.steps, restarts=1, seed=request.seed, batch=start,
+                        precision=request.precision,
                     )  # fmt: skip
                     right += int(survives.sum())
                     counters.forwards += counted.forwards

@@ -19,16 +19,30 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
+from ..data.base import ImageSet, first_images
 from ..errors import QualityGateError, UsageError
+from ..models.spec import ModelSpec
+from ..recipe import ExportSection
 from ..runs.files import atomic_write, file_sha256
+from ..serialization import to_json
 from .parity import check_images, check_parity, eval_copy, logits_of
 from .types import MANIFEST_KEY, OnnxArtifact, Parity
 
 MIN_OPSET = 18
+PARITY_IMAGES = 16
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
 # Protobuf refuses messages of 2 GiB; the graph itself needs some room too.
 MAX_EMBEDDED_BYTES = 1_800_000_000
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+
+
+def export_model(
+    model: nn.Module, spec: ModelSpec, images: ImageSet, path: str | Path, section: ExportSection, seed: int
+) -> OnnxArtifact:
+    """`export_onnx` with a manifest that names the model, checked on the first of `images` (training images)."""
+    few, _ = first_images(images, PARITY_IMAGES)
+    manifest = {"model": to_json(spec), "seed": seed}
+    return export_onnx(model, path, few, manifest=manifest, opset=section.opset, class_names=spec.class_names)
 
 
 def export_onnx(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..data.base import ImageSet
 from ..errors import QualityGateError, UsageError
 from .types import Parity
 
@@ -26,6 +27,23 @@ ERROR_FACTOR = 4.0
 # Torch's own error can be zero by luck on a very small network, where a factor of it would allow nothing.
 FLOOR_ULPS = 16.0
 REFERENCE_BATCH = 64
+
+
+def check_enough_images(images: ImageSet, name: str) -> None:
+    """Says before hours of work that an export could not be checked at its end.
+
+    Args:
+        images: the training images that an export would be checked on.
+        name: of their data set, for the message.
+
+    Raises:
+        UsageError: too few of them.
+    """
+    if len(images) < MIN_IMAGES:
+        raise UsageError(
+            f"{name} leaves {len(images)} training images beside the held-out ones; the exported file is "
+            f"checked on at least {MIN_IMAGES}. Give more images."
+        )
 
 
 def check_parity(path: Path, model: nn.Module, images: Tensor) -> Parity:

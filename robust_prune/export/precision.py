@@ -14,7 +14,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ..data.base import ImageSet, first_images
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
+from ..recipe import ExportSection
 from ..runs.files import atomic_write, file_sha256
 from .onnx import INPUT_NAME, MAX_EMBEDDED_BYTES, quiet
 from .parity import check_images, check_parity, eval_copy, logits_of
@@ -28,6 +30,22 @@ accuracy is measured afterwards, clean and robust."""
 LARGEST_ERROR = {"fp16": 0.05, "int8": 0.5}
 """How far a logit may be off, as a share of the largest one: values that do not fit are cut off in silence."""
 CALIBRATION_BATCH = 16
+
+
+def export_precisions(
+    model: nn.Module, images: ImageSet, source: Path, section: ExportSection
+) -> dict[Precision, OnnxArtifact]:
+    """The files of lower precision that `section` wants, beside the fp32 file at `source`; from training images."""
+    few, _ = first_images(images, section.calibration_images)
+    return {
+        precision: export_reduced(source, reduced_path(source, precision), precision, model, few)
+        for precision in section.precisions
+    }
+
+
+def reduced_path(source: Path, precision: Precision) -> Path:
+    """Where a file of lower precision lies: ``model.int8.onnx`` beside ``model.onnx``."""
+    return source.with_name(f"{source.stem}.{precision}{source.suffix or '.onnx'}")
 
 
 def export_reduced(

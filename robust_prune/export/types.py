@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 MANIFEST_KEY = "robust_prune"
 """Under which an ONNX file's metadata holds our manifest."""
@@ -50,14 +49,3 @@ class OnnxArtifact:
     flushed_subnormals: int
     parity: Parity
     precision: str = "fp32"
-
-    def to_json(self) -> dict[str, Any]:
-        """The artifact as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> OnnxArtifact:
-        """The artifact that `to_json` wrote."""
-        data = dict(value)
-        data["parity"] = Parity(**{**data["parity"], "batch_sizes": tuple(data["parity"]["batch_sizes"])})
-        return cls(**data)

@@ -22,6 +22,7 @@ from ..attacks.threat import ThreatModel
 from ..errors import UsageError
 from ..models import registry, user_file, weight_files
 from ..runs.files import atomic_write
+from ..serialization import from_json, to_json
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
@@ -129,9 +130,9 @@ def open_contents(
     tensors = contents.value if in_metadata else contents.value.get("state_dict")
     try:
         manifest = json.loads(text)
-        spec = ModelSpec.from_json(manifest["spec"])
+        spec = from_json(ModelSpec, manifest["spec"])
         changes = manifest["changes"]
-        threat = ThreatModel(**manifest["threat"]) if manifest["threat"] else None
+        threat = from_json(ThreatModel, manifest["threat"]) if manifest["threat"] else None
         version, provenance, stored = manifest["version"], manifest["provenance"], manifest["store_dtype"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
@@ -175,9 +176,9 @@ def _manifest(
     value = {
         "format": FORMAT,
         "version": VERSION,
-        "spec": spec.to_json(),
+        "spec": to_json(spec),
         "changes": changes,
-        "threat": threat.to_json() if threat else None,
+        "threat": to_json(threat) if threat else None,
         "provenance": dict(provenance or {}),
         "store_dtype": store_dtype,
     }

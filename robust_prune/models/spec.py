@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,6 @@ class ModelSpec:
     class_names: tuple[str, ...] = ()
     source_sha256: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
-        """The spec that `to_json` wrote; sequences come back as tuples."""
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        return cls(**fixed)
+    def blank_image(self) -> Tensor:
+        """One black image [1, C, H, W] of the input size, where only the shape matters."""
+        return torch.zeros(1, *self.input_size)

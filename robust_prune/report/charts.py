@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from markupsafe import Markup
 
 from ..budget.types import PruningPlan
 from ..report import svg, text
 from ..sensitivity.profile import SensitivityProfile
+from ..training.types import EpochRecord
 from .table import find_latency, latency_keys
 from .types import RunReport
 
@@ -116,11 +116,11 @@ class Series:
     points: tuple[tuple[float, float], ...]
 
 
-def _series(history: Sequence[dict[str, Any]], key: str, name: str, css: str, factor: float = 1.0) -> Series:
+def _series(history: Sequence[EpochRecord], key: str, name: str, css: str, factor: float = 1.0) -> Series:
     points = [
-        (float(epoch.get("epoch", position + 1)), factor * float(epoch[key]))
-        for position, epoch in enumerate(history)
-        if epoch.get(key) is not None and math.isfinite(epoch[key])
+        (float(record.epoch), factor * value)
+        for record in history
+        if math.isfinite(value := float(getattr(record, key)))
     ]
     return Series(name, css, tuple(points))
 
@@ -162,7 +162,7 @@ def _spread(
     return placed
 
 
-def accuracy_curves(history: Sequence[dict[str, Any]]) -> Markup:
+def accuracy_curves(history: Sequence[EpochRecord]) -> Markup:
     """Held-out clean and robust accuracy by epoch; empty without them."""
     series = [
         _series(history, "val_clean", "clean", "base", 100),
@@ -171,7 +171,7 @@ def accuracy_curves(history: Sequence[dict[str, Any]]) -> Markup:
     return _curves(series, "Held-out accuracy by epoch", "held-out accuracy in %")
 
 
-def loss_curve(history: Sequence[dict[str, Any]]) -> Markup:
+def loss_curve(history: Sequence[EpochRecord]) -> Markup:
     """Training loss by epoch; empty without it."""
     return _curves([_series(history, "train_loss", "loss", "main")], "Training loss by epoch", "training loss")
 

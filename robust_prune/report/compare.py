@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..serialization import from_json
 from .types import ModelRow, RunReport
 
 RESULT = "result.json"
@@ -24,7 +25,7 @@ def load_run(path: str | Path) -> RunReport:
     if not file.is_file():
         raise UsageError(f"{path} holds no {RESULT}. Give the folder of a finished run.")
     try:
-        return RunReport.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return from_json(RunReport, json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UsageError(f"{file} is not a result of robust-prune ({type(error).__name__}: {error}).") from error
 
@@ -98,11 +99,11 @@ def _check_comparable(runs: Mapping[str, RunReport]) -> None:
         card = next((m.card for m in run.models if m.card), None)
         if card is None:
             continue
-        terms = (card.threat["norm"], card.threat["epsilon"], card.tier, card.attack, card.data, card.clean.total)
+        terms = (card.threat, card.tier, card.attack, card.data, card.clean.total)
         if first is None:
             first = name, terms
         elif terms != first[1]:
-            here, there = (f"{t[3]} at {t[0]} {t[1]:.4g} on {t[5]} images of {t[4]}" for t in (terms, first[1]))
+            here, there = (f"{t[2]} at {t[0]} on {t[4]} images of {t[3]}" for t in (terms, first[1]))
             raise UsageError(
                 f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. Evaluate "
                 "them in the same way first."

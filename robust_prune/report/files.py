@@ -11,6 +11,7 @@ from typing import Any
 from ..bench.types import LatencyRow
 from ..evaluation.card import Accuracy
 from ..runs.files import finite, write_json, write_text
+from ..serialization import to_json
 from .html import render
 from .summary import summary, warnings
 from .table import headline_markdown
@@ -28,7 +29,7 @@ def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = 
     Raises:
         EnvironmentProblem: the folder cannot be written.
     """
-    write_json(folder / "result.json", finite(run.to_json()))
+    write_json(folder / "result.json", finite(to_json(run)))
     write_text(folder / "result.csv", to_csv(run))
     write_text(folder / "result.md", to_markdown(run))
     write_text(folder / "report.html", render(run, examples))
@@ -59,8 +60,8 @@ def _model_columns(model: ModelRow) -> dict[str, Any]:
         "split": card.split if card else None,
         "tier": card.tier if card else None,
         "attack": card.attack if card else None,
-        "norm": card.threat["norm"] if card else None,
-        "epsilon": card.threat["epsilon"] if card else None,
+        "norm": card.threat.norm if card else None,
+        "epsilon": card.threat.epsilon if card else None,
         **_accuracy_columns("clean", card.clean if card else None),
         **_accuracy_columns("robust", card.robust if card else None),
         **_accuracy_columns("onnx_clean", model.onnx_clean),

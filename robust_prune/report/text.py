@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from ..attacks.threat import ThreatModel
 from ..bench.types import Ratio
 from ..evaluation.card import Accuracy, ResultCard
 
@@ -98,7 +97,7 @@ def attack_name(card: ResultCard) -> str:
 
 def threat_name(card: ResultCard) -> str:
     """The threat model, e.g. ``Linf 8/255``."""
-    return str(ThreatModel(card.threat["norm"], card.threat["epsilon"]))
+    return str(card.threat)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and stages that are skipped when their inputs have not changed."""
+"""Files that are written whole or not at all, and hashes of values and files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,60 +103,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """A run folder: ``runs/<name>/`` with a sub-folder a stage."""
-
-    path: Path
-
-    def stage(self, name: str) -> Path:
-        """Folder of one stage (not created)."""
-        return self.path / name
-
-    def finished(self, stage: str, key: str) -> Any | None:
-        """The stored outcome of `stage` if it was made from inputs with hash `key`, else None."""
-        mark = self.stage(stage) / "stage.json"
-        if not mark.exists():
-            return None
-        try:
-            stored = json.loads(mark.read_text(encoding="utf-8"))
-        except ValueError:
-            return None
-        return stored.get("outcome") if isinstance(stored, dict) and stored.get("key") == key else None
-
-    def finish(self, stage: str, key: str, outcome: Any) -> None:
-        """Marks `stage` as done for inputs `key`; write its files first."""
-        write_json(self.stage(stage) / "stage.json", {"key": key, "outcome": outcome})
-
-
-_WRITTEN = (
-    "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
-    "result.md",
-)  # fmt: skip
-
-
-def claim(folder: Path, key: str, command: str) -> str:
-    """Makes `folder` the place of the run whose inputs have hash `key`; a second call with the same key is a resume.
-
-    Raises:
-        UsageError: the folder holds a run with other inputs or files of another origin that would be overwritten, or is
-            a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file. Name a folder.")
-    mark = folder / "run.json"
-    if not mark.exists() and (others := sorted(name for name in _WRITTEN if (folder / name).exists())):
-        raise UsageError(
-            f"{folder} is not a run folder and holds {', '.join(others)}, which a run would overwrite. "
-            "Name another folder with --out."
-        )
-    stored = read_json(mark) if mark.exists() else {"key": key}
-    if not isinstance(stored, dict) or stored.get("key") != key:
-        raise UsageError(
-            f"{folder} holds a run with another model, data, recipe or version. "
-            "Name another folder with --out, or remove it."
-        )
-    write_json(mark, {"key": key, "command": command})
-    return key

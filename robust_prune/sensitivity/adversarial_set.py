@@ -14,6 +14,7 @@ from ..console import track
 from ..data.base import ImageSet, batches, images_at_once, random_subset
 from ..errors import UsageError
 from ..models.layout import weights_dtype
+from ..recipe import SensitivitySection
 
 
 @dataclass(frozen=True)
@@ -47,42 +48,40 @@ def make_adversarial_set(
     model: nn.Module,
     images: ImageSet,
     threat: ThreatModel,
+    section: SensitivitySection | None = None,
     *,
-    count: int = 1024,
-    steps: int = 10,
     batch_size: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AdversarialSet:
-    """Attacks `count` random images with PGD in eval mode.
+    """Attacks random images with PGD in eval mode.
 
     Pass the training split: the set steers what is pruned, so neither validation nor test images belong in it.
 
     Args:
         model: maps [0, 1] images to logits; already on `device`, left as it came.
-        images: where the images are drawn from, without replacement; fewer than `count` means all of them.
+        images: where the images are drawn from, without replacement; all of them, if there are too few.
         threat: what the attacker may do.
-        count: number of images.
-        steps: PGD steps.
+        section: number of images and of PGD steps; the defaults of recipes without it.
         batch_size: images attacked at once; see `images_at_once` for the default.
         seed: of the choice of images and of the random starts.
         device: where the attack runs.
 
     Raises:
-        UsageError: no images, or `count`, `steps` or `batch_size` below 1.
+        UsageError: no images, or `batch_size` below 1.
     """
-    for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} of the adversarial set must be at least 1, got {value}")
-    chosen = random_subset(images, count, seed)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size of the adversarial set must be at least 1, got {batch_size}")
+    section = section or SensitivitySection()
+    chosen = random_subset(images, section.images, seed)
     if len(chosen) == 0:
         raise UsageError("the adversarial set needs training images, found none. Check the data source.")
     generator, dtype = torch.Generator().manual_seed(seed), weights_dtype(model)
     made: list[Tensor] = []
     labels: list[Tensor] = []
-    with frozen_eval(model), track(f"Adversarial set, PGD-{steps}", len(chosen)) as advance:
+    with frozen_eval(model), track(f"Adversarial set, PGD-{section.steps}", len(chosen)) as advance:
         for x, y in batches(chosen, batch_size or images_at_once(chosen), device):
-            made.append(pgd(model, x.to(dtype), y, threat, steps=steps, generator=generator).float().cpu())
+            made.append(pgd(model, x.to(dtype), y, threat, steps=section.steps, generator=generator).float().cpu())
             labels.append(y.long().cpu())
             advance(len(y))
     return AdversarialSet(torch.cat(made), torch.cat(labels), seed)

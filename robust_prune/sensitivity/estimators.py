@@ -146,7 +146,7 @@ def measure(
         base_loss=base,
         images=len(adv),
         seed=adv.seed,
-        threat=threat.to_json(),
+        threat=threat,
         modules=modules,
     )
     return aggregate_groups(profile, groups, aggregation)

@@ -18,9 +18,6 @@ _RULES: dict[str, Callable[[Sequence[float]], float]] = {
     "quadrature": lambda values: math.hypot(*values),
 }
 AGGREGATIONS = tuple(_RULES)
-MRS_EXPONENT = 0.25
-"""See `damped`. On held-out images at 90 % better than 1 (MRS at its word) and 0 (costs alone); not told apart from
-1/2."""
 
 
 def check_aggregation(aggregation: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from ..attacks.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SensitivityProfile:
         base_loss: robust loss R(theta) in nats on the adversarial set; within 0.001 where it was computed in bf16.
         images: size of the adversarial set.
         seed: seed of the adversarial set.
-        threat: the threat model as JSON.
+        threat: norm and radius that the set was made for.
     """
 
     estimator: str
@@ -62,19 +63,6 @@ class SensitivityProfile:
     base_loss: float
     images: int
     seed: int
-    threat: dict[str, Any]
+    threat: ThreatModel
     modules: tuple[ModuleSensitivity, ...]
     groups: tuple[GroupSensitivity, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The profile as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SensitivityProfile:
-        """The profile that `to_json` wrote."""
-        data = dict(value)
-        data["radii"] = tuple(data["radii"])
-        data["modules"] = tuple(ModuleSensitivity(**{**m, "curve": tuple(m["curve"])}) for m in data["modules"])
-        data["groups"] = tuple(GroupSensitivity(**{**g, "curve": tuple(g["curve"])}) for g in data["groups"])
-        return cls(**data)

@@ -26,6 +26,7 @@ from ..models import user_file
 from ..models.layout import tf32
 from ..recipe import TrainSettings
 from ..runs.files import atomic_write, digest
+from ..serialization import to_json
 from ..training import compilation
 from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
@@ -112,7 +113,7 @@ class _Run:
         # Where figures are logged to changes no weight.
         described = settings.model_dump(exclude={"trackers"})
         written = user_file.versions(settings.loss)
-        self.key = digest([described, written, threat.to_json(), seed, *begun_from, len(self.validation)])
+        self.key = digest([described, written, to_json(threat), seed, *begun_from, len(self.validation)])
 
     def _precision(self) -> Precision:
         if self.settings.precision == "fp32":
@@ -351,7 +352,7 @@ class _Run:
         record = EpochRecord(
             epoch=epoch,
             train_loss=loss,
-            train_accuracy=accuracy,
+            train_accuracy=None if math.isnan(accuracy) else accuracy,
             val_clean=scores[source].clean,
             val_robust=scores[source].robust,
             source=source,
@@ -360,7 +361,7 @@ class _Run:
         )
         self.history.append(record)
         # Trackers take numbers only.
-        self.accelerator.log({k: v for k, v in asdict(record).items() if not isinstance(v, str)}, step=epoch)
+        self.accelerator.log({k: v for k, v in asdict(record).items() if isinstance(v, int | float)}, step=epoch)
         state.epoch, state.step = epoch, 0
         state.loss_sum = state.accuracy_sum = state.elapsed = 0.0
         self.save()

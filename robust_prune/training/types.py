@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EpochRecord:
     """Figures of one epoch; accuracies in [0, 1] on held-out training images.
 
-    `source` names the weights that scored better: ``live`` or ``average``.
+    `train_accuracy` is None for a loss that does not report it. `source` names the weights that scored better: ``live``
+    or ``average``.
     """
 
     epoch: int
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     val_clean: float
     val_robust: float
     source: str
@@ -37,7 +37,3 @@ class TrainResult:
     history: tuple[EpochRecord, ...]
     best_epoch: int
     note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return asdict(self)

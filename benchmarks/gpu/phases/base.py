@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from training import COMPILED
@@ -20,6 +19,7 @@ from work import Work
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import ImageSet, first, random_subset
 from robust_prune.data.sources import load_data
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact, registry
 from robust_prune.models.spec import ModelSpec
 from robust_prune.recipe import TrainSettings

@@ -8,21 +8,24 @@ from dataclasses import replace
 from typing import Any
 
 from criteria import Arm, analyses, cut_and_recover, scored
-from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from torch import nn
 from work import Work
 
-from robust_prune import stages
 from robust_prune.bench import latency
 from robust_prune.bench.providers import provider_problem
+from robust_prune.budget.analysis import Analysis
+from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.data.sources import load_data
 from robust_prune.errors import RobustPruneError
 from robust_prune.evaluation.hashing import models_hash
+from robust_prune.export.onnx import export_model
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact
 from robust_prune.models.artifact import Loaded
-from robust_prune.recipe import Recipe, load
+from robust_prune.recipe import ExportSection, Recipe, load
+from robust_prune.sensitivity.adversarial_set import make_adversarial_set
 from robust_prune.surgery.apply import apply
 
 ARMS = (
@@ -56,8 +59,8 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
         rows.append({"name": DENSE, "after": scored(loaded.model.cpu(), DENSE, data, recipe, sizes.device)})
         work.save("compression", found)
     by_arm = _analyses(loaded, data, recipe, sizes.device)
-    adv = stages.adversarial_set(
-        loaded.model, data.train, stages.threat_of(recipe), recipe.sensitivity, recipe.seed, sizes.device
+    adv = make_adversarial_set(
+        loaded.model, data.train, recipe.threat_model, recipe.sensitivity, seed=recipe.seed, device=sizes.device
     )
     todo = [(ratio, arm) for ratio in sizes.ratios for arm in ARMS if (arm.name, ratio) not in have]
     took = 0.0
@@ -72,14 +75,14 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     work.save("compression", found, "partial" if todo else "done")
 
 
-def _analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> dict[str, stages.Analysis]:
+def _analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Analysis]:
     """The analysis of each arm; groups, costs and sensitivity are measured once."""
     by_criterion = dict(analyses(loaded, data, recipe, device, criteria=[arm.criterion for arm in ARMS]))
     found = {arm.name: by_criterion[arm.criterion] for arm in ARMS}
     return {name: _insensitive(a) if name == "global magnitude" else a for name, a in found.items()}
 
 
-def _insensitive(analysis: stages.Analysis) -> stages.Analysis:
+def _insensitive(analysis: Analysis) -> Analysis:
     groups = tuple(replace(group, mrs=1.0) for group in analysis.profile.groups)
     return replace(analysis, profile=replace(analysis.profile, groups=groups))
 
@@ -90,21 +93,21 @@ def _latency(
     loaded: Loaded,
     data: DataBundle,
     recipe: Recipe,
-    analysis: stages.Analysis,
+    analysis: Analysis,
     ratios: Sequence[float],
 ) -> list[dict[str, Any]]:
     """The dense file and those of the `mrs` cuts on the GPU and on the CPU; cut anew, since time sees no weights."""
     models: dict[str, nn.Module] = {DENSE: loaded.model.cpu()}
     for ratio in ratios:
-        plan = stages.plan_cut(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
+        plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
         models[f"{100 * (1 - ratio):g} % mrs"] = apply(
-            loaded.model.cpu(), plan, stages.blank_image(loaded.spec)
+            loaded.model.cpu(), plan, loaded.spec.blank_image()
         ).model  # fmt: skip
     files, tables = [], []
     for label, model in models.items():
         path = work.root / "compressed" / f"{label}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        stages.export(model, loaded.spec, data, path, 18, 0)
+        export_model(model, loaded.spec, data.train, path, ExportSection(), 0)
         files.append((label, path))
     for provider, batches in (("cuda", (1, 256)), ("cpu", (1,))):
         if provider_problem(provider):

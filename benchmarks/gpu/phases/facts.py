@@ -11,12 +11,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from work import Work
 
 from robust_prune.bench.providers import provider_problem
 from robust_prune.machine import nvml
+from robust_prune.machine.snapshot import snapshot
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from robust_prune.machine.snapshot import snapshot
 from sizes import Set, Sizes
 from skeletons import fill
 from work import Work
@@ -16,6 +15,8 @@ from work import Work
 from robust_prune.bench import latency
 from robust_prune.bench.providers import provider_problem
 from robust_prune.errors import RobustPruneError
+from robust_prune.machine.snapshot import snapshot
+from robust_prune.serialization import to_json
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
@@ -44,7 +45,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
         except RobustPruneError as error:
             found["failed"].append({"provider": provider, "set": asdict(chosen), "reason": str(error)})
         else:
-            found["tables"].append({"provider": provider, "set": asdict(chosen), **_without_paths(table.to_json())})
+            found["tables"].append({"provider": provider, "set": asdict(chosen), **_without_paths(to_json(table))})
         took = [*filter(None, took), time.monotonic() - begin]
         work.save("latency", found)
     work.save("latency", found, "done")

@@ -6,13 +6,13 @@ import time
 
 import torch
 from plain_loops import PLAIN_STEPS
-from robust_prune.machine.snapshot import snapshot
 from sizes import Sizes
 from training import COMPILED, speed
 from work import Work
 
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.sources import load_data
+from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import registry
 from robust_prune.recipe import TrainSettings
 

@@ -1,13 +1,13 @@
-"""The small network from scratch: what a cut has to beat before it is worth its while."""
+"""The small network from scratch: what a pruned one has to beat."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from .models import registry
-from .models.manifest import apply_changes, describe_changes
-from .models.spec import ModelSpec
+from ..models import registry
+from ..models.manifest import apply_changes, describe_changes
+from ..models.spec import ModelSpec
 
 
 def fresh_like(spec: ModelSpec, pruned: nn.Module, seed: int) -> nn.Module:

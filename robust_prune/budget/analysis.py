@@ -1,0 +1,89 @@
+"""What is measured on a model before a cut of it can be planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..data.base import ImageSet, random_images
+from ..errors import UsageError
+from ..models.spec import ModelSpec
+from ..ranking.importance import channel_scores, removed_fraction_curve
+from ..recipe import Recipe
+from ..sensitivity.adversarial_set import make_adversarial_set
+from ..sensitivity.estimators import measure
+from ..sensitivity.profile import SensitivityProfile
+from ..structure.groups import GroupSearch, find_groups
+from .cost import CostModel, cost_model
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What planning knows of a model.
+
+    Attributes:
+        search: groups of channels that can be cut, and those that cannot.
+        cost: MACs and parameters in closed form over the channels that are kept.
+        profile: MRS of modules and groups; None if it was not measured, which only ``uniform`` allocation does without.
+        scores: importance of each channel, by group, [channels]; higher is more important.
+        removed: by group, [channels + 1]: relative size of the weight perturbation that removing the k least important
+            channels is; None where ``mrs`` allocation is not wanted.
+    """
+
+    search: GroupSearch
+    cost: CostModel
+    profile: SensitivityProfile | None
+    scores: Mapping[str, Tensor]
+    removed: Mapping[str, Tensor] | None = None
+
+
+def analyse(
+    model: nn.Module,
+    spec: ModelSpec,
+    images: ImageSet,
+    recipe: Recipe,
+    device: str,
+    dense_widths: Mapping[str, int] | None = None,
+) -> Analysis:
+    """Groups, costs, MRS and channel scores of a model.
+
+    Args:
+        model: maps [0, 1] images to logits; it ends on `device`.
+        spec: gives the size of its images.
+        images: training images that choose nothing else; test images have no place here.
+        recipe: threat model, seed, and the sections ``sensitivity`` and ``pruning``.
+        device: ``cpu`` or ``cuda``.
+        dense_widths: channels of each group before earlier cuts, by name: floors are a share of them.
+
+    Raises:
+        UsageError: the model has no group of channels that can be cut.
+    """
+    threat, section, example = recipe.threat_model, recipe.sensitivity, spec.blank_image()
+    model.cpu()
+    search = find_groups(model, example)
+    check_groups(search)
+    widths = dense_widths or {}
+    search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))
+    cost = cost_model(model, example, search.groups)
+    model.to(device)
+    adv = make_adversarial_set(model, images, threat, section, seed=recipe.seed, device=device)
+    profile = measure(
+        model, adv, threat,
+        estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
+        device=device,
+    )  # fmt: skip
+    scores = channel_scores(
+        model, search.groups, recipe.pruning.criterion,
+        adv=adv, clean=random_images(images, section.images, recipe.seed), seed=recipe.seed, device=device,
+    )  # fmt: skip
+    removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
+    return Analysis(search, cost, profile, scores, removed)
+
+
+def check_groups(search: GroupSearch) -> None:
+    """Raises UsageError if there is nothing to cut."""
+    if not search.groups:
+        reason = f": {search.refused[0].name}: {search.refused[0].reason}" if search.refused else ""
+        raise UsageError(f"the model has no group of channels that can be cut{reason}")

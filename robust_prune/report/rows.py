@@ -1,0 +1,35 @@
+"""The rows of a report: each model with its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..bench.types import LatencyTable
+from ..evaluation.card import ResultCard
+from ..export.types import OnnxArtifact
+from .types import ModelRow
+
+DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"
+
+
+def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) -> list[ModelRow]:
+    """A row for the model with its fp32 file, and one for each file of lower precision."""
+    return [
+        ModelRow(
+            label=label if precision == "fp32" else f"{label} {precision}",
+            macs=card.macs or 0,
+            params=card.params or 0,
+            file_bytes=file.bytes,
+            card=card if precision == "fp32" else None,
+            onnx_clean=card.exported[precision].clean,
+            onnx_robust=card.exported[precision].robust,
+            onnx=file,
+        )
+        for precision, file in files.items()
+    ]
+
+
+def with_latency(rows: Sequence[ModelRow], table: LatencyTable) -> tuple[ModelRow, ...]:
+    """The rows with the measurements of their files."""
+    return tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows)
