@@ -36,7 +36,7 @@ from robust_prune.compress import score_before_finetune
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle, first, random_images, random_subset
 from robust_prune.evaluation.evaluate import Subject, evaluate
-from robust_prune.evaluation.hashing import models_hash
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot

@@ -34,11 +34,11 @@ from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import TensorImages
 from robust_prune.evaluation.evaluate import Subject, evaluate
-from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points, score
 from robust_prune.evaluation.standard import ATTACKS, StandardEnsemble
 from robust_prune.evaluation.tiers import Stage
 from robust_prune.evaluation.worst_case import Attacker
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot

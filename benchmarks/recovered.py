@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from robust_prune.baseline import fresh_like
+from robust_prune.training.scratch import fresh_like
 from torch import nn
 
 from robust_prune.budget.analysis import analyse

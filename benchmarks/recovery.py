@@ -31,7 +31,7 @@ from recovered import by_seed, cut_base, difference, images_seen, interval, pair
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import random_subset
-from robust_prune.evaluation.hashing import models_hash
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.recipe import RECOVERIES, TrainSettings, load

@@ -33,7 +33,7 @@ from torch import nn
 from robust_prune.attacks import frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console, track
-from robust_prune.evaluation.hashing import models_hash
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot

@@ -45,7 +45,7 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle
-from robust_prune.evaluation.hashing import models_hash
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot

@@ -28,12 +28,12 @@ from .data.base import DataBundle, first, random_subset
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
-from .evaluation.hashing import images_hash, models_hash
 from .evaluation.onnx_scores import OnnxModel
 from .export.onnx import export_model
 from .export.parity import check_enough_images
 from .export.precision import export_precisions, reduced_path
 from .export.types import OnnxArtifact
+from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, user_file

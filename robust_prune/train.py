@@ -16,7 +16,7 @@ from .data.base import DataBundle, first
 from .errors import UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
-from .evaluation.hashing import images_hash, models_hash
+from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, registry, user_file

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from robust_prune.baseline import fresh_like
+from robust_prune.training.scratch import fresh_like
 from toy import QUICK, write_data, write_model
 
 from robust_prune import cli

@@ -20,10 +20,10 @@ from robust_prune.data.base import TensorImages
 from robust_prune.errors import QualityGateError, UsageError
 from robust_prune.evaluation import worst_case
 from robust_prune.evaluation.card import ResultCard
-from robust_prune.evaluation.hashing import models_hash
 from robust_prune.evaluation.scoring import check_points
 from robust_prune.evaluation.state import load_state
 from robust_prune.evaluation.worst_case import start_seed, worst_points
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.serialization import from_json, to_json
 
 # --- figures -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
 from ..data.base import ImageSet, images_at_once
 from ..errors import UsageError
+from ..introspect.fingerprint import buffers_hash, images_hash, models_hash
 from ..models.layout import fastest_layout, has_fast_bf16, tf32
 from ..recipe import EvaluationSection
 from .card import Accuracy, ClassAccuracy, ExportedAccuracy, ResultCard
@@ -28,7 +29,6 @@ from .flags import (
     mode_flags,
     sweep_flags,
 )
-from .hashing import buffers_hash, images_hash, models_hash
 from .passes import BLACK_BOX, ExportedModel, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
 from .standard import check_classes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, pgd
 from ..attacks.projections import ascent_step
 from ..errors import UsageError
-from .hashing import buffers_hash
+from ..introspect.fingerprint import buffers_hash
 
 CHECK_IMAGES = 64
 ALONE_IMAGES = 8

@@ -21,12 +21,12 @@ from ..attacks.square import Predict
 from ..console import track
 from ..data.base import ImageSet
 from ..errors import UsageError
+from ..introspect.fingerprint import images_hash, models_hash
 from ..models.layout import tf32
 from ..recipe import EvaluationSection
 from ..runs.files import digest
 from ..serialization import to_json
 from .flags import CHECK_IMAGES
-from .hashing import images_hash, models_hash
 from .scoring import CountedModel, Precision, check_points, score
 from .state import EvalState, Flags
 from .tiers import Stage, Tier

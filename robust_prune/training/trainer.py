@@ -6,13 +6,11 @@ import copy
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from .. import distributed
@@ -20,14 +18,16 @@ from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, TensorImages, first
-from ..errors import EnvironmentProblem, QualityGateError, UsageError
-from ..evaluation.hashing import images_hash, models_hash
+from ..errors import QualityGateError, UsageError
+from ..introspect.fingerprint import images_hash, models_hash
 from ..models import user_file
 from ..models.layout import tf32
 from ..recipe import TrainSettings
 from ..runs.files import atomic_write, digest
 from ..serialization import to_json
 from ..training import compilation
+from .acceleration import divisible, make_accelerator
+from .checkpoint import RunState, read_checkpoint
 from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
 from .optimizer import make_optimizer, make_schedule
@@ -45,20 +45,6 @@ COLLAPSE = 0.15
 
 class LossNotFinite(QualityGateError):
     """A training loss that is NaN or infinite."""
-
-
-@dataclass
-class _State:
-    """Everything that changes during a run and that a checkpoint must hold."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    accuracy_sum: float = 0.0
-    elapsed: float = 0.0
-    best_epoch: int = 0
-    best: Score = field(default_factory=lambda: Score(-1.0, -1.0))
-    note: str = ""
 
 
 class _Run:
@@ -88,7 +74,7 @@ class _Run:
         self.validation = resident(first(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
         # Every process takes as many images, so that the mean of their gradients is the batch's.
-        self.batch_size = _divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
+        self.batch_size = divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
         self.precision = distributed.from_first(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
@@ -107,7 +93,7 @@ class _Run:
             # The ramp matters: a fixed decay near 1 keeps the average at chance for most of a short run.
             self.ema = ModelEmaV3(model, settings.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
             self.average = self.ema.module
-        self.state = _State()
+        self.state = RunState()
         self.history: list[EpochRecord] = []
         self.best_weights = copy.deepcopy(model.state_dict())
         # Where figures are logged to changes no weight.
@@ -139,15 +125,8 @@ class _Run:
         atomic_write(self.checkpoint, lambda part: torch.save(value, part))
 
     def resume(self) -> bool:
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return False
-        try:
-            value: dict[str, Any] = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file; the remedy is the same
-            console.print(f"{self.checkpoint.name} is damaged ({error}); training starts over", markup=False)
-            return False
-        if value.get("key") != self.key:
-            console.print(f"{self.checkpoint.name} belongs to other settings; training starts over", markup=False)
+        value = read_checkpoint(self.checkpoint, self.key, self.device)
+        if value is None:
             return False
         self.model.load_state_dict(value["model"])
         if self.average is not None:
@@ -155,7 +134,7 @@ class _Run:
         self.optimizer.load_state_dict(value["optimizer"])
         self.best_weights = value["best_weights"]
         self.history = [EpochRecord(**record) for record in value["history"]]
-        self.state = _State(**(value["state"] | {"best": Score(*value["state"]["best"])}))
+        self.state = RunState(**(value["state"] | {"best": Score(*value["state"]["best"])}))
         self.precision = Precision(**value["precision"])
         self.precision.arrange(self.model)
         self._compile_if(self.precision.compiled)
@@ -406,7 +385,7 @@ def train(
     """
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
-    accelerator = _accelerator(settings, device, checkpoint.parent if checkpoint else Path())
+    accelerator = make_accelerator(settings, device, checkpoint.parent if checkpoint else Path())
     if settings.distillation and teacher is None:
         raise UsageError("distillation needs the dense parent, which only compress has. Set distillation to 0.")
     run = _Run(
@@ -416,22 +395,3 @@ def train(
     if settings.trackers:
         accelerator.end_training()
     return result
-
-
-def _accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelerator:
-    # accelerate drops trackers that are not installed without a word.
-    missing = sorted(set(settings.trackers) - {str(tracker) for tracker in get_available_trackers()})
-    if missing:
-        hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
-        raise EnvironmentProblem(f"tracker {missing[0]} was asked for, but its package is not installed. Run: {hint}")
-    distributed.join(device)
-    accelerator = Accelerator(cpu=device == "cpu", log_with=list(settings.trackers) or None, project_dir=folder)
-    if settings.trackers:
-        accelerator.init_trackers("trackers")
-    return accelerator
-
-
-def _divisible(batch_size: int, count: int) -> int:
-    if batch_size < count:
-        raise UsageError(f"a batch of {batch_size} images cannot be divided among {count} processes. Start fewer.")
-    return batch_size - batch_size % count

@@ -19,8 +19,8 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.data.sources import load_data
 from robust_prune.errors import RobustPruneError
-from robust_prune.evaluation.hashing import models_hash
 from robust_prune.export.onnx import export_model
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact
 from robust_prune.models.artifact import Loaded

@@ -1,15 +1,17 @@
-"""Fingerprints that tie a stored evaluation to the model and the images it was made from."""
+"""Fingerprints that tie what is stored to the model and the images it was made from."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..data.base import ImageSet
+if TYPE_CHECKING:
+    from ..data.base import ImageSet
 
 ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 

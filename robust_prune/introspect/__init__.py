@@ -1,0 +1,1 @@
+"""Looking at modules without changing them: fingerprints, hooks, modes and copies."""
