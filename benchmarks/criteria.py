@@ -42,7 +42,8 @@ from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.artifact import Loaded
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
-from robust_prune.recipe import PruningSection, Recipe, load
+from robust_prune.recipe import PruningSection, Recipe
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import digest, write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.surgery.apply import apply

@@ -43,7 +43,8 @@ from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.layout import fastest_layout, has_fast_bf16
-from robust_prune.recipe import EvaluationSection, load
+from robust_prune.recipe import EvaluationSection
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.serialization import to_json
 

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from robust_prune.training.scratch import fresh_like
 from torch import nn
 
 from robust_prune.budget.analysis import analyse
@@ -25,6 +24,7 @@ from robust_prune.recipe import EvaluationSection, Recipe, TrainSettings
 from robust_prune.surgery.apply import apply
 from robust_prune.surgery.repair import repair
 from robust_prune.training.budget import affordable
+from robust_prune.training.scratch import fresh_like
 from robust_prune.training.trainer import train
 
 RESAMPLES = 2000

@@ -34,7 +34,8 @@ from robust_prune.data.base import random_subset
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.recipe import RECOVERIES, TrainSettings, load
+from robust_prune.recipe import RECOVERIES, TrainSettings
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.training import trainer
 from robust_prune.training.optimizer import peak_rate

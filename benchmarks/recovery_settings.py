@@ -29,7 +29,7 @@ from robust_prune.data.base import Subset, first
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.recipe import load
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 
 CENTRE: dict[str, Any] = {

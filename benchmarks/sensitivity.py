@@ -37,7 +37,7 @@ from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.recipe import load
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure

@@ -51,7 +51,8 @@ from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.layout import tf32
 from robust_prune.ranking.importance import channel_scores
-from robust_prune.recipe import PruningSection, Recipe, TrainSettings, load
+from robust_prune.recipe import PruningSection, Recipe, TrainSettings
+from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery.apply import apply

@@ -7,7 +7,7 @@ which was killed goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,18 @@ from .budget.iterative import compose, dense_widths, realised, remaining_ratio
 from .budget.latency import plan_for_latency
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
+from .compression import (
+    Compressed,
+    Compression,
+    Cut,
+    Length,
+    LowerPrecisions,
+    Planned,
+    Pruned,
+    cut_names,
+    pruned_file,
+    recovered_file,
+)
 from .console import console, warn
 from .data.base import DataBundle, first, random_subset
 from .evaluation.card import ResultCard
@@ -34,10 +46,8 @@ from .export.parity import check_enough_images
 from .export.precision import export_precisions, reduced_path
 from .export.types import OnnxArtifact
 from .introspect.fingerprint import images_hash, models_hash
-from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, user_file
-from .models.artifact import Loaded
 from .recipe import Recipe, TrainSettings
 from .report.files import write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
@@ -45,9 +55,7 @@ from .report.table import headline_table
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, run_key
-from .sensitivity.profile import SensitivityProfile
 from .serialization import to_json
-from .structure.types import Refused
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.budget import affordable
@@ -57,90 +65,6 @@ from .training.types import TrainResult
 
 BEFORE_FINETUNE_IMAGES = 500
 UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels", "latency": "the latency"}
-
-
-@dataclass(frozen=True)
-class Compression:
-    """What to compress, on which data, how, and where to.
-
-    Attributes:
-        name: how the model is called in tables and folder names.
-        dense: the model.
-        data: its data set.
-        recipe: everything else.
-        out: the run folder; None derives one from name, ratio and inputs.
-        command: the command line that repeats the run.
-        arch: where the user's ``file.py:function`` lies, if that is the architecture.
-    """
-
-    name: str
-    dense: Loaded
-    data: DataBundle
-    recipe: Recipe
-    out: Path | None = None
-    command: str = ""
-    arch: str | None = None
-
-    @property
-    def device(self) -> str:
-        """Where torch computes, ``cpu`` or ``cuda``."""
-        return choose_device(self.recipe.device)
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What a finished run left behind: the report's values and where the files are."""
-
-    report: RunReport
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Outcome of analysis and planning."""
-
-    profile: SensitivityProfile
-    plan: PruningPlan
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Outcome of surgery and repair, beside the model's file.
-
-    Attributes:
-        rolled_back: groups that stayed whole, and why.
-        parity: largest relative error between the cut model and the masked dense one.
-        before_finetune: accuracy on held-out images.
-    """
-
-    rolled_back: tuple[Refused, ...]
-    parity: float
-    before_finetune: ResultCard
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One cut, from its plan to the recovered model; `plan` is what surgery made of it."""
-
-    planned: Planned
-    pruned: Pruned
-    tuned: TrainResult
-    plan: PruningPlan
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a network from scratch is trained: epochs, and images in each."""
-
-    epochs: int
-    images: int
-
-
-@dataclass(frozen=True)
-class LowerPrecisions:
-    """The files of lower precision of one model, by precision."""
-
-    files: dict[str, OnnxArtifact]
 
 
 def compress(job: Compression) -> Compressed | None:
@@ -205,21 +129,6 @@ def open_run(job: Compression) -> Run:
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"
     return Run.open(folder, key, recipe, job.command)
-
-
-def cut_names(steps: int) -> tuple[str, ...]:
-    """What is added to the names of each cut's stages; the last has the plain names, however many came before."""
-    return (*(f"-{step}" for step in range(1, steps)), "")
-
-
-def pruned_file(run: Run, at: str) -> Path:
-    """Where the model lies that surgery and repair leave."""
-    return run.folder / f"prune{at}" / "model.safetensors"
-
-
-def recovered_file(run: Run, at: str) -> Path:
-    """Where the fine-tuned model lies: that of the last cut is the run's."""
-    return (run.folder / f"finetune{at}" if at else run.folder) / "model.safetensors"
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:

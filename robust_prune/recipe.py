@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from .errors import UsageError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
-
-RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 
 
 def _number(value: Any) -> Any:
@@ -303,121 +296,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every value written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def shipped() -> dict[str, Path]:
-    """Names and files of the recipes that come with the package."""
-    for folder in RECIPE_FOLDERS:
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def find(name: str) -> Path:
-    """The file of a recipe given by path or by shipped name.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = shipped()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "`robust-prune recipes ls` lists the shipped ones."
-    raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe. {hint}")
-
-
-def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and puts dotted `overrides` (``{"pruning.ratio": 0.3}``) over it; None values are left out.
-
-    Raises:
-        UsageError: not YAML, an unknown key, or a value out of range; the message names file and line.
-    """
-    path = find(source) if source is not None else None
-    text = path.read_text(encoding="utf-8") if path else ""
-    try:
-        value = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")
-    for key, new in (overrides or {}).items():
-        if new is not None:
-            _put(value, key, new)
-    return _validate(value, path, text, set(overrides or {}))
-
-
-SomeSection = TypeVar("SomeSection", bound=Section)
-
-
-def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
-    """A section of a recipe from Python, with the errors that a recipe's reader gives.
-
-    Raises:
-        UsageError: an unknown key, or a value out of range.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = next(name for name, field in Recipe.model_fields.items() if field.annotation is kind)
-        raise UsageError(_explain(problem, (name, *(str(part) for part in problem["loc"])))) from error
-
-
-def _put(value: dict[str, Any], dotted: str, new: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        value = value.setdefault(parent, {})
-        if not isinstance(value, dict):
-            raise UsageError(f"cannot set {dotted}: {parent} is not a section of the recipe")
-    value[last] = new
-
-
-def _validate(value: dict[str, Any], path: Path | None, text: str, overridden: set[str]) -> Recipe:
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        location = tuple(str(part) for part in problem["loc"])
-        dotted = ".".join(location)
-        given = any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
-        where = "" if given else _where(path, text, location)
-        raise UsageError(_explain(problem, location) + where) from error
-
-
-def _explain(problem: Any, location: tuple[str, ...]) -> str:
-    name, found, bounds = location[-1], problem["input"], problem.get("ctx", {})
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, _fields(location[:-1]), n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_fields(location[:-1]))}."
-        return f"unknown recipe key {'.'.join(location)}. {hint}"
-    if location == ("pruning", "ratio"):
-        return f"ratio must be in (0, 1), got {found}. Try 0.5."
-    if problem["type"] == "literal_error":
-        return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found!r}"
-    if problem["type"] == "value_error":
-        return f"{'.'.join(location)} {bounds['error']}, got {found!r}"
-    return f"{'.'.join(location)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {found!r}"
-
-
-def _fields(location: tuple[str, ...]) -> list[str]:
-    section: Any = Recipe
-    for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
-
-
-def _where(path: Path | None, text: str, location: tuple[str, ...]) -> str:
-    if path is None:
-        return ""
-    node: Any = yaml.compose(text)
-    line = 1
-    for part in location:
-        found = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == part]
-        if not found:
-            break
-        line, node = found[0][0].start_mark.line + 1, found[0][1]
-    return f" ({path}:{line})"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from robust_prune.training.scratch import fresh_like
 from toy import QUICK, write_data, write_model
 
 from robust_prune import cli
@@ -22,6 +21,7 @@ from robust_prune.recipe import PruningSection, TrainSettings
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery.apply import apply
 from robust_prune.training import budget
+from robust_prune.training.scratch import fresh_like
 from robust_prune.training.trainer import train as real_train
 
 

@@ -385,7 +385,7 @@ def test_the_package_list_is_complete():
 
 def test_the_demo_goes_with_any_recipe():
     from robust_prune.commands.common import open_model_for
-    from robust_prune.recipe import load
+    from robust_prune.recipe_reader import load
 
     recipe = load(None, {"model.arch": "cifar/resnet18"})
     assert open_model_for("demo", None, recipe, None).spec.arch == "cifar/resnet20_x2"

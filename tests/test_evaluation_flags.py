@@ -9,10 +9,10 @@ from evaluation_sample import (
 )
 from torch import Tensor, nn
 
+from robust_prune.attacks.objectives import classify
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.evaluation.flags import exported_flags
-from robust_prune.evaluation.scoring import classify
 from robust_prune.evaluation.tiers import TIERS
 
 # --- flags -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from robust_prune.budget.types import PruningPlan
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
-from robust_prune.recipe import PruningSection, make_section
+from robust_prune.recipe import PruningSection
+from robust_prune.recipe_reader import make_section
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.groups import GroupSearch, find_groups

@@ -9,7 +9,8 @@ import pytest
 
 from robust_prune.commands.common import resolve
 from robust_prune.errors import UsageError
-from robust_prune.recipe import Recipe, find, load, shipped
+from robust_prune.recipe import Recipe
+from robust_prune.recipe_reader import find, load, shipped
 
 
 def _write(tmp_path: Path, text: str) -> str:

@@ -53,3 +53,9 @@ def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the largest logit is not the label's, or a logit is not finite, [N]."""
     return (logits.argmax(dim=1) != y) | ~torch.isfinite(logits).all(dim=1)
+
+
+def classify(logits: Tensor) -> Tensor:
+    """Predicted classes ([N, K] -> [N]); -1, never right, where a logit is not finite."""
+    finite = torch.isfinite(logits).all(dim=1)
+    return torch.where(finite, logits.argmax(dim=1), torch.full_like(logits[:, 0], -1, dtype=torch.long))

@@ -15,7 +15,8 @@ from cyclopts import Parameter
 from .. import distributed
 from ..console import console
 from ..errors import UsageError
-from ..recipe import Recipe, load
+from ..recipe import Recipe
+from ..recipe_reader import load
 
 if TYPE_CHECKING:
     from ..data.base import DataBundle

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..console import console
 from ..errors import UsageError
-from ..recipe import find, load, shipped
+from ..recipe_reader import find, load, shipped
 
 app = App(name="recipes", help="List, show or copy the shipped recipes.")
 

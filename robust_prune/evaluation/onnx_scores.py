@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attacks.objectives import classify
 from ..errors import EnvironmentProblem, UsageError
 from ..runs.files import file_sha256
-from .scoring import classify
 
 
 class OnnxModel:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks.objectives import classify
 from ..attacks.projections import l2_norm
 from ..attacks.threat import ThreatModel
 from ..errors import QualityGateError
@@ -40,12 +41,6 @@ class CountedModel(nn.Module):
         self.backwards += len(x) if x.requires_grad and torch.is_grad_enabled() else 0
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(x).float()
-
-
-def classify(logits: Tensor) -> Tensor:
-    """Predicted classes ([N, K] -> [N]); -1, never right, where a logit is not finite."""
-    finite = torch.isfinite(logits).all(dim=1)
-    return torch.where(finite, logits.argmax(dim=1), torch.full_like(logits[:, 0], -1, dtype=torch.long))
 
 
 @torch.no_grad()

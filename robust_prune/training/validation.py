@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, pgd
+from ..attacks.objectives import classify
 from ..data.base import ImageSet, batches, images_at_once
-from ..evaluation.scoring import classify
 from .precision import Precision
 from .randomness import generator_at
 

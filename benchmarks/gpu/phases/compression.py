@@ -24,7 +24,8 @@ from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact
 from robust_prune.models.artifact import Loaded
-from robust_prune.recipe import ExportSection, Recipe, load
+from robust_prune.recipe import ExportSection, Recipe
+from robust_prune.recipe_reader import load
 from robust_prune.sensitivity.adversarial_set import make_adversarial_set
 from robust_prune.surgery.apply import apply
 
