@@ -84,16 +84,10 @@ def compress(job: Compression) -> Compressed | None:
     model: nn.Module = dense
     cuts: list[Cut] = []
     for at in cut_names(job.recipe.pruning.steps):
-        file = recovered_file(run, at)
-        planned = run.stage(f"plan{at}", Planned, [models_hash(model)], partial(analyse_and_plan, job, model, cuts))
-        say_plan(planned.plan)
-        given = [to_json(planned.plan)]
-        repaired = partial(prune_and_repair, job, run, model, planned.plan, at)
-        pruned = run.stage(f"prune{at}", Pruned, given, repaired, files=[pruned_file(run, at)])
-        tuning = partial(finetune, job, run, at)
-        tuned = run.stage(f"finetune{at}", TrainResult, given, tuning, files=[file], shared=True)
-        say_outcome(pruned, tuned)
-        model = reopen(job, file)
+        planned = analyse_and_plan(job, run, at, model, cuts)
+        pruned = prune_and_repair(job, run, at, model, planned.plan)
+        tuned = finetune(job, run, at, planned.plan)
+        model = reopen(job, recovered_file(run, at))
         cuts.append(Cut(planned, pruned, tuned, what_was_cut(planned.plan, pruned, job, model)))
     models = {DENSE: dense.cpu().eval(), PRUNED: model.cpu().eval()}
     notes = []
@@ -111,7 +105,9 @@ def compress(job: Compression) -> Compressed | None:
 
 def plan_only(job: Compression) -> PruningPlan:
     """Measures sensitivity and plans the (first) cut; nothing is written and the model stays as it is."""
-    return analyse_and_plan(job, job.dense.model, ()).plan
+    plan = next_cut(job, job.dense.model, ()).plan
+    say_plan(plan)
+    return plan
 
 
 def open_run(job: Compression) -> Run:
@@ -136,7 +132,14 @@ def reopen(job: Compression, file: Path) -> nn.Module:
     return artifact.load(file, arch=job.arch, trust_source=True).model
 
 
-def analyse_and_plan(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Planned:
+def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, before: Sequence[Cut]) -> Planned:
+    """The plan of the next cut, shown."""
+    planned = run.stage(f"plan{at}", Planned, [models_hash(model)], partial(next_cut, job, model, before))
+    say_plan(planned.plan)
+    return planned
+
+
+def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Planned:
     """Sensitivities and channel scores of the model as it is now, and the plan of the next cut."""
     recipe, section = job.recipe, job.recipe.pruning
     plans = [cut.plan for cut in before]
@@ -161,15 +164,22 @@ def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted
         return plan_for_latency(analysis, recipe.pruning, wanted, present, measure, conditions(recipe.bench))
 
 
-def prune_and_repair(job: Compression, run: Run, parent: nn.Module, plan: PruningPlan, at: str) -> Pruned:
+def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, plan: PruningPlan) -> Pruned:
     """Cuts, repairs without training, and scores what that leaves; the model goes into its file."""
-    recipe, spec = job.recipe, job.dense.spec
-    console.print("Cutting channels and proving every group against the masked dense model")
-    surgery = apply(parent.cpu(), plan, spec.blank_image())
-    repair(surgery, parent, job.data.train, recipe, job.device)
-    card = score_before_finetune(surgery.model, job.data, recipe)
-    save(job, surgery.model, pruned_file(run, at))
-    return Pruned(surgery.rolled_back, surgery.parity, card)
+    recipe, spec, file = job.recipe, job.dense.spec, pruned_file(run, at)
+
+    def make() -> Pruned:
+        console.print("Cutting channels and proving every group against the masked dense model")
+        surgery = apply(parent.cpu(), plan, spec.blank_image())
+        repair(surgery, parent, job.data.train, recipe, job.device)
+        card = score_before_finetune(surgery.model, job.data, recipe)
+        save(job, surgery.model, file)
+        return Pruned(surgery.rolled_back, surgery.parity, card)
+
+    pruned = run.stage(f"prune{at}", Pruned, [to_json(plan)], make, files=[file])
+    for refused in pruned.rolled_back:
+        warn(f"group {refused.name} stayed whole: {refused.reason}")
+    return pruned
 
 
 def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) -> ResultCard:
@@ -180,20 +190,26 @@ def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) ->
     return evaluate(model, held_out, recipe.threat_model, section, subject=subject, seed=recipe.seed)
 
 
-def finetune(job: Compression, run: Run, at: str) -> TrainResult:
+def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainResult:
     """Adversarial fine-tuning of the repaired model; the recovered one goes into its file."""
-    recipe = job.recipe
+    recipe, data, file = job.recipe, job.data, recovered_file(run, at)
     settings: TrainSettings = recipe.finetune
     if at:
         settings = settings.model_copy(update={"epochs": recipe.pruning.step_epochs})
-    model = reopen(job, pruned_file(run, at))
-    result = train(
-        model, job.data.train, job.data.validation, recipe.threat_model, settings,
-        seed=recipe.seed, device=job.device, checkpoint=run.folder / f"finetune{at}" / "checkpoint.pt",
-        teacher=job.dense.model,
-    )  # fmt: skip
-    save(job, model, recovered_file(run, at))
-    return result
+
+    def make() -> TrainResult:
+        model = reopen(job, pruned_file(run, at))
+        result = train(
+            model, data.train, data.validation, recipe.threat_model, settings,
+            seed=recipe.seed, device=job.device, checkpoint=run.folder / f"finetune{at}" / "checkpoint.pt",
+            teacher=job.dense.model,
+        )  # fmt: skip
+        save(job, model, file)
+        return result
+
+    tuned = run.stage(f"finetune{at}", TrainResult, [to_json(plan)], make, files=[file], shared=True)
+    warn(tuned.note)
+    return tuned
 
 
 def save(job: Compression, model: nn.Module, file: Path) -> None:
@@ -344,10 +360,3 @@ def say_plan(plan: PruningPlan) -> None:
     """Prints a plan."""
     console.print(render_plan(plan))
     warn(plan.note)
-
-
-def say_outcome(pruned: Pruned, tuned: TrainResult) -> None:
-    """Prints what did not go as planned."""
-    for refused in pruned.rolled_back:
-        warn(f"group {refused.name} stayed whole: {refused.reason}")
-    warn(tuned.note)

@@ -105,16 +105,17 @@ def compress(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from ..compress import Compression, plan_only, say_plan
-    from ..compress import compress as run
+    from ..compress import compress as run_compression
+    from ..compress import plan_only
+    from ..compression import Compression
     from ..machine.host import tune_allocator
 
     tune_allocator()
     job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
     if not dry_run:
-        run(job)
+        run_compression(job)
         return
-    say_plan(plan_only(job))
+    plan_only(job)
     if resolved.pruning.steps > 1:
         warn(f"this is the first of {resolved.pruning.steps} cuts; the others are planned on the model that it leaves.")
     console.print("Dry run: nothing was written.")
