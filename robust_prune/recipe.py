@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from .catalogue import ALLOCATIONS, CRITERIA
+
 if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
 
@@ -27,10 +29,8 @@ def _switch(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
-Criterion = Literal[
-    "adversarial_taylor", "clean_taylor", "magnitude", "group_norm", "bn_scale", "random", "fpgm", "hessian", "lamp"
-]
-"""Channel criteria; `pruning.importance` says what each is."""
+CriterionName = Annotated[str, AfterValidator(CRITERIA.check)]
+AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
 LOSSES = ("n_fgsm", "pgd_at", "trades", "mart", "clean")
 
 
@@ -109,10 +109,10 @@ class PruningSection(Section):
     of: Literal["macs", "params", "channels", "latency"] = "macs"
     """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
     and `bench.threads`: candidates are timed until one lands within 5 %."""
-    allocation: Literal["mrs", "rank", "global", "uniform"] = "mrs"
-    """How the budget is spread over groups."""
-    criterion: Criterion = "adversarial_taylor"
-    """Channel score inside a group."""
+    allocation: AllocationName = "mrs"
+    """How the budget is spread over groups; `robust-prune compress --help` lists what there is."""
+    criterion: CriterionName = "adversarial_taylor"
+    """Channel score inside a group; `robust-prune compress --help` lists what there is."""
     align: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)

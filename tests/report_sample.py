@@ -15,8 +15,13 @@ from robust_prune.export.types import OnnxArtifact, Parity
 from robust_prune.report import ModelRow, RunReport
 from robust_prune.sensitivity.profile import ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.types import Refused
+from robust_prune.training.types import EpochRecord
 
 THREAT = ThreatModel("linf", 8 / 255)
+
+
+def epoch(number: int, train_loss: float, val_clean: float = 0.5, val_robust: float = 0.3) -> EpochRecord:
+    return EpochRecord(number, train_loss, 0.4, val_clean, val_robust, "average", 0.02, 9.0)
 
 
 def card(model: str, clean: int, robust: int, total: int = 500, flags: tuple[str, ...] = ()) -> ResultCard:
@@ -54,10 +59,7 @@ def sample_run(**changes: Any) -> RunReport:
         if not name.endswith("conv2")
     )
     history = tuple(
-        {
-            "epoch": e, "train_loss": 1.9 * math.exp(-0.1 * e) + 0.3, "val_clean": 0.70 - 0.25 * math.exp(-0.5 * e),
-            "val_robust": 0.42 - 0.18 * math.exp(-0.4 * e), "lr": 0.02, "seconds": 9.0,
-        }
+        epoch(e, 1.9 * math.exp(-0.1 * e) + 0.3, 0.70 - 0.25 * math.exp(-0.5 * e), 0.42 - 0.18 * math.exp(-0.4 * e))
         for e in range(1, 9)
     )  # fmt: skip
     values: dict[str, Any] = {

@@ -9,11 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_prune.budget.allocation import ALLOCATIONS, allocate, cut_losses
+from robust_prune.attacks import ThreatModel
+from robust_prune.budget.allocation import Problem
+from robust_prune.budget.allocation import allocate as allocate_by_section
+from robust_prune.budget.allocations.mrs import cut_losses
+from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import CostModel, QuadraticForm
 from robust_prune.budget.rounding import floor_of, land, levels_of
+from robust_prune.catalogue import ALLOCATIONS
 from robust_prune.errors import UsageError
+from robust_prune.recipe import PruningSection
+from robust_prune.recipe_reader import make_section
 from robust_prune.sensitivity.profile import GroupSensitivity, SensitivityProfile
+from robust_prune.structure.groups import GroupSearch
 from robust_prune.structure.types import ChannelGroup
 
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -79,7 +87,19 @@ def bottlenecks():
 def profile_of(groups, mrs, powers):
     curves = [tuple(m * (r / 0.1) ** p for r in RADII) for m, p in zip(mrs, powers, strict=True)]
     found = tuple(GroupSensitivity(g.name, m, c) for g, m, c in zip(groups, mrs, curves, strict=True))
-    return SensitivityProfile("boundary", 0.1, RADII, "sum", 1.5, 256, 0, {}, (), found)
+    return SensitivityProfile("boundary", 0.1, RADII, "sum", 1.5, 256, 0, ThreatModel(), (), found)
+
+
+def allocate(allocation, groups, cost, budget, of="macs", profile=None, scores=None, removed=None, **section):
+    """`allocate` with MRS at its word."""
+    analysis = Analysis(GroupSearch(tuple(groups), ()), cost, profile, scores, removed)
+    settings = make_section(PruningSection, allocation=allocation, of=of, mrs_exponent=1, **section)
+    return allocate_by_section(analysis, settings, budget)
+
+
+def losses_of(groups, profile, removed):
+    problem = Problem(groups, None, 0, None, None, PruningSection(), profile, None, removed)
+    return cut_losses(problem, profile)
 
 
 def inputs(groups, seed=0):
@@ -103,7 +123,7 @@ NETWORKS = {"resnet18": resnet18(), "vgg16": vgg16(), "bottlenecks": bottlenecks
 
 
 @pytest.mark.parametrize("of", ["macs", "params", "channels"])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_budgets_are_hit_on_aligned_widths(name, allocation, of):
     groups, cost = NETWORKS[name]
@@ -126,7 +146,7 @@ def test_a_resnet50_sized_problem_is_quick():
     assert time.process_time() - start < 1.0
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names)
 def test_a_larger_ratio_never_keeps_more(allocation):
     groups, cost = NETWORKS["resnet18"]
     dense = cost.macs({})
@@ -143,7 +163,7 @@ def test_mrs_is_near_the_optimum_of_exhaustive_search(seed, align, factor):
     """Three groups in steps of 4 have few landings, far apart in loss, and local moves do not see all of them."""
     groups, cost = network([64, 48, 96], [(None, 0, 64, 9), (0, 1, 64, 9), (1, 2, 16, 9)], head=10)
     profile, scores, fractions = inputs(groups, seed)
-    losses = cut_losses(groups, profile, fractions)
+    losses = losses_of(groups, profile, fractions)
     form, dense = cost.form("macs"), cost.macs({})
     plans = np.array(list(itertools.product(*[levels_of(g, align, 0.1).tolist() for g in groups])))
     loss = sum(values[plans[:, i]] for i, values in enumerate(losses))
@@ -202,7 +222,7 @@ def test_heavy_tails_do_not_empty_the_insensitive():
 def test_losses_are_convex_and_vanish_at_full_width():
     groups, _ = NETWORKS["vgg16"]
     profile, _, fractions = inputs(groups)
-    for group, loss in zip(groups, cut_losses(groups, profile, fractions), strict=True):
+    for group, loss in zip(groups, losses_of(groups, profile, fractions), strict=True):
         assert len(loss) == group.channels + 1 and loss[-1] == 0
         saved = loss[:-1] - loss[1:]
         assert (saved >= 0).all() and (np.diff(saved) <= 1e-6 * saved.max()).all()
@@ -213,7 +233,7 @@ def test_losses_follow_the_measured_curve():
     group = ChannelGroup("g0", 6, ())
     profile = profile_of([group], [0.5], [4.0])
     fraction = torch.tensor([0.0, 0.0, *RADII], dtype=torch.float64)
-    loss = cut_losses([group], profile, {"g0": fraction})[0][::-1]
+    loss = losses_of([group], profile, {"g0": fraction})[0][::-1]
     assert loss[1] == 0
     assert loss[2:] == pytest.approx(profile.groups[0].curve)
 
@@ -239,14 +259,14 @@ def test_global_cuts_the_unimportant_and_insensitive():
 
 def test_floors_hold_and_an_impossible_budget_gives_the_floors():
     groups, cost = NETWORKS["vgg16"]
-    for allocation in ALLOCATIONS:
+    for allocation in ALLOCATIONS.names:
         keep = allocate(allocation, groups, cost, 0.001 * cost.macs({}), "macs", *inputs(groups), min_keep=0.3)
         assert keep == {g.name: floor_of(g, 0.3) for g in groups}
 
 
 def test_a_budget_above_the_dense_cost_keeps_everything():
     groups, cost = NETWORKS["vgg16"]
-    for allocation in ALLOCATIONS:
+    for allocation in ALLOCATIONS.names:
         keep = allocate(allocation, groups, cost, 2 * cost.macs({}), "macs", *inputs(groups))
         assert keep == {g.name: g.channels for g in groups}
 
@@ -302,7 +322,10 @@ def test_what_is_missing_or_wrong_is_said():
     groups, cost = parallel([1.0, 1.0])
     profile = profile_of(groups, [1.0, 1.0], [1, 1])
     fractions = equal_channels(groups)
-    with pytest.raises(UsageError, match="allocation must be one of mrs, rank, global, uniform, got 'best'"):
+    with pytest.raises(
+        UsageError,
+        match="pruning.allocation must be one of global, mrs, rank, uniform, or file.py:function, got 'best'",
+    ):
         allocate("best", groups, cost, 50)
     with pytest.raises(UsageError, match="'mrs' needs a sensitivity profile"):
         allocate("mrs", groups, cost, 50)
@@ -314,9 +337,9 @@ def test_what_is_missing_or_wrong_is_said():
         allocate("mrs", groups, cost, 50, "macs", profile_of(groups[:1], [1.0], [1]), None, fractions)
     with pytest.raises(UsageError, match="needs 65 removed fractions"):
         allocate("mrs", groups, cost, 50, "macs", profile, None, fractions | {"g1": torch.zeros(3)})
-    with pytest.raises(UsageError, match="min_keep must be in"):
+    with pytest.raises(UsageError, match="pruning.min_keep: input should be less than 1"):
         allocate("uniform", groups, cost, 50, min_keep=1.0)
-    with pytest.raises(UsageError, match="align must be at least 1"):
+    with pytest.raises(UsageError, match="pruning.align: input should be greater than or equal to 1"):
         allocate("uniform", groups, cost, 50, align=0)
     with pytest.raises(UsageError, match="not those that the cost model"):
         allocate("uniform", groups[:1], cost, 50)

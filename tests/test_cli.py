@@ -278,11 +278,11 @@ def test_an_unknown_recovery_is_refused(here, capsys):
 
 
 def test_help_names_every_criterion(capsys):
-    from robust_prune.ranking.importance import CRITERIA
+    from robust_prune.catalogue import ALLOCATIONS, CRITERIA
 
     cli.main(["compress", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(name in text for name in CRITERIA)
+    assert all(name in text for name in (*CRITERIA.names, *ALLOCATIONS.names))
 
 
 def test_debug_shows_the_traceback(here):

@@ -77,7 +77,7 @@ def test_the_command_writes_the_joint_report(tmp_path: Path, capsys: pytest.Capt
         (None, "holds no result.json"),
         ("{", "is not a result of robust-prune"),
         ("[]", "is not a result"),
-        ("{}", "KeyError"),
+        ("{}", "title: Field required"),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

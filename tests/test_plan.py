@@ -126,7 +126,11 @@ def test_whole_widths_inside_the_budgets_tolerance_are_found():
         model = nn.Sequential(*layers)
         groups = [chain_group(2 * i, width) for i, width in enumerate(widths)]
         cost = cost_model(model, X, groups)
-        keep = allocate("uniform", groups, cost, (1 - ratio) * cost.macs({}))
+        keep = allocate(
+            Analysis(GroupSearch(tuple(groups), ()), cost, None, {}),
+            PruningSection(allocation="uniform"),
+            (1 - ratio) * cost.macs({}),
+        )
         return 1 - cost.macs(keep) / cost.macs({})
 
     for widths, ratio in (([16, 32], 0.436), ([64, 16], 0.219)):

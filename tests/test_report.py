@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_sample import card, latency, sample_examples, sample_run
+from report_sample import card, epoch, latency, sample_examples, sample_run
 from rich.console import Console
 
 from robust_prune.bench.types import Ratio
@@ -95,7 +95,7 @@ def test_write_leaves_four_whole_files(tmp_path: Path) -> None:
 
 
 def test_result_json_is_strict_json_even_with_nan(tmp_path: Path) -> None:
-    history = ({"epoch": 1, "train_loss": math.nan, "val_clean": 0.5, "val_robust": math.inf},)
+    history = (epoch(1, math.nan, 0.5, math.inf),)
     write(sample_run(history=history), tmp_path)
 
     def refuse(constant: str) -> None:
@@ -335,7 +335,7 @@ def test_the_front_holds_what_no_other_model_beats() -> None:
 
 
 def test_curves_skip_what_is_not_finite() -> None:
-    history = ({"epoch": 1, "train_loss": 1.0}, {"epoch": 2, "train_loss": math.nan}, {"epoch": 3, "train_loss": 0.5})
+    history = tuple(epoch(e, loss, math.nan, math.nan) for e, loss in enumerate((1.0, math.nan, 0.5), start=1))
     assert charts.loss_curve(history).count("<circle") == 2
     assert charts.accuracy_curves(history) == ""
     assert "nan" not in charts.loss_curve(history)

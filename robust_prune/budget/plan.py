@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import UsageError
 from ..ranking.importance import removal_order
 from ..recipe import PruningSection
-from ..sensitivity.groups import damped
 from ..structure.groups import GroupSearch
 from ..structure.types import ChannelGroup
 from .allocation import allocate
@@ -39,18 +38,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     """
     search, cost, profile = analysis.search, analysis.cost, analysis.profile
     check_groups(search)
-    keep = allocate(
-        section.allocation,
-        search.groups,
-        cost,
-        (1 - section.ratio) * cost.cost({}, section.of),
-        section.of,
-        damped(profile, search.groups, section.mrs_exponent) if profile and section.allocation == "mrs" else profile,
-        analysis.scores,
-        analysis.removed,
-        align=section.align,
-        min_keep=section.min_keep,
-    )
+    keep = allocate(analysis, section, (1 - section.ratio) * cost.cost({}, section.of))
     mrs = {} if profile is None else {group.name: group.mrs for group in profile.groups}
     planned = tuple(
         PlannedGroup(

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
 from ..structure.types import ChannelGroup
 from .cost import QuadraticForm
 
@@ -62,14 +61,6 @@ def levels_of(group: ChannelGroup, align: int, min_keep: float) -> Ints:
     return np.array([*range(first, group.channels, step), group.channels], dtype=np.int64)
 
 
-def check_limits(align: int, min_keep: float) -> None:
-    """Raises UsageError unless `align` >= 1 and `min_keep` is in [0, 1)."""
-    if align < 1:
-        raise UsageError(f"align must be at least 1, got {align}. Try 8, or 1 for no alignment.")
-    if not 0 <= min_keep < 1:
-        raise UsageError(f"min_keep must be in [0, 1), got {min_keep}. Try 0.1.")
-
-
 def land(
     groups: Sequence[ChannelGroup],
     wished: Floats,
@@ -96,7 +87,6 @@ def land(
     Returns:
         Kept channels [groups].
     """
-    check_limits(align, min_keep)
     tries = [_land_from(wished * scale, groups, losses, form, budget, align, min_keep) for scale in _STARTS]
     return min(tries, key=_Search.merit).keep.astype(np.int64)
 

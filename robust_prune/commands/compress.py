@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ..catalogue import ALLOCATIONS, CRITERIA
 from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
@@ -55,13 +56,10 @@ def compress(
         ),
     ] = None,
     images: ImagesFlag = None,
-    allocation: Annotated[str | None, Parameter(help="mrs, rank, global or uniform.")] = None,
+    allocation: Annotated[str | None, Parameter(help=f"How the budget is spread: {ALLOCATIONS.help()}.")] = None,
     criterion: Annotated[
         str | None,
-        Parameter(
-            help="Channel score inside a group: adversarial_taylor, clean_taylor, magnitude, group_norm, bn_scale, "
-            "fpgm, hessian, lamp or random."
-        ),
+        Parameter(help=f"Channel score inside a group: {CRITERIA.help()}."),
     ] = None,
     steps: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
     tier: Annotated[str | None, Parameter(help="Evaluation: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,

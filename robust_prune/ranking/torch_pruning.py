@@ -14,50 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_pruning.pruner import function
-from torch_pruning.pruner.importance import FPGMImportance, GroupHessianImportance, LAMPImportance
 
 from ..console import track
 from ..errors import UsageError
 from ..structure.cutting import is_depthwise
 from ..structure.reference import copy_model
 from ..structure.types import ChannelGroup, GroupSlice
+from .scoring import Images
 
-BASELINES = ("fpgm", "hessian", "lamp")
 HESSIAN_IMAGES = 256
 """Each image takes a backward pass of its own."""
 
 
-def baseline_scores(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    criterion: str,
-    clean: tuple[Tensor, Tensor] | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Scores of one of `BASELINES` as torch-pruning computes them.
-
-    - ``fpgm``: summed distance of a filter to the others of its layer (He et al., CVPR 2019).
-    - ``lamp``: group norm, divided by what remains above it (Lee et al., arXiv 2010.07611).
-    - ``hessian``: Σ w²·mean_i g_i² with g_i the gradient of one image (Optimal Brain Damage with the empirical Fisher
-      matrix). torch-pruning keeps the last image's square only, so the mean is made here.
+def baseline_scores(scorer: Any, criterion: str, model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    """Scores of one of torch-pruning's importance classes.
 
     Args:
+        scorer: an instance of the class.
+        criterion: its name, for messages.
         model: left as it came.
         groups: of this model.
-        criterion: one of `BASELINES`.
-        clean: float images [N, C, H, W] in [0, 1] and labels [N]; needed by ``hessian``, which reads the first
-            `HESSIAN_IMAGES`.
-        device: where the model is.
 
     Returns:
         By group name, float64 [channels] on the CPU.
 
     Raises:
-        UsageError: missing images, or a group without a layer that the criterion reads.
+        UsageError: a group without a layer that the criterion reads.
     """
-    scorer: Any = {"fpgm": FPGMImportance, "lamp": LAMPImportance, "hessian": GroupHessianImportance}[criterion]()
-    if criterion == "hessian":
-        model = _with_mean_squares(model, clean, device)
     found = {}
     for group in groups:
         scores = scorer(_View(model, group))
@@ -102,21 +85,19 @@ def _handler(layer: nn.Module, side: str) -> Any:
     return function.prune_layernorm_out_channels if isinstance(layer, nn.LayerNorm) else None
 
 
-def _with_mean_squares(model: nn.Module, clean: tuple[Tensor, Tensor] | None, device: torch.device) -> nn.Module:
+def with_mean_squares(model: nn.Module, clean: Images, device: torch.device) -> nn.Module:
     """A copy in eval mode whose parameters hold, as their gradient, the mean of squared single-image gradients."""
-    if clean is None or len(clean[1]) == 0:
-        raise UsageError("criterion 'hessian' needs clean images and labels, got none")
     images, labels = clean[0][:HESSIAN_IMAGES], clean[1][:HESSIAN_IMAGES]
-    twin = copy_model(model).eval().requires_grad_(True)
-    weights = [p for p in twin.parameters() if p.is_floating_point()]
+    copied = copy_model(model).eval().requires_grad_(True)
+    weights = [p for p in copied.parameters() if p.is_floating_point()]
     sums = [torch.zeros_like(weight) for weight in weights]
     with torch.enable_grad(), track("Channel importance, Hessian", len(labels)) as advance:
         for x, y in zip(images.split(1), labels.split(1), strict=True):
-            loss = F.cross_entropy(twin(x.to(device, weights[0].dtype)), y.to(device))
+            loss = F.cross_entropy(copied(x.to(device, weights[0].dtype)), y.to(device))
             for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if gradient is not None:
                     total += gradient.square()
             advance()
     for weight, total in zip(weights, sums, strict=True):
         weight.grad = total / len(labels)
-    return twin
+    return copied

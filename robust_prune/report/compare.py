@@ -26,8 +26,8 @@ def load_run(path: str | Path) -> RunReport:
         raise UsageError(f"{path} holds no {RESULT}. Give the folder of a finished run.")
     try:
         return from_json(RunReport, json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UsageError(f"{file} is not a result of robust-prune ({type(error).__name__}: {error}).") from error
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{file} is not a result of robust-prune ({error}).") from error
 
 
 def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:

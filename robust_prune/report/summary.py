@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..catalogue import ALLOCATIONS, CRITERIA
 from ..report import text
 from .table import find_latency, latency_keys
 from .types import ModelRow, RunReport
@@ -153,23 +154,6 @@ def after_the_cut(run: RunReport) -> str:
     )
 
 
-ALLOCATIONS = {
-    "mrs": "Channels went where, by the sensitivity below, the least robustness is lost for the cost that is saved.",
-    "rank": "The more sensitive a group of layers is under attack, the larger the share of its channels that stayed.",
-    "global": "The least important channels of the whole network went, weighted by the sensitivity below.",
-    "uniform": "Every group of layers gave up the same share of its channels.",
-}
-CRITERIA = {
-    "adversarial_taylor": "by how much the loss under attack would change without them (adversarial Taylor)",
-    "clean_taylor": "by how much the loss would change without them on unchanged images (Taylor)",
-    "magnitude": "by the size of their weights",
-    "group_norm": "by the size of all weights that go with them (group norm)",
-    "bn_scale": "by the scale of their batch-norm (network slimming)",
-    "fpgm": "by their distance to the layer's other filters (FPGM)",
-    "hessian": "by the loss that their removal costs to second order (Optimal Brain Damage)",
-    "lamp": "by the size of all weights that go with them, relative to the rest (LAMP)",
-    "random": "at random",
-}
 UNITS = {"macs": "the MACs", "params": "the parameters", "channels": "the channels", "latency": "the latency"}
 
 
@@ -178,9 +162,10 @@ def how_cut(run: RunReport) -> str:
     plan = run.plan
     if plan is None:
         return ""
-    rule = ALLOCATIONS.get(plan.allocation, f"The share of each group was set by the allocation {plan.allocation}.")
+    rule = f"{ALLOCATIONS.choices[plan.allocation]}." if plan.allocation in ALLOCATIONS.choices else ""
+    rule = rule or f"The share of each group was set by the allocation {plan.allocation}."
     aligned = f" Widths are multiples of {plan.align} where the budget allows." if plan.align > 1 else ""
     target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.of, plan.of)}."
-    order = CRITERIA.get(plan.criterion, f"by {plan.criterion.replace('_', ' ')}")
-    ranking = f" Within a group, channels were ranked {order}."
+    score = CRITERIA.choices.get(plan.criterion, plan.criterion)
+    ranking = f" Within a group, channels were ranked by {score[:1].lower()}{score[1:]}."
     return f"{target} {rule}{ranking}{aligned}"

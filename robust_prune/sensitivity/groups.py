@@ -53,14 +53,14 @@ def aggregate_groups(
     return replace(profile, aggregation=aggregation, groups=found)
 
 
-def damped(profile: SensitivityProfile, groups: Sequence[ChannelGroup], exponent: float) -> SensitivityProfile:
+def tempered(profile: SensitivityProfile, groups: Sequence[ChannelGroup], exponent: float) -> SensitivityProfile:
     """The profile for spending a budget by: each module's losses raised to `exponent`, then aggregated as they were.
 
     Sensitivities span three orders of magnitude and are those of the worst perturbation, before any repair and
     recovery, while a cut is none of these: taken at their word they spend all on the few most sensitive layers and
     leave bottlenecks that no fine-tuning mends. Their order is worth having: `benchmarks/results/allocation.md`
-    compares exponents on held-out images. Modules are damped, not groups: a residual stream is as many layers as write
-    to it, and counts as many times.
+    compares exponents on held-out images. Modules are tempered, not groups: a residual stream counts as many times as
+    layers write to it.
 
     Args:
         profile: with the producers' sensitivities.
@@ -70,6 +70,8 @@ def damped(profile: SensitivityProfile, groups: Sequence[ChannelGroup], exponent
     Raises:
         UsageError: a group none of whose producers was measured.
     """
+    if exponent == 1:
+        return profile
     modules = tuple(
         replace(m, mrs=m.mrs**exponent, curve=tuple(loss**exponent for loss in m.curve)) for m in profile.modules
     )

@@ -1,0 +1,1 @@
+"""Allocations of a budget, one file each: see `catalogue.ALLOCATIONS` and `budget.allocation.Problem`."""

@@ -1,0 +1,24 @@
+"""The least important channels of the whole network go, weighted by the rank of MRS."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..allocation import Floats, Problem, Wish
+from ..rank_weights import rank_weights
+
+
+def wished_widths(problem: Problem) -> Wish:
+    """One threshold over score x h(MRS_g), scores being relative to their group's mean and h the rank's weight."""
+    weights = rank_weights(problem)
+    scores = problem.needs("channel scores", problem.scores)
+    problem.covered(scores, "channel scores")
+    importance = []
+    for group, weight in zip(problem.groups, weights, strict=True):
+        score = scores[group.name].detach().double().cpu().numpy()
+        importance.append(np.sort(weight * score / max(float(score.mean()), 1e-300)))
+
+    def widths(t: float) -> Floats:
+        return np.array([len(v) - np.searchsorted(v, 1 / max(t, 1e-12), "right") for v in importance], float)
+
+    return Wish(problem.largest(widths))

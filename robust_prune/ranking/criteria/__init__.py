@@ -1,0 +1,1 @@
+"""Channel criteria, one file each: see `catalogue.CRITERIA` and `ranking.scoring`."""

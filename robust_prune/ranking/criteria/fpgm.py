@@ -1,0 +1,14 @@
+"""The distance of a filter to the others of its layer (FPGM, He et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch_pruning.pruner.importance import FPGMImportance
+
+from ..scoring import Scoring
+from ..torch_pruning import baseline_scores
+
+
+def score(asked: Scoring) -> dict[str, Tensor]:
+    """Summed over the other filters, as torch-pruning computes it."""
+    return baseline_scores(FPGMImportance(), "fpgm", asked.model, asked.groups)

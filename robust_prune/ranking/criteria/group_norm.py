@@ -1,0 +1,13 @@
+"""The L2 norm of all weights that go with a channel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..scoring import Scoring
+from ..weight_norms import is_any, weight_norm
+
+
+def score(asked: Scoring) -> dict[str, Tensor]:
+    """Of output and input slices, norm weights and free parameters."""
+    return {group.name: weight_norm(asked.model, group, is_any) for group in asked.groups}

@@ -1,0 +1,13 @@
+"""The L2 norm of the weights that write a channel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..scoring import Scoring
+from ..weight_norms import is_out, weight_norm
+
+
+def score(asked: Scoring) -> dict[str, Tensor]:
+    """Of the producers' output slices, without biases."""
+    return {group.name: weight_norm(asked.model, group, is_out) for group in asked.groups}
