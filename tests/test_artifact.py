@@ -205,7 +205,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
     [
         ({"version": 99}, "version 99.*Upgrade"),
         ({"spec": "gone"}, "manifest of .* is damaged"),
-        ({"threat": {"norm": "l7"}}, "threat norm"),
+        ({"threat": {"norm": "l7"}}, "manifest of .* is damaged: .*norm: Input should be"),
         ({"threat": {"nonsense": 1}}, "manifest of .* is damaged"),
         ({"format": "something else"}, "is damaged"),
         ({"changes": {"attributes": {}, "shapes": {"backbone.conv1.weight": [1, 3, 3, 3]}}}, "does not fit"),

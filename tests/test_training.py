@@ -18,7 +18,7 @@ from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.recipe import LOSSES, TrainSettings
 from robust_prune.runs.files import atomic_write
 from robust_prune.runs.run import Run, claim
-from robust_prune.training import trainer
+from robust_prune.training import acceleration, trainer
 from robust_prune.training.losses import Batch, make_loss
 from robust_prune.training.optimizer import decay_groups, peak_rate
 from robust_prune.training.precision import choose_precision
@@ -85,7 +85,7 @@ def test_a_short_run_takes_a_lower_peak_rate_unless_it_is_told_one():
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(trainer, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(acceleration, "get_available_trackers", lambda: [])
     with pytest.raises(EnvironmentProblem, match=r"tracker tensorboard was asked for.*robust-prune\[tensorboard\]"):
         train(_model(), _images(60), _images(30, 1), THREAT, _settings(trackers=("tensorboard",)))
 

@@ -35,7 +35,7 @@ class _Recorded(TorchDispatchMode):
 
 
 def _run(settings: trainer.TrainSettings, folder: Path, teacher: nn.Module | None = None) -> trainer._Run:
-    accelerator = trainer._accelerator(settings, "cpu", folder)
+    accelerator = trainer.make_accelerator(settings, "cpu", folder)
     return trainer._Run(_model(), _images(96), _images(30, 1), THREAT, settings, 0, accelerator, None, 0, teacher)
 
 
@@ -53,7 +53,7 @@ def test_a_step_reads_nothing_back_from_the_device(loss: str, tmp_path: Path) ->
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_on_a_gpu_never_waits_for_it(loss: str, tmp_path: Path) -> None:
     settings = _settings(loss=loss)
-    accelerator = trainer._accelerator(settings, "cuda", tmp_path)
+    accelerator = trainer.make_accelerator(settings, "cuda", tmp_path)
     run = trainer._Run(_model(), _images(96), _images(30, 1), THREAT, settings, 0, accelerator, None, 0, None)
     order = torch.arange(16, device="cuda")
     run._step(order)

@@ -153,7 +153,9 @@ def test_a_users_loss_trains_resumes_and_is_part_of_the_key(mine: Path, tmp_path
     train(resumed, *arguments, checkpoint=checkpoint, checkpoint_seconds=0)
     assert all(torch.equal(value, _weights(whole)[name]) for name, value in _weights(resumed).items())
     mine.write_text(MINE + "\n# changed\n", encoding="utf-8")
-    run = trainer._Run(_model(), *arguments, 0, trainer._accelerator(settings, "cpu", tmp_path), checkpoint, 0, None)
+    run = trainer._Run(
+        _model(), *arguments, 0, trainer.make_accelerator(settings, "cpu", tmp_path), checkpoint, 0, None
+    )
     assert not run.resume()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from ..errors import UsageError
 
 Norm = Literal["linf", "l2"]
@@ -18,6 +20,8 @@ class ThreatModel:
         norm: ``"linf"`` or ``"l2"``.
         epsilon: radius in units of the [0, 1] pixel range; 8/255 is CIFAR-10's convention for ``linf``.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     norm: Norm = "linf"
     epsilon: float = 8 / 255

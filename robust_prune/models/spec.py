@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 
@@ -22,6 +23,8 @@ class ModelSpec:
         class_names: names of the logits, or empty.
         source_sha256: for ``file.py:function``, the hash of the file's text; else empty.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     arch: str
     num_classes: int
