@@ -100,3 +100,4 @@ def _first_line(file: Path) -> str:
 
 CRITERIA = Catalogue("criterion", "ranking.criteria", "score")
 ALLOCATIONS = Catalogue("allocation", "budget.allocations", "wished_widths")
+LOSSES = Catalogue("loss", "training.loss_functions", "loss")

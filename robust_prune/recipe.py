@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from .catalogue import ALLOCATIONS, CRITERIA
+from .catalogue import ALLOCATIONS, CRITERIA, LOSSES
 
 if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
@@ -31,16 +31,7 @@ def _switch(value: Any) -> Any:
 
 CriterionName = Annotated[str, AfterValidator(CRITERIA.check)]
 AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
-LOSSES = ("n_fgsm", "pgd_at", "trades", "mart", "clean")
-
-
-def _loss(value: str) -> str:
-    if value not in LOSSES and ".py" not in value:
-        raise ValueError(f"must be one of {', '.join(LOSSES)}, or file.py:function")
-    return value
-
-
-LossName = Annotated[str, AfterValidator(_loss)]
+LossName = Annotated[str, AfterValidator(LOSSES.check)]
 Tier = Literal["pgd", "apgd", "aa-fast", "standard"]
 """Strengths of evaluation; `evaluation.tiers` says what each runs."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
@@ -135,7 +126,7 @@ class TrainSettings(Section):
     """One adversarial training or fine-tuning run."""
 
     loss: LossName = "n_fgsm"
-    """Training loss: n_fgsm, pgd_at, trades, mart, clean, or your own as file.py:function."""
+    """Training loss; `robust-prune train --help` lists what there is."""
     epochs: int = Field(30, ge=0)
     """Passes over the training images."""
     batch_size: int = Field(128, ge=1)

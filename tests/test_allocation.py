@@ -324,7 +324,7 @@ def test_what_is_missing_or_wrong_is_said():
     fractions = equal_channels(groups)
     with pytest.raises(
         UsageError,
-        match="pruning.allocation must be one of global, mrs, rank, uniform, or file.py:function, got 'best'",
+        match=r"pruning.allocation must be one of global, mrs, rank, uniform, or file.py:function, got 'best'",
     ):
         allocate("best", groups, cost, 50)
     with pytest.raises(UsageError, match="'mrs' needs a sensitivity profile"):
@@ -337,9 +337,9 @@ def test_what_is_missing_or_wrong_is_said():
         allocate("mrs", groups, cost, 50, "macs", profile_of(groups[:1], [1.0], [1]), None, fractions)
     with pytest.raises(UsageError, match="needs 65 removed fractions"):
         allocate("mrs", groups, cost, 50, "macs", profile, None, fractions | {"g1": torch.zeros(3)})
-    with pytest.raises(UsageError, match="pruning.min_keep: input should be less than 1"):
+    with pytest.raises(UsageError, match=r"pruning.min_keep: input should be less than 1"):
         allocate("uniform", groups, cost, 50, min_keep=1.0)
-    with pytest.raises(UsageError, match="pruning.align: input should be greater than or equal to 1"):
+    with pytest.raises(UsageError, match=r"pruning.align: input should be greater than or equal to 1"):
         allocate("uniform", groups, cost, 50, align=0)
     with pytest.raises(UsageError, match="not those that the cost model"):
         allocate("uniform", groups[:1], cost, 50)

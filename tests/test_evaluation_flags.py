@@ -131,7 +131,7 @@ def test_non_finite_logits_never_count_as_right() -> None:
 
 
 def test_unknown_tier_lists_those_that_exist(trained: Tiny, images: TensorImages) -> None:
-    with pytest.raises(UsageError, match="evaluation.tier must be one of .*, got 'strongest'") as caught:
+    with pytest.raises(UsageError, match=r"evaluation.tier must be one of .*, got 'strongest'") as caught:
         evaluated(trained, images, THREAT, tier="strongest")
     assert all(name in str(caught.value) for name in TIERS)
 
@@ -140,7 +140,7 @@ def test_bad_requests_say_what_is_wrong(trained: Tiny, images: TensorImages) -> 
     empty = TensorImages(images.images[:0], images.labels[:0])
     with pytest.raises(UsageError, match="no images"):
         evaluated(trained, empty, THREAT)
-    with pytest.raises(UsageError, match="evaluation.steps: input should be greater than or equal to 1, got 0"):
+    with pytest.raises(UsageError, match=r"evaluation.steps: input should be greater than or equal to 1, got 0"):
         evaluated(trained, images, THREAT, steps=0)
     with pytest.raises(UsageError, match="has 3 outputs"):
         evaluated(trained, TensorImages(images.images, images.labels + 5), THREAT)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from robust_prune.attacks import ThreatModel
+from robust_prune.catalogue import LOSSES
 from robust_prune.compress import Length
 from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
-from robust_prune.recipe import LOSSES, TrainSettings
+from robust_prune.recipe import TrainSettings
 from robust_prune.runs.files import atomic_write
 from robust_prune.runs.run import Run, claim
 from robust_prune.training import acceleration, trainer
@@ -104,7 +105,7 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES.names)
 def test_every_loss_learns(loss):
     model = _model()
     result = train(model, _images(96), _images(30, 1), THREAT, _settings(loss=loss, epochs=4))
@@ -288,15 +289,15 @@ def test_losses_leave_modes_and_flags_alone():
     model[1].eval()
     x, y = _images(6).get(torch.arange(6))
     batch = Batch(x.float() / 255, y, THREAT, torch.Generator().manual_seed(0), model)
-    for name in LOSSES:
+    for name in LOSSES.names:
         make_loss(_settings(loss=name))(model, batch).loss.backward()
         assert model.training and not model[1].training and model[0].weight.requires_grad
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match=r"must be one of n_fgsm, .* or file.py:function"):
+    with pytest.raises(ValueError, match=r"must be one of clean, .* or file.py:function"):
         _settings(loss="magic")
-    with pytest.raises(UsageError, match=r"unknown loss 'magic'\. Choose one of n_fgsm"):
+    with pytest.raises(UsageError, match=r"loss must be one of clean, .*, got 'magic'"):
         make_loss(_settings().model_copy(update={"loss": "magic"}))
 
 

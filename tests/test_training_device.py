@@ -11,7 +11,7 @@ from test_training import THREAT, _images, _model, _settings
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robust_prune.recipe import LOSSES
+from robust_prune.catalogue import LOSSES
 from robust_prune.training import compilation, figures, trainer
 from robust_prune.training.trainer import train
 
@@ -39,7 +39,7 @@ def _run(settings: trainer.TrainSettings, folder: Path, teacher: nn.Module | Non
     return trainer._Run(_model(), _images(96), _images(30, 1), THREAT, settings, 0, accelerator, None, 0, teacher)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES.names)
 def test_a_step_reads_nothing_back_from_the_device(loss: str, tmp_path: Path) -> None:
     settings = _settings(loss=loss, awp=0.005, awp_warmup=0.0, clip_grad=1.0, distillation=0.5)
     run = _run(settings, tmp_path, _model(1))
@@ -50,7 +50,7 @@ def test_a_step_reads_nothing_back_from_the_device(loss: str, tmp_path: Path) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES.names)
 def test_a_step_on_a_gpu_never_waits_for_it(loss: str, tmp_path: Path) -> None:
     settings = _settings(loss=loss)
     accelerator = trainer.make_accelerator(settings, "cuda", tmp_path)

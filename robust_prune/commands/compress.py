@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..catalogue import ALLOCATIONS, CRITERIA
+from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
 from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
@@ -45,9 +45,7 @@ def compress(
         Parameter(help="How long to fine-tune, and by which method; in place of what the recipe says."),
     ] = None,
     epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
-    loss: Annotated[
-        str | None, Parameter(help="Fine-tuning loss: n_fgsm, pgd_at, trades, mart, clean, or file.py:function.")
-    ] = None,
+    loss: Annotated[str | None, Parameter(help=f"Fine-tuning loss: {LOSSES.help()}.")] = None,
     baseline: Annotated[
         str | None,
         Parameter(

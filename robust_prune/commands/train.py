@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ..catalogue import LOSSES
 from ..errors import UsageError
 from .common import (
     DataFlag,
@@ -29,9 +30,7 @@ def train(
     data: DataFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/ARCH-DATA by default.")] = None,
     epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,
-    loss: Annotated[
-        str | None, Parameter(help="n_fgsm, pgd_at, trades, mart, clean, or your own as file.py:function.")
-    ] = None,
+    loss: Annotated[str | None, Parameter(help=f"Training loss: {LOSSES.help()}.")] = None,
     images: ImagesFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,

@@ -1,6 +1,6 @@
-"""Adversarial training losses: pure functions of a model and a batch.
+"""What adversarial training losses share; each is a file of `training/loss_functions`: see `catalogue.LOSSES`.
 
-A user's own loss has the same form: ``file.py:function``, called as ``function(model, batch)``, which returns a
+A user's own loss is a ``file.py:function``, called as ``function(model, batch)``, which returns a
 `LossResult` or a scalar tensor.
 """
 
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import ThreatModel, frozen_eval, n_fgsm, pgd
+from ..attacks import ThreatModel, frozen_eval, pgd
+from ..catalogue import LOSSES
 from ..errors import UsageError
 from ..models import user_file
-from ..recipe import LOSSES, TrainSettings
+from ..recipe import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -70,66 +71,6 @@ class LossResult:
 Loss = Callable[[nn.Module, Batch], LossResult]
 
 
-def clean(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossResult:
-    """Cross-entropy on the images as they are. One forward and backward."""
-    return _cross_entropy(model(batch.x).float(), batch.y, label_smoothing)
-
-
-def n_fgsm_at(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossResult:
-    """Cross-entropy on N-FGSM examples (arXiv 2202.01181). Two forwards and backwards."""
-    x_adv = batch.adversarial(lambda m: n_fgsm(m, batch.x, batch.y, batch.threat, generator=batch.generator))
-    return _cross_entropy(model(x_adv).float(), batch.y, label_smoothing)
-
-
-def pgd_at(model: nn.Module, batch: Batch, *, steps: int = 10, label_smoothing: float = 0.0) -> LossResult:
-    """Cross-entropy on PGD examples (Madry et al., arXiv 1706.06083). `steps` + 1 forwards and backwards."""
-    x_adv = batch.adversarial(partial(_pgd, batch=batch, steps=steps))
-    return _cross_entropy(model(x_adv).float(), batch.y, label_smoothing)
-
-
-def trades(
-    model: nn.Module, batch: Batch, *, steps: int = 10, beta: float = 6.0, label_smoothing: float = 0.0
-) -> LossResult:
-    """TRADES: clean cross-entropy plus `beta` times KL(clean || adversarial) (Zhang et al., arXiv 1901.08573).
-
-    The clean distribution that the attack moves away from is computed once. `steps` + 3 forwards and `steps` + 2
-    backwards.
-    """
-
-    def attack(attacked: nn.Module) -> Tensor:
-        with torch.no_grad():
-            reference = F.log_softmax(attacked(batch.x).float(), dim=1)
-        return _pgd(attacked, batch, steps, lambda logits: _kl(logits, reference))
-
-    clean_logits, logits = _both(model, batch, batch.adversarial(attack))
-    supervised = F.cross_entropy(clean_logits, batch.y, label_smoothing=label_smoothing)
-    divergence = _kl(logits, F.log_softmax(clean_logits, dim=1)).mean()
-    metrics = {"accuracy": _accuracy(logits, batch.y), "divergence": divergence.detach()}
-    return LossResult(supervised + beta * divergence, metrics, logits)
-
-
-def mart(
-    model: nn.Module, batch: Batch, *, steps: int = 10, beta: float = 6.0, label_smoothing: float = 0.0
-) -> LossResult:
-    """MART: adversarial training that weighs misclassified images more (Wang et al., ICLR 2020, OpenReview rklOg6EFwS).
-
-    Boosted cross-entropy on PGD examples, plus `beta` times KL(clean || adversarial) weighted by one minus the clean
-    probability of the label. `steps` + 2 forwards and backwards.
-    """
-    clean_logits, logits = _both(model, batch, batch.adversarial(partial(_pgd, batch=batch, steps=steps)))
-    own = batch.y[:, None]
-    rival = F.softmax(logits, dim=1).scatter(1, own, 0.0).amax(1)
-    # log(1 - rival) from 1 - rival itself would be -inf once the rival's probability rounds to one.
-    boosted = (
-        F.cross_entropy(logits, batch.y, label_smoothing=label_smoothing)
-        - torch.log1p(-rival.clamp_max(1 - 1e-6)).mean()
-    )
-    doubt = 1 - F.softmax(clean_logits, dim=1).gather(1, own).squeeze(1)
-    divergence = (_kl(logits, F.log_softmax(clean_logits, dim=1)) * doubt).mean()
-    metrics = {"accuracy": _accuracy(logits, batch.y), "divergence": divergence.detach()}
-    return LossResult(boosted + beta * divergence, metrics, logits)
-
-
 def distilled(base: Loss, weight: float, temperature: float) -> Loss:
     """Mixes any loss with adversarial distillation from the teacher (ARD, Goldblum et al., 2020, arXiv 1905.09747).
 
@@ -154,14 +95,17 @@ def distilled(base: Loss, weight: float, temperature: float) -> Loss:
             raise UsageError("distillation needs the logits of the adversarial images: set LossResult.logits.")
         with torch.no_grad():
             reference = F.log_softmax(batch.teacher(batch.x).float() / temperature, dim=1)
-        divergence = temperature**2 * _kl(result.logits / temperature, reference).mean()
+        divergence = temperature**2 * divergence_from(result.logits / temperature, reference).mean()
         total = (1 - weight) * result.loss + weight * divergence
         return LossResult(total, {**result.metrics, "distillation": divergence.detach()}, result.logits)
 
     return loss
 
 
-def _pgd(attacked: nn.Module, batch: Batch, steps: int, objective: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def pgd_images(
+    attacked: nn.Module, batch: Batch, steps: int, objective: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The batch's images after PGD, from a random start; the cross-entropy is ascended unless `objective` is given."""
     return pgd(
         attacked,
         batch.x,
@@ -174,7 +118,7 @@ def _pgd(attacked: nn.Module, batch: Batch, steps: int, objective: Callable[[Ten
     )
 
 
-def _both(model: nn.Module, batch: Batch, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+def clean_and_adversarial(model: nn.Module, batch: Batch, x_adv: Tensor) -> tuple[Tensor, Tensor]:
     """Clean and adversarial logits from one pass over both halves.
 
     One pass keeps batch-norm statistics of clean and adversarial images together, as published.
@@ -183,17 +127,19 @@ def _both(model: nn.Module, batch: Batch, x_adv: Tensor) -> tuple[Tensor, Tensor
     return clean_logits, logits
 
 
-def _kl(logits: Tensor, reference: Tensor) -> Tensor:
+def divergence_from(logits: Tensor, reference: Tensor) -> Tensor:
     """KL(reference || softmax(logits)) per sample, from log-probabilities so that it cannot become NaN."""
     return F.kl_div(F.log_softmax(logits, dim=1), reference, log_target=True, reduction="none").sum(1)
 
 
-def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> LossResult:
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> LossResult:
+    """Cross-entropy of adversarial logits."""
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    return LossResult(loss, {"accuracy": _accuracy(logits, y)}, logits)
+    return LossResult(loss, {"accuracy": accuracy_of(logits, y)}, logits)
 
 
-def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+def accuracy_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of right classes in [0, 1], a detached scalar."""
     return (logits.argmax(1) == y).float().mean().detach()
 
 
@@ -203,20 +149,8 @@ def make_loss(settings: TrainSettings) -> Loss:
     Raises:
         UsageError: no such loss, or a user's file that cannot be run.
     """
-    name, smoothing = settings.loss, settings.label_smoothing
-    if user_file.is_reference(name):
-        found = users_loss(name)
-    elif name == "n_fgsm":
-        found = partial(n_fgsm_at, label_smoothing=smoothing)
-    elif name == "pgd_at":
-        found = partial(pgd_at, steps=settings.steps, label_smoothing=smoothing)
-    elif name in ("trades", "mart"):
-        bound = trades if name == "trades" else mart
-        found = partial(bound, steps=settings.steps, beta=settings.beta, label_smoothing=smoothing)
-    elif name == "clean":
-        found = partial(clean, label_smoothing=smoothing)
-    else:
-        raise UsageError(f"unknown loss {name!r}. Choose one of {', '.join(LOSSES)}, or file.py:function.")
+    name = settings.loss
+    found = users_loss(name) if user_file.is_reference(name) else partial(LOSSES.load(name), settings=settings)
     return distilled(found, settings.distillation, settings.temperature) if settings.distillation else found
 
 

@@ -1,0 +1,1 @@
+"""Training losses, one file each, called as ``loss(model, batch, settings)``: see `catalogue.LOSSES`."""
