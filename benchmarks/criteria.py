@@ -32,7 +32,7 @@ from torch import nn
 from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
-from robust_prune.compress import score_before_finetune
+from robust_prune.compression import score_before_finetune
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle, first, random_images, random_subset
 from robust_prune.evaluation.evaluate import Subject, evaluate
@@ -40,7 +40,7 @@ from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.models.artifact import Loaded
+from robust_prune.models.artifact import Model
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
 from robust_prune.recipe import PruningSection, Recipe
 from robust_prune.recipe_reader import load
@@ -89,19 +89,19 @@ ABLATION = (
 
 
 def analyses(
-    loaded: Loaded, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
+    loaded: Model, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
 ) -> Iterator[tuple[str, Analysis]]:
     """One analysis a criterion, the recipe's first; groups, costs and sensitivity are measured once."""
-    base = analyse(loaded.model, loaded.spec, data.train, recipe, device)
+    base = analyse(loaded.module, loaded.spec, data.train, recipe, device)
     yield recipe.pruning.criterion, base
     clean = random_images(data.train, recipe.sensitivity.images, recipe.seed)
     for criterion in dict.fromkeys(criteria):
         if criterion == recipe.pruning.criterion:
             continue
         scores = channel_scores(
-            loaded.model, base.search.groups, criterion, clean=clean, seed=recipe.seed, device=device
+            loaded.module, base.search.groups, criterion, clean=clean, seed=recipe.seed, device=device
         )
-        removed = {g.name: removed_fraction_curve(loaded.model, g, scores[g.name]) for g in base.search.groups}
+        removed = {g.name: removed_fraction_curve(loaded.module, g, scores[g.name]) for g in base.search.groups}
         yield criterion, replace(base, scores=scores, removed=removed)
 
 
@@ -110,7 +110,7 @@ def cut_and_recover(
     ratio: float,
     analysis: Analysis,
     adv: AdversarialSet,
-    loaded: Loaded,
+    loaded: Model,
     data: DataBundle,
     recipe: Recipe,
     device: str,
@@ -125,9 +125,9 @@ def cut_and_recover(
     }
     recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
     plan = make_plan(analysis, recipe.pruning)
-    surgery = apply(loaded.model.cpu(), plan, loaded.spec.blank_image())
+    surgery = apply(loaded.module.cpu(), plan, loaded.spec.blank_image())
     begin = time.monotonic()
-    repair(surgery, loaded.model, data.train, recipe, device, adv)
+    repair(surgery, loaded.module, data.train, recipe, device, adv)
     repaired = time.monotonic()
     before = score_before_finetune(surgery.model, data, recipe)
     small = surgery.model.to(device)
@@ -169,7 +169,7 @@ def run_arm(
     ratio: float,
     analysis: Analysis,
     adv: AdversarialSet,
-    loaded: Loaded,
+    loaded: Model,
     data: DataBundle,
     recipe: Recipe,
     device: str,
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         data = replace(data, test=data.validation)
     device = choose_device(recipe.device)
     settings = {
-        "model": models_hash(loaded.model),
+        "model": models_hash(loaded.module),
         "arch": loaded.spec.arch,
         "data": data.name,
         "split": "held-out training" if args.ablation else "test",
@@ -228,7 +228,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if seed != last_seed:
             found, last_seed = dict(analyses(loaded, data, seeded, device, [arm.criterion for arm in ARMS])), seed
             adv = make_adversarial_set(
-                loaded.model, data.train, seeded.threat_model, seeded.sensitivity, seed=seed, device=device
+                loaded.module, data.train, seeded.threat_model, seeded.sensitivity, seed=seed, device=device
             )
         row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)
         rows.append(row)

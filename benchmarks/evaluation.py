@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All batches and methods, stored ones first."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
-    model = open_model_for(args.model, data, recipe, args.arch).model.eval()
+    model = open_model_for(args.model, data, recipe, args.arch).module.eval()
     device, threat = torch.device(choose_device(recipe.device)), recipe.threat_model
     model.to(device)
     settings = {

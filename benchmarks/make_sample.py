@@ -35,7 +35,7 @@ def store_model(source: Path, target: Path) -> None:
     """Writes the artifact `source` in half precision."""
     loaded = artifact.load(source)
     artifact.save(
-        target, loaded.model, loaded.spec, threat=loaded.threat, provenance=loaded.provenance, store_dtype="float16"
+        target, loaded.module, loaded.spec, threat=loaded.threat, provenance=loaded.provenance, store_dtype="float16"
     )
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
 

@@ -18,7 +18,7 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
 from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.machine.device import choose_device
-from robust_prune.models.artifact import Loaded
+from robust_prune.models.artifact import Model
 from robust_prune.models.spec import ModelSpec
 from robust_prune.recipe import EvaluationSection, Recipe, TrainSettings
 from robust_prune.surgery.apply import apply
@@ -56,9 +56,9 @@ class Base:
         return small.cpu().eval(), sum(record.seconds for record in result.history)
 
 
-def cut_base(loaded: Loaded, data: DataBundle, recipe: Recipe) -> Base:
+def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
     """The model cut and repaired as the recipe says."""
-    device, dense = choose_device(recipe.device), loaded.model
+    device, dense = choose_device(recipe.device), loaded.module
     analysis = analyse(dense, loaded.spec, data.train, recipe, device)
     surgery = apply(dense.cpu(), make_plan(analysis, recipe.pruning), loaded.spec.blank_image())
     repair(surgery, dense, data.train, recipe, device)

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, None)
     data = replace(data, train=random_subset(data.train, args.train_images, 0))
-    result = stored | {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "data": data.name}
+    result = stored | {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
     settings = {"threads": torch.get_num_threads(), "train_images": len(data.train), "ratio": args.ratio}

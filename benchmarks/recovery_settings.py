@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     loaded = open_model_for(args.model, data, recipe, None)
     chosen_on = first(data.validation, CHOOSE_IMAGES)
     scored_on = Subset(data.validation, torch.arange(CHOOSE_IMAGES, len(data.validation)))
-    result = stored | {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "data": data.name}
+    result = stored | {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
     empty: dict[str, Any] = {"threads": torch.get_num_threads(), "rows": []}

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, args.arch)
     device, threat = choose_device(recipe.device), recipe.threat_model
-    model = loaded.model.to(device)
+    model = loaded.module.to(device)
     adv = make_adversarial_set(model, data.train, threat, recipe.sensitivity, seed=recipe.seed, device=device)
     rho = recipe.sensitivity.rho
 

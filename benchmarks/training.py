@@ -335,19 +335,19 @@ def main() -> None:
     loaded = open_model_for(args.model, data, recipe, None)
     device = choose_device(recipe.device)
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    if result.get("model", models_hash(loaded.model)) != models_hash(loaded.model):
+    if result.get("model", models_hash(loaded.module)) != models_hash(loaded.module):
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
-    result |= {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "data": data.name}
+    result |= {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "data": data.name}
 
     def save(value: dict[str, Any]) -> None:
         write_json(args.out, result | {args.part: value, "environment": snapshot()})
 
     if args.part == "speed":
-        save(measure_speed(args, recipe, data, loaded.model, device))
+        save(measure_speed(args, recipe, data, loaded.module, device))
     elif args.part == "accuracy":
-        save(accuracy(args, recipe, data, loaded.model, loaded.spec, device))
+        save(accuracy(args, recipe, data, loaded.module, loaded.spec, device))
     else:
-        save(cost(args, recipe, data, loaded.model, loaded.spec, device))
+        save(cost(args, recipe, data, loaded.module, loaded.spec, device))
     result = json.loads(args.out.read_text(encoding="utf-8"))
     tables = {"speed": speed_table, "accuracy": accuracy_table, "cost": cost_table}
     parts = [table(result) for part, table in tables.items() if part in result]

@@ -73,7 +73,7 @@ def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
 
     from robust_prune.data.sample import load_sample
     from robust_prune.models import registry
-    from robust_prune.structure.reference import make_twin
+    from robust_prune.structure.reference import make_reference
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
     spec = registry.make_spec(arch, num_classes=classes, input_size=(3, size, size), mean=(0.5,) * 3, std=(0.25,) * 3)
     x, _ = load_sample().train.get(torch.arange(IMAGES))
     images = F.interpolate(x.float() / 255, (size, size), mode="bilinear", antialias=False)
-    model, dtype = make_twin(registry.build(spec).eval(), images[:1])
+    model, dtype = make_reference(registry.build(spec).eval(), images[:1])
     if arm == "plain":
         return _plain(model, classes, images, dtype)
     return _ours(model.float(), spec, images)
@@ -123,7 +123,7 @@ def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         artifact.save(path, small, spec)
-        again = artifact.load(path).model
+        again = artifact.load(path).module
         with torch.no_grad():
             row["reload"] = bool(torch.equal(again(images), small(images)))
         row |= _export(small, images, Path(folder))
@@ -160,7 +160,7 @@ def _trains(model: Any, images: Any) -> bool:
 
 def _export(model: Any, images: Any, folder: Path) -> dict[str, Any]:
     from robust_prune.errors import RobustPruneError
-    from robust_prune.export.onnx import export_onnx
+    from robust_prune.exporters.onnx import export_onnx
 
     try:
         done = export_onnx(model, folder / "model.onnx", images, manifest={})

@@ -1,35 +1,34 @@
-"""robust-prune: makes adversarially trained vision models physically smaller and proves what is left.
+"""robust-prune: makes adversarially trained vision models physically smaller and measures what is left.
 
-The functions below are imported when they are first used, so that ``import robust_prune`` costs nothing.
+The functions below are imported when they are first used, so that ``import robust_prune`` costs nothing. See
+`robust_prune.api` for the whole story in a few lines.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "compress": ("compress", "compress"),
-    "measure_sensitivity": ("sensitivity.estimators", "measure"),
-    "plan": ("budget.plan", "make_plan"),
-    "prune": ("surgery.apply", "apply"),
-    "finetune": ("training.trainer", "train"),
-    "evaluate": ("evaluation.evaluate", "evaluate"),
-    "export_onnx": ("export.onnx", "export_onnx"),
-    "benchmark": ("bench.latency", "run"),
-    "load": ("models.artifact", "load"),
-    "save": ("models.artifact", "save"),
-}
-__all__ = ["__version__", *sorted(_PUBLIC)]
+if TYPE_CHECKING:
+    from .api import analyse, benchmark, compress, evaluate, export, finetune, load, load_data, plan, prune, save
+    from .attacks.threat import ThreatModel
+    from .data.base import DataBundle
+    from .models.artifact import Model
+
+_HOMES = {"ThreatModel": "attacks.threat", "DataBundle": "data.base", "Model": "models.artifact"}
+
+__all__ = [
+    "DataBundle", "Model", "ThreatModel", "__version__", "analyse", "benchmark", "compress", "evaluate", "export",
+    "finetune", "load", "load_data", "plan", "prune", "save",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name.startswith("_") or name not in __all__:
         raise AttributeError(f"module 'robust_prune' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(import_module(f".{module}", __name__), attribute)
+    return getattr(import_module(f".{_HOMES.get(name, 'api')}", __name__), name)
 
 
 def __dir__() -> list[str]:

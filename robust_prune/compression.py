@@ -1,118 +1,362 @@
-"""What a compression is asked for, what its stages leave, and where their files lie."""
+"""The main job: a dense robust model in; a smaller one, its ONNX file and one table out.
+
+`compress` names the stages in their order. Each takes values and gives values; the run folder keeps them, so that a run
+which was killed goes on where it was.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from torch import nn
+
+from . import distributed
+from .bench.candidates import CandidateClock, conditions, missed
+from .bench.latency import check_section, run_section
+from .bench.types import LatencyTable
+from .budget.analysis import Analysis, analyse
+from .budget.counting import count_macs, count_params
+from .budget.iterative import compose, dense_widths, realised, remaining_ratio
+from .budget.latency import plan_for_latency
+from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
-from .data.base import DataBundle
+from .console import console, warn
+from .data.base import DataBundle, first, random_subset
 from .evaluation.card import ResultCard
-from .export.types import OnnxArtifact
-from .machine.device import choose_device
-from .models.artifact import Loaded
-from .recipe import Recipe
-from .report.types import RunReport
-from .runs.run import Run
-from .sensitivity.profile import SensitivityProfile
-from .structure.types import Refused
+from .evaluation.evaluate import Subject, evaluate
+from .evaluation.examples import make_examples
+from .evaluation.onnx_scores import OnnxModel
+from .exporters.onnx import export_model
+from .exporters.parity import check_enough_images
+from .exporters.precision import export_precisions, reduced_path
+from .exporters.types import OnnxArtifact
+from .introspect.fingerprint import images_hash, models_hash
+from .job import (
+    Compressed,
+    Compression,
+    Cut,
+    Length,
+    LowerPrecisions,
+    Planned,
+    Pruned,
+    cut_names,
+    pruned_file,
+    recovered_file,
+)
+from .machine.snapshot import snapshot
+from .models import artifact, user_file
+from .recipe import Recipe, TrainSettings
+from .report.files import write
+from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
+from .report.table import headline_table
+from .report.types import ModelRow, RunReport
+from .runs.files import digest
+from .runs.run import Run, run_key
+from .serialization import to_json
+from .surgery.apply import apply
+from .surgery.repair import repair
+from .training.budget import affordable
+from .training.scratch import fresh_like
+from .training.trainer import train
 from .training.types import TrainResult
 
+BEFORE_FINETUNE_IMAGES = 500
+UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels", "latency": "the latency"}
 
-@dataclass(frozen=True)
-class Compression:
-    """What to compress, on which data, how, and where to.
 
-    Attributes:
-        name: how the model is called in tables and folder names.
-        dense: the model.
-        data: its data set.
-        recipe: everything else.
-        out: the run folder; None derives one from name, ratio and inputs.
-        command: the command line that repeats the run.
-        arch: where the user's ``file.py:function`` lies, if that is the architecture.
+def compress(job: Compression) -> Compressed | None:
+    """Runs the whole job, or what is left of it.
+
+    Of several processes (see `distributed`) the first one returns what was made; the others leave with None as soon as
+    nothing is left to share, so that latency is measured on a machine that is otherwise idle.
+
+    Raises:
+        UsageError: the folder holds a run with other inputs, or the job cannot be done as it is asked for.
+        QualityGateError: surgery or export produced something that is not equal to what it should be.
+        EnvironmentProblem: the machine lacks something.
     """
-
-    name: str
-    dense: Loaded
-    data: DataBundle
-    recipe: Recipe
-    out: Path | None = None
-    command: str = ""
-    arch: str | None = None
-
-    @property
-    def device(self) -> str:
-        """Where torch computes, ``cpu`` or ``cuda``."""
-        return choose_device(self.recipe.device)
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What a finished run left behind: the report's values and where the files are."""
-
-    report: RunReport
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Outcome of analysis and planning."""
-
-    profile: SensitivityProfile
-    plan: PruningPlan
+    check_section(job.recipe.bench)
+    check_enough_images(job.data.train, job.data.name)
+    run, dense = open_run(job), job.dense.module
+    model: nn.Module = dense
+    cuts: list[Cut] = []
+    for at in cut_names(job.recipe.pruning.steps):
+        planned = analyse_and_plan(job, run, at, model, cuts)
+        pruned = prune_and_repair(job, run, at, model, planned.plan)
+        tuned = finetune(job, run, at, planned.plan)
+        model = reopen(job, recovered_file(run, at))
+        cuts.append(Cut(planned, pruned, tuned, what_was_cut(planned.plan, pruned, job, model)))
+    models = {DENSE: dense.cpu().eval(), PRUNED: model.cpu().eval()}
+    notes = []
+    if job.recipe.baseline.kind == "scratch":
+        models[SCRATCH], note = train_from_scratch(job, run, model, cuts)
+        notes.append(note)
+    files = {label: export(job, run, label, found) for label, found in models.items()}
+    cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
+    if not distributed.part():
+        return None
+    rows = [row for label in models for row in model_rows(label, cards[label], files[label])]
+    table = benchmark(job, run, rows)
+    return Compressed(report(job, run, cuts, models, with_latency(rows, table), table, notes), run.folder)
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """Outcome of surgery and repair, beside the model's file.
+def plan_only(job: Compression) -> PruningPlan:
+    """Measures sensitivity and plans the (first) cut; nothing is written and the model stays as it is."""
+    plan = next_cut(job, job.dense.module, ()).plan
+    say_plan(plan)
+    return plan
 
-    Attributes:
-        rolled_back: groups that stayed whole, and why.
-        parity: largest relative error between the cut model and the masked dense one.
-        before_finetune: accuracy on held-out images.
+
+def open_run(job: Compression) -> Run:
+    """The run's folder, refused when another run's results lie there.
+
+    Raises:
+        UsageError: the folder belongs to other inputs, or is a file.
     """
-
-    rolled_back: tuple[Refused, ...]
-    parity: float
-    before_finetune: ResultCard
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One cut, from its plan to the recovered model; `plan` is what surgery made of it."""
-
-    planned: Planned
-    pruned: Pruned
-    tuned: TrainResult
-    plan: PruningPlan
+    recipe, data = job.recipe, job.data
+    images = [images_hash(part) for part in (data.train, data.validation, data.test)]
+    key = run_key(
+        models_hash(job.dense.module), to_json(job.dense.spec), images, recipe.model_dump(mode="json"),
+        user_file.versions(recipe.finetune.loss),
+    )  # fmt: skip
+    section = recipe.pruning
+    folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"
+    return Run.open(folder, key, recipe, job.command)
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long a network from scratch is trained: epochs, and images in each."""
-
-    epochs: int
-    images: int
+def reopen(job: Compression, file: Path) -> nn.Module:
+    """A model that this run has written."""
+    return artifact.load(file, arch=job.arch, trust_source=True).module
 
 
-@dataclass(frozen=True)
-class LowerPrecisions:
-    """The files of lower precision of one model, by precision."""
-
-    files: dict[str, OnnxArtifact]
-
-
-def cut_names(steps: int) -> tuple[str, ...]:
-    """What is added to the names of each cut's stages; the last has the plain names, however many came before."""
-    return (*(f"-{step}" for step in range(1, steps)), "")
+def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, before: Sequence[Cut]) -> Planned:
+    """The plan of the next cut, shown."""
+    planned = run.stage(f"plan{at}", Planned, [models_hash(model)], partial(next_cut, job, model, before))
+    say_plan(planned.plan)
+    return planned
 
 
-def pruned_file(run: Run, at: str) -> Path:
-    """Where the model lies that surgery and repair leave."""
-    return run.folder / f"prune{at}" / "model.safetensors"
+def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Planned:
+    """Sensitivities and channel scores of the model as it is now, and the plan of the next cut."""
+    recipe, section = job.recipe, job.recipe.pruning
+    plans = [cut.plan for cut in before]
+    analysis = analyse(model, job.dense.spec, job.data.train, recipe, job.device, dense_widths(plans))
+    assert analysis.profile is not None
+    if section.of == "latency":
+        wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.steps)
+        return Planned(analysis.profile, plan_by_clock(job, model, analysis, wanted))
+    ratio = remaining_ratio(plans, section.ratio, section.of, section.steps)
+    return Planned(analysis.profile, make_plan(analysis, section.model_copy(update={"ratio": ratio})))
 
 
-def recovered_file(run: Run, at: str) -> Path:
-    """Where the fine-tuned model lies: that of the last cut is the run's."""
-    return (run.folder / f"finetune{at}" if at else run.folder) / "model.safetensors"
+def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted: float) -> PruningPlan:
+    """The plan that keeps `wanted` of the dense model's latency, as candidates measure it."""
+    dense, spec, recipe = job.dense.module, job.dense.spec, job.recipe
+    with CandidateClock.open(dense, spec, job.data.train, recipe) as clock:
+
+        def measure(plan: PruningPlan) -> float:
+            return clock.kept(apply(model.cpu(), plan, spec.blank_image()).model)
+
+        present = 1.0 if model is dense else clock.kept(model)
+        return plan_for_latency(analysis, recipe.pruning, wanted, present, measure, conditions(recipe.bench))
+
+
+def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, plan: PruningPlan) -> Pruned:
+    """Cuts, repairs without training, and scores what that leaves; the model goes into its file."""
+    recipe, spec, file = job.recipe, job.dense.spec, pruned_file(run, at)
+
+    def make() -> Pruned:
+        console.print("Cutting channels and proving every group against the masked dense model")
+        surgery = apply(parent.cpu(), plan, spec.blank_image())
+        repair(surgery, parent, job.data.train, recipe, job.device)
+        card = score_before_finetune(surgery.model, job.data, recipe)
+        save(job, surgery.model, file)
+        return Pruned(surgery.rolled_back, surgery.parity, card)
+
+    pruned = run.stage(f"prune{at}", Pruned, [to_json(plan)], make, files=[file])
+    for refused in pruned.rolled_back:
+        warn(f"group {refused.name} stayed whole: {refused.reason}")
+    return pruned
+
+
+def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) -> ResultCard:
+    """Accuracy right after the cut, on held-out training images: the test split waits for the final figures."""
+    section = recipe.evaluation.model_copy(update={"tier": "pgd", "restarts": 1, "sweep": (), "precision": "fp32"})
+    subject = Subject("pruned, before fine-tuning", data.name, "validation")
+    held_out = first(data.validation, BEFORE_FINETUNE_IMAGES)
+    return evaluate(model, held_out, recipe.threat_model, section, subject=subject, seed=recipe.seed)
+
+
+def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainResult:
+    """Adversarial fine-tuning of the repaired model; the recovered one goes into its file."""
+    recipe, data, file = job.recipe, job.data, recovered_file(run, at)
+    settings: TrainSettings = recipe.finetune
+    if at:
+        settings = settings.model_copy(update={"epochs": recipe.pruning.step_epochs})
+
+    def make() -> TrainResult:
+        model = reopen(job, pruned_file(run, at))
+        result = train(
+            model, data.train, data.validation, recipe.threat_model, settings,
+            seed=recipe.seed, device=job.device, checkpoint=run.folder / f"finetune{at}" / "checkpoint.pt",
+            teacher=job.dense.module,
+        )  # fmt: skip
+        save(job, model, file)
+        return result
+
+    tuned = run.stage(f"finetune{at}", TrainResult, [to_json(plan)], make, files=[file], shared=True)
+    warn(tuned.note)
+    return tuned
+
+
+def save(job: Compression, model: nn.Module, file: Path) -> None:
+    """Writes a model of this run."""
+    provenance = {
+        "command": job.command, "parent": models_hash(job.dense.module), "recipe": digest(job.recipe.model_dump()),
+    }  # fmt: skip
+    artifact.save(file, model.cpu(), job.dense.spec, threat=job.recipe.threat_model, provenance=provenance)
+
+
+def what_was_cut(plan: PruningPlan, pruned: Pruned, job: Compression, model: nn.Module) -> PruningPlan:
+    """The plan without the groups that stayed whole, with the costs of the model that came out."""
+    whole = {refused.name for refused in pruned.rolled_back}
+    return realised(plan, whole, count_macs(model, job.dense.spec.blank_image()), count_params(model))
+
+
+def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequence[Cut]) -> tuple[nn.Module, str]:
+    """The pruned architecture trained from fresh weights, as its artifact holds it, and a sentence on its training."""
+    recipe, spec, file = job.recipe, job.dense.spec, run.folder / f"{SCRATCH}.safetensors"
+    recovery = sum(record.seconds for cut in cuts for record in cut.tuned.history)
+    minutes, identity = recipe.baseline.minutes, models_hash(pruned)
+    seconds = recovery if minutes is None else 60 * minutes
+
+    def measure_length() -> Length:
+        model = fresh_like(spec, pruned, recipe.seed)
+        settings, threat = recipe.training, recipe.threat_model
+        return Length(*affordable(model, job.data.train, threat, settings, seconds, device=job.device))
+
+    # A stage of its own: a run that is killed and resumed must not time the machine again and train for another length.
+    length = run.stage(f"{SCRATCH}-length", Length, [identity, seconds], measure_length, shared=True)
+
+    def make() -> TrainResult:
+        model = fresh_like(spec, pruned, recipe.seed)
+        result = train(
+            model, random_subset(job.data.train, length.images, recipe.seed), job.data.validation, recipe.threat_model,
+            recipe.training.model_copy(update={"epochs": length.epochs}),
+            seed=recipe.seed, device=job.device, checkpoint=run.folder / SCRATCH / "checkpoint.pt",
+        )  # fmt: skip
+        artifact.save(file, model.cpu(), spec, threat=recipe.threat_model, provenance={"command": job.command})
+        return result
+
+    result = run.stage(SCRATCH, TrainResult, [identity, to_json(length)], make, files=[file], shared=True)
+    took = sum(record.seconds for record in result.history)
+    epochs = f"{length.epochs} epoch{'' if length.epochs == 1 else 's'}"
+    note = (
+        f"{SCRATCH}: the pruned architecture from fresh weights, trained by {recipe.training.loss} for {took:.0f} s "
+        f"({epochs} of {length.images:,} images); fine-tuning the pruned model took {recovery:.0f} s. {result.note}"
+    )
+    return reopen(job, file).eval(), note.strip()
+
+
+def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str, OnnxArtifact]:
+    """The checked ONNX files of one model by precision; lower ones of the pruned model only."""
+    path = run.folder / ("model.onnx" if label == PRUNED else f"{label}.onnx")
+    section, identity, spec = job.recipe.export, models_hash(model), job.dense.spec
+
+    def make() -> OnnxArtifact:
+        console.print(f"Exporting {path.name} and checking it against float64")
+        return export_model(model, spec, job.data.train, path, section, job.recipe.seed)
+
+    # Paths are those of now: the folder may have been moved since the files were made.
+    stored = run.stage(f"export-{label}", OnnxArtifact, [identity], make, files=[path])
+    files = {"fp32": replace(stored, path=str(path))}
+    if label != PRUNED or not section.precisions:
+        return files
+
+    def reduce() -> LowerPrecisions:
+        console.print(f"Exporting it in {' and '.join(section.precisions)}")
+        made = export_precisions(model, job.data.train, path, section)
+        return LowerPrecisions({str(precision): file for precision, file in made.items()})
+
+    paths = {precision: reduced_path(path, precision) for precision in section.precisions}
+    given = [identity, files["fp32"].sha256]
+    lower = run.stage(f"export-{label}-reduced", LowerPrecisions, given, reduce, files=[*paths.values()])
+    return files | {precision: replace(lower.files[precision], path=str(paths[precision])) for precision in paths}
+
+
+def evaluate_on_test(
+    job: Compression, run: Run, label: str, model: nn.Module, files: Mapping[str, OnnxArtifact]
+) -> ResultCard:
+    """Clean and robust accuracy of a model and of its files on test images."""
+    recipe, data, name = job.recipe, job.data, f"evaluate-{label}"
+
+    def make() -> ResultCard:
+        card = evaluate(
+            model.to(job.device), first(data.test, recipe.evaluation.images), recipe.threat_model, recipe.evaluation,
+            subject=Subject(label, data.name, "test"), seed=recipe.seed,
+            exported={precision: OnnxModel(Path(file.path)) for precision, file in files.items()},
+            state_path=run.folder / name / "state.npz", shared=True,
+        )  # fmt: skip
+        return replace(card, macs=count_macs(model.cpu(), job.dense.spec.blank_image()), params=count_params(model))
+
+    inputs = [models_hash(model), [file.sha256 for file in files.values()]]
+    return run.stage(name, ResultCard, inputs, make, shared=True)
+
+
+def benchmark(job: Compression, run: Run, rows: Sequence[ModelRow]) -> LatencyTable:
+    """Latency of all files, measured together."""
+    files = [(row.label, row.onnx) for row in rows if row.onnx is not None]
+    paths = [(label, Path(file.path)) for label, file in files]
+    measure = partial(run_section, paths, job.recipe.bench, job.recipe.seed)
+    return run.stage("bench", LatencyTable, [file.sha256 for _, file in files], measure)
+
+
+def report(
+    job: Compression,
+    run: Run,
+    cuts: Sequence[Cut],
+    models: Mapping[str, nn.Module],
+    rows: Sequence[ModelRow],
+    table: LatencyTable,
+    notes: Sequence[str],
+) -> RunReport:
+    """Writes and shows what was found."""
+    recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
+    whole = compose([cut.plan for cut in cuts], section.ratio)
+    late = missed(table, recipe.bench, section.ratio) if section.of == "latency" else ""
+    made = RunReport(
+        title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.of]} removed",
+        command=job.command,
+        recipe=recipe.model_dump(mode="json"),
+        notes=tuple(note for note in (*job.data.cautions, whole.note, late, *notes) if note),
+        models=tuple(rows),
+        profile=cuts[0].planned.profile,
+        plan=whole,
+        rolled_back=last.pruned.rolled_back,
+        history=last.tuned.history,
+        before_finetune=last.pruned.before_finetune,
+        environment=snapshot() | {"bench": table.environment},
+        seconds=run.seconds,
+        latency_protocol=table.protocol,
+        noise_floor=table.noise_floor,
+    )
+    examples = make_examples(
+        {label: model.to(job.device) for label, model in models.items() if label != SCRATCH},
+        job.data.test, recipe.threat_model, job.data.class_names, attacked=PRUNED, seed=recipe.seed, device=job.device,
+    )  # fmt: skip
+    write(made, run.folder, examples)
+    console.print(headline_table(made))
+    for note in made.notes:
+        warn(note)
+    files = (run.folder / name for name in ("report.html", "model.onnx", "model.safetensors"))
+    console.print("  ".join(map(str, files)), markup=False)
+    return made
+
+
+def say_plan(plan: PruningPlan) -> None:
+    """Prints a plan."""
+    console.print(render_plan(plan))
+    warn(plan.note)

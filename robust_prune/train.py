@@ -64,7 +64,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
 
     trained = run.stage("train", TrainResult, [], fit, files=[final], shared=True)
     warn(trained.note)
-    best = artifact.load(final, trust_source=True).model
+    best = artifact.load(final, trust_source=True).module
     judge = partial(_evaluate, name, best, spec, data, recipe, folder)
     card = run.stage("evaluate", ResultCard, [models_hash(best)], judge, shared=True)
     if not distributed.part():

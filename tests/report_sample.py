@@ -11,7 +11,7 @@ from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyRow, Ratio
 from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.evaluation.card import Accuracy, ResultCard
-from robust_prune.export.types import OnnxArtifact, Parity
+from robust_prune.exporters.types import OnnxArtifact, Parity
 from robust_prune.report import ModelRow, RunReport
 from robust_prune.sensitivity.profile import ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.types import Refused

@@ -14,8 +14,8 @@ from torch import nn
 from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import cost_model
 from robust_prune.budget.plan import make_plan
-from robust_prune.export.onnx import export_onnx
-from robust_prune.export.precision import export_reduced
+from robust_prune.exporters.onnx import export_onnx
+from robust_prune.exporters.precision import export_reduced
 from robust_prune.models import registry
 from robust_prune.ranking.importance import channel_scores
 from robust_prune.recipe import PruningSection

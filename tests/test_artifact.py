@@ -79,8 +79,8 @@ def test_round_trip_is_bit_identical(tmp_path: Path, suffix: str, maker: Any) ->
     threat, provenance = ThreatModel("l2", 0.5), {"recipe": "abc", "metrics": {"clean": 0.8}}
     artifact.save(str(path), model, spec, threat=threat, provenance=provenance)
     loaded = artifact.load(str(path))
-    assert identical(loaded.model, model)
-    assert not loaded.model.training
+    assert identical(loaded.module, model)
+    assert not loaded.module.training
     assert (loaded.spec, loaded.threat, loaded.provenance) == (spec, threat, provenance)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -98,8 +98,8 @@ def test_a_pruned_artifact_can_be_saved_again(tmp_path: Path) -> None:
     model, spec = cut_wide_resnet()
     artifact.save(tmp_path / "a.safetensors", model, spec)
     first = artifact.load(tmp_path / "a.safetensors")
-    artifact.save(tmp_path / "b.pt", first.model, first.spec)
-    assert identical(artifact.load(tmp_path / "b.pt").model, model)
+    artifact.save(tmp_path / "b.pt", first.module, first.spec)
+    assert identical(artifact.load(tmp_path / "b.pt").module, model)
 
 
 def test_the_pt_variant_opens_without_pickle(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_float16_storage_rounds_matrices_only_and_halves_the_file(tmp_path: Path
     artifact.save(tmp_path / "half.safetensors", model, spec, store_dtype="float16")
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half")]
     assert sizes[1] < 0.6 * sizes[0]
-    rounded = artifact.load(tmp_path / "half.safetensors").model.state_dict()
+    rounded = artifact.load(tmp_path / "half.safetensors").module.state_dict()
     for key, tensor in model.state_dict().items():
         expected = tensor.half().float() if tensor.ndim >= 2 else tensor
         assert rounded[key].dtype == tensor.dtype and torch.equal(rounded[key], expected)
@@ -139,7 +139,7 @@ def test_other_dtypes_tied_weights_and_channels_last_survive(tmp_path: Path) -> 
     model.backbone.linear.to(torch.bfloat16)
     for suffix in artifact.SUFFIXES:
         artifact.save(tmp_path / f"m{suffix}", model, spec)
-        stored = artifact.load(tmp_path / f"m{suffix}").model.state_dict()
+        stored = artifact.load(tmp_path / f"m{suffix}").module.state_dict()
         assert all(torch.equal(stored[k], t) and stored[k].dtype == t.dtype for k, t in model.state_dict().items())
 
 
@@ -149,7 +149,7 @@ def test_the_request_to_download_weights_is_not_stored(tmp_path: Path) -> None:
     artifact.save(tmp_path / "m.safetensors", model, asking)
     loaded = artifact.load(tmp_path / "m.safetensors")
     assert loaded.spec.kwargs == {}
-    assert identical(loaded.model, model)
+    assert identical(loaded.module, model)
 
 
 def test_what_cannot_be_rebuilt_is_not_written(tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_a_users_file_runs_only_when_the_user_names_it(tmp_path: Path) -> None:
     artifact.save(path, model, spec)
     with pytest.raises(UsageError, match=f"add --arch {arch}"):
         artifact.load(path)
-    assert identical(artifact.load(path, arch=arch).model, model)
-    assert identical(artifact.load(path, trust_source=True).model, model)
-    assert identical(open_model(path, arch=arch).model, model)
+    assert identical(artifact.load(path, arch=arch).module, model)
+    assert identical(artifact.load(path, trust_source=True).module, model)
+    assert identical(open_model(path, arch=arch).module, model)
 
     moved = tmp_path / "elsewhere.py"
     source.rename(moved)
@@ -286,7 +286,7 @@ def test_demo_is_the_embedded_artifact(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(EnvironmentProblem, match="Reinstall"):
         foreign.open_model("demo")
     artifact.save(tmp_path / "data" / "sample" / "demo.safetensors", model, spec)
-    assert identical(foreign.open_model("demo").model, model)
+    assert identical(foreign.open_model("demo").module, model)
     with pytest.raises(UsageError, match="Leave --arch out"):
         foreign.open_model("demo", arch="cifar/resnet20")
 
@@ -296,7 +296,7 @@ def test_artifacts_open_by_themselves_and_are_held_against_the_data(tmp_path: Pa
     artifact.save(tmp_path / "m.pt", model, spec)
     other_statistics = FACTS | {"mean": (0.0, 0.0, 0.0)}
     loaded = open_model(tmp_path / "m.pt", **other_statistics)
-    assert identical(loaded.model, model)
+    assert identical(loaded.module, model)
     assert loaded.spec.mean == spec.mean
     with pytest.raises(UsageError, match="tells 5 classes apart, the data have 10"):
         open_model(tmp_path / "m.pt", **(FACTS | {"num_classes": 10}))

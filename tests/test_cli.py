@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import QUICK, write_data, write_model
 
-from robust_prune import cli, compress
+from robust_prune import cli, compression
 
 PLAIN_ONNX = """
 import sys
@@ -72,7 +72,7 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     # Physically smaller tensors, rebuilt from the file alone.
     from robust_prune.models.artifact import load
 
-    small = load(folder / "model.safetensors", arch="model.py:make_model").model
+    small = load(folder / "model.safetensors", arch="model.py:make_model").module
     assert sum(p.numel() for p in small.parameters()) == pruned["params"]
 
     # Plain onnxruntime, with neither torch nor this package to be found, at batch 1 and 32.
@@ -88,7 +88,7 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
 
     # The same command again finds everything done.
     for name in STAGES:
-        monkeypatch.setattr(compress, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
+        monkeypatch.setattr(compression, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
     _compress("run")
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]
 
@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
     write_data(here / "toy.npz")
     write_model(here)
     torch.set_num_threads(1)
-    real = getattr(compress, stage)
+    real = getattr(compression, stage)
     calls = 0
 
     def interrupted(*arguments, **keywords):
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
         return real(*arguments, **keywords)
 
     _compress("whole", "--seed", "1")
-    monkeypatch.setattr(compress, stage, interrupted)
+    monkeypatch.setattr(compression, stage, interrupted)
     with pytest.raises(SystemExit) as stop:
         _compress("broken", "--seed", "1")
     assert stop.value.code == 130
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(here, capsys, monkeypatch,
 def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     write_data(here / "toy.npz")
     write_model(here)
-    real, calls = compress.train, []
+    real, calls = compression.train, []
 
     def interrupted(model, *arguments, **keywords):
         calls.append(sum(p.numel() for p in model.parameters()))
@@ -151,7 +151,7 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(model, *arguments, **keywords)
 
-    monkeypatch.setattr(compress, "train", interrupted)
+    monkeypatch.setattr(compression, "train", interrupted)
     with pytest.raises(SystemExit):
         _compress("run", "--steps", "2")
     _compress("run", "--steps", "2")
@@ -164,7 +164,7 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
 
     from robust_prune.models.artifact import load
 
-    weights = load(here / "run" / "model.safetensors", arch="model.py:make_model").model.state_dict()
+    weights = load(here / "run" / "model.safetensors", arch="model.py:make_model").module.state_dict()
     for group in result["plan"]["groups"]:
         assert len(weights[f"{group['name']}.weight"]) == group["channels"] - len(group["removed"])
     capsys.readouterr()
@@ -263,7 +263,7 @@ def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, 
 
 def test_a_recovery_preset_stands_over_the_recipe_and_under_the_flags(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(compress, "compress", lambda job: seen.append(job.recipe.finetune))
+    monkeypatch.setattr(compression, "compress", lambda job: seen.append(job.recipe.finetune))
     for more in ([], ["--recovery", "best"], ["--recovery", "best", "--epochs", "2", "--set", "finetune.awp=0"]):
         cli.main(["compress", "demo", "--out", "run", *more])
     of_the_recipe, best, mixed = seen

@@ -16,11 +16,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-import robust_prune.export.onnx as export_module
+import robust_prune.exporters.onnx as export_module
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
-from robust_prune.export.onnx import export_onnx, read_manifest
-from robust_prune.export.parity import check_parity
-from robust_prune.export.types import OnnxArtifact
+from robust_prune.exporters.onnx import export_onnx, read_manifest
+from robust_prune.exporters.parity import check_parity
+from robust_prune.exporters.types import OnnxArtifact
 from robust_prune.serialization import from_json, to_json
 
 

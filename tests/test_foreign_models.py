@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
 from robust_prune.models import cifar, registry
-from robust_prune.models.artifact import Loaded
+from robust_prune.models.artifact import Model
 from robust_prune.models.foreign import open_model
 
 
@@ -29,8 +29,8 @@ def donor() -> nn.Module:
     return randomised(cifar.create("resnet20_x0.25", 7))
 
 
-def same_as(loaded: Loaded, donor: nn.Module) -> bool:
-    theirs, ours = donor.state_dict(), loaded.model.backbone.state_dict()
+def same_as(loaded: Model, donor: nn.Module) -> bool:
+    theirs, ours = donor.state_dict(), loaded.module.backbone.state_dict()
     return theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
 
 
@@ -60,11 +60,11 @@ def test_state_dicts_in_every_wrapping(tmp_path: Path, donor: nn.Module, wrappin
     loaded = open_model(path, arch=SMALL, **FACTS)
     if wrapping != "no batch counters":
         assert same_as(loaded, donor)
-    assert not loaded.model.training
+    assert not loaded.module.training
     x = torch.rand(2, 3, 32, 32)
     normalized = (x - torch.tensor(MEAN)[None, :, None, None]) / torch.tensor(STD)[None, :, None, None]
     with torch.no_grad():
-        assert torch.allclose(loaded.model(x), donor(normalized), rtol=1e-4)
+        assert torch.allclose(loaded.module(x), donor(normalized), rtol=1e-4)
 
 
 def test_plain_safetensors_and_legacy_files(tmp_path: Path, donor: nn.Module) -> None:
@@ -82,7 +82,7 @@ def test_normalization_inside_the_checkpoint_wins(tmp_path: Path, donor: nn.Modu
     torch.save(stored, tmp_path / "m.pt")
     loaded = open_model(tmp_path / "m.pt", arch=SMALL, **FACTS)
     assert loaded.spec.mean == pytest.approx((0.1, 0.2, 0.3)) and loaded.spec.std == pytest.approx((0.9, 0.8, 0.7))
-    assert loaded.model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert loaded.module.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert loaded.provenance["normalization_from"] == "checkpoint"
     assert same_as(loaded, donor)
 
@@ -101,7 +101,7 @@ def test_a_users_model_with_a_plain_state_dict(tmp_path: Path, user_file: Path) 
     state = randomised(registry.build(spec).backbone).state_dict()
     torch.save(state, tmp_path / "weights.pt")
     loaded = open_model(tmp_path / "weights.pt", arch=f"{user_file}:make_model", **FACTS)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.model.backbone.state_dict().items())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.module.backbone.state_dict().items())
     assert loaded.spec.source_sha256 == spec.source_sha256
 
 
@@ -243,5 +243,5 @@ def test_a_pickled_module_that_was_cut_keeps_its_shape(tmp_path: Path) -> None:
     block.conv2.weight = nn.Parameter(block.conv2.weight[:, :3].clone())
     torch.save(cut, tmp_path / "cut.pt")
     loaded = open_model(tmp_path / "cut.pt", arch=SMALL, trust_pickle=True, **FACTS)
-    assert loaded.model.backbone.layer1[0].conv1.out_channels == 3
+    assert loaded.module.backbone.layer1[0].conv1.out_channels == 3
     assert same_as(loaded, cut)

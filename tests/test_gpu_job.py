@@ -27,7 +27,7 @@ import skeletons  # noqa: E402
 from sizes import GPU, TOY  # noqa: E402
 from work import Work  # noqa: E402
 
-from robust_prune.export.onnx import export_onnx  # noqa: E402
+from robust_prune.exporters.onnx import export_onnx  # noqa: E402
 
 MACHINE = json.loads((BENCHMARKS / "gpu" / "machine.json").read_text(encoding="utf-8"))
 

@@ -14,10 +14,10 @@ from test_export import Small, images, small
 from torch import nn
 
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
-from robust_prune.export import precision as module
-from robust_prune.export.onnx import MANIFEST_KEY, export_onnx, read_manifest
-from robust_prune.export.precision import export_reduced
-from robust_prune.export.types import OnnxArtifact
+from robust_prune.exporters import precision as module
+from robust_prune.exporters.onnx import MANIFEST_KEY, export_onnx, read_manifest
+from robust_prune.exporters.precision import export_reduced
+from robust_prune.exporters.types import OnnxArtifact
 from robust_prune.serialization import from_json, to_json
 
 

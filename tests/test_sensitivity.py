@@ -20,7 +20,7 @@ from robust_prune.sensitivity import estimators, losses
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.display import draw_profile, render_table
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
-from robust_prune.sensitivity.groups import aggregate_groups, damped
+from robust_prune.sensitivity.groups import aggregate_groups, tempered
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.targets import exchanged, find_targets
 from robust_prune.serialization import from_json, to_json
@@ -273,11 +273,11 @@ def test_damping_counts_a_group_once_a_producer(resnet: nn.Module, adv: Adversar
     pair = group("pair", "stem.0", "layer1.0.conv2")
     profile = measure(resnet, adv, THREAT, groups=[pair])
     a, b = (next(m for m in profile.modules if m.name == name) for name in pair.producers)
-    half = damped(profile, [pair], 0.5)
+    half = tempered(profile, [pair], 0.5)
     assert half.groups[0].mrs == pytest.approx(a.mrs**0.5 + b.mrs**0.5)
     assert half.groups[0].curve[-1] == pytest.approx(a.curve[-1] ** 0.5 + b.curve[-1] ** 0.5)
-    assert damped(profile, [pair], 1.0) == profile
-    assert damped(profile, [pair], 0.0).groups[0].curve == (2.0,) * len(profile.radii)
+    assert tempered(profile, [pair], 1.0) == profile
+    assert tempered(profile, [pair], 0.0).groups[0].curve == (2.0,) * len(profile.radii)
 
 
 def test_sum_is_the_joint_first_order_rise(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:

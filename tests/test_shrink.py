@@ -9,7 +9,7 @@ import torch
 from toy import QUICK, write_data, write_model
 
 from robust_prune.commands.common import open_data, open_model_for, resolve
-from robust_prune.compress import Compression, compress
+from robust_prune.compression import Compression, compress
 from robust_prune.data.base import ImageSet
 
 
@@ -37,7 +37,7 @@ def test_nothing_is_measured_chosen_or_trained_on_test_images(tmp_path, monkeypa
     loaded = open_model_for("weights.pt", data, recipe, "model.py:make_model")
     data = replace(data, test=Forbidden(data.test))
     job = Compression("toy", loaded, data, recipe, tmp_path / "run", arch="model.py:make_model")
-    monkeypatch.setattr("robust_prune.compress.images_hash", lambda images: str(len(images)))
+    monkeypatch.setattr("robust_prune.compression.images_hash", lambda images: str(len(images)))
     # The first who reads test images is the evaluation of the finished models, from the files that were exported.
     with pytest.raises(AssertionError, match="test split was read"):
         compress(job)

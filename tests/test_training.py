@@ -12,7 +12,7 @@ from torch import nn
 
 from robust_prune.attacks import ThreatModel
 from robust_prune.catalogue import LOSSES
-from robust_prune.compress import Length
+from robust_prune.compression import Length
 from robust_prune.data.augment import crop_and_flip
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError

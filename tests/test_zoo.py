@@ -20,7 +20,7 @@ from robust_prune.ranking.importance import channel_scores, removed_fraction_cur
 from robust_prune.recipe import PruningSection
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.groups import find_groups
-from robust_prune.structure.reference import make_twin
+from robust_prune.structure.reference import make_reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ def test_plain_pruning_is_judged_by_the_same_rule():
 
     def judged(arch: str) -> dict:
         spec = registry.make_spec(arch, num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
-        twin, dtype = make_twin(registry.build(spec).eval(), images[:1].float())
+        twin, dtype = make_reference(registry.build(spec).eval(), images[:1].float())
         return plain_pruning.prune_plain(twin, 10, images.to(dtype))[1]
 
     sound = judged("cifar/resnet20")

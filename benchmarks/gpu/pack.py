@@ -37,8 +37,8 @@ from robust_prune.budget.analysis import Analysis  # noqa: E402
 from robust_prune.budget.cost import cost_model  # noqa: E402
 from robust_prune.budget.plan import make_plan  # noqa: E402
 from robust_prune.data.sources import data_root, load_data  # noqa: E402
-from robust_prune.export.onnx import export_onnx  # noqa: E402
-from robust_prune.export.precision import export_reduced  # noqa: E402
+from robust_prune.exporters.onnx import export_onnx  # noqa: E402
+from robust_prune.exporters.precision import export_reduced  # noqa: E402
 from robust_prune.machine.host import git_commit  # noqa: E402
 from robust_prune.models import registry  # noqa: E402
 from robust_prune.ranking.importance import channel_scores  # noqa: E402

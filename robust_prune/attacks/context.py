@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..introspect.modes import eval_mode
+
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
@@ -21,16 +23,13 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The same model.
     """
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield model
+        with eval_mode(model):
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield model
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

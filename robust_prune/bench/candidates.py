@@ -12,7 +12,7 @@ from torch import nn
 
 from ..budget.latency import TOLERANCE
 from ..data.base import ImageSet
-from ..export.onnx import export_model
+from ..exporters.onnx import export_model
 from ..models.spec import ModelSpec
 from ..recipe import BenchSection, Recipe
 from .latency import run_section

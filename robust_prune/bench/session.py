@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EnvironmentProblem, UsageError
-from ..export.types import MANIFEST_KEY
+from ..exporters.types import MANIFEST_KEY
 from .providers import PROVIDERS, import_onnxruntime, provider_options, require
 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}

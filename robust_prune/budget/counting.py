@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..introspect.modes import eval_mode
+
 _MATRIX_PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2)}
 
 
@@ -61,7 +63,7 @@ def trace_products(model: nn.Module, example: Tensor) -> list[Product]:
     """
     stack: list[str] = [""]
     # A fused or inference-only path would hide nn.MultiheadAttention's products, hence grad mode and no fast path.
-    with _eval_mode(model), _module_stack(model, stack), _no_fast_path(), torch.enable_grad():
+    with eval_mode(model), _module_stack(model, stack), _no_fast_path(), torch.enable_grad():
         recorder = _Recorder(model, stack)
         with recorder:
             model(example)
@@ -96,17 +98,6 @@ class _Recorder(TorchDispatchMode):
         owners = (self._names.get(f.untyped_storage().data_ptr()) for f in factors)
         parameter = next((name for name in owners if name is not None), None)
         self.products.append(Product(parameter, self._stack[-1], macs))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

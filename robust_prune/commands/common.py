@@ -20,7 +20,7 @@ from ..recipe_reader import load
 
 if TYPE_CHECKING:
     from ..data.base import DataBundle
-    from ..models.artifact import Loaded
+    from ..models.artifact import Model
 
 DEMO = "demo"
 
@@ -110,7 +110,7 @@ def open_data(recipe: Recipe) -> DataBundle:
 
 def open_model_for(
     model: str, data: DataBundle | None, recipe: Recipe, arch: str | None, trust_pickle: bool = False
-) -> Loaded:
+) -> Model:
     """The model behind a name or path, held against the data it is to be used with."""
     from ..models.foreign import open_model
 

@@ -101,9 +101,9 @@ def compress(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from ..compress import compress as run_compression
-    from ..compress import plan_only
-    from ..compression import Compression
+    from ..compression import compress as run_compression
+    from ..compression import plan_only
+    from ..job import Compression
     from ..machine.host import tune_allocator
 
     tune_allocator()

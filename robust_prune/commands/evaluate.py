@@ -94,12 +94,12 @@ def evaluate(
     threat, section = resolved.threat_model, resolved.evaluation
     state = out.with_suffix(".state.npz") if out is not None else None
     card = evaluate_model(
-        loaded.model.to(choose_device(resolved.device)), first(bundle.test, section.images), threat, section,
+        loaded.module.to(choose_device(resolved.device)), first(bundle.test, section.images), threat, section,
         subject=Subject(run_name(model), bundle.name, "test"), seed=resolved.seed,
         exported={"exported": OnnxModel(onnx)} if onnx else {}, state_path=state,
     )  # fmt: skip
-    macs = count_macs(loaded.model.cpu(), loaded.spec.blank_image())
-    card = replace(card, macs=macs, params=count_params(loaded.model))
+    macs = count_macs(loaded.module.cpu(), loaded.spec.blank_image())
+    card = replace(card, macs=macs, params=count_params(loaded.module))
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)

@@ -23,7 +23,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..export.types import OnnxArtifact
+    from ..exporters.types import OnnxArtifact
 
 
 def export(
@@ -53,12 +53,12 @@ def export(
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 
-    from ..export.onnx import export_model
-    from ..export.precision import export_precisions
+    from ..exporters.onnx import export_model
+    from ..exporters.precision import export_precisions
 
-    found = export_model(loaded.model, loaded.spec, bundle.train, out, resolved.export, resolved.seed)
+    found = export_model(loaded.module, loaded.spec, bundle.train, out, resolved.export, resolved.seed)
     _say(found)
-    for reduced in export_precisions(loaded.model, bundle.train, out, resolved.export).values():
+    for reduced in export_precisions(loaded.module, bundle.train, out, resolved.export).values():
         _say(reduced)
 
 

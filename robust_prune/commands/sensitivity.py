@@ -59,11 +59,11 @@ def sensitivity(
     from ..structure.groups import find_groups
 
     threat, section, where = resolved.threat_model, resolved.sensitivity, choose_device(resolved.device)
-    search = find_groups(loaded.model, loaded.spec.blank_image())
-    loaded.model.to(where)
-    adv = make_adversarial_set(loaded.model, bundle.train, threat, section, seed=resolved.seed, device=where)
+    search = find_groups(loaded.module, loaded.spec.blank_image())
+    loaded.module.to(where)
+    adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
     profile = measure(
-        loaded.model, adv, threat,
+        loaded.module, adv, threat,
         estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
         device=where,
     )  # fmt: skip

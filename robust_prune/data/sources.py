@@ -56,7 +56,15 @@ def load_data(
         UsageError: unknown name, wrong path or malformed data.
         EnvironmentProblem: the data set is not on this machine and cannot be downloaded.
     """
-    bundle = _open(str(name), root or data_root(), seed, input_size)
+    return held_out(_open(str(name), root or data_root(), seed, input_size), validation, seed)
+
+
+def held_out(bundle: DataBundle, validation: int | None, seed: int = 0) -> DataBundle:
+    """`bundle` with held-out images: its own, or `validation` of its training images (None: a tenth, at most 1000).
+
+    Raises:
+        UsageError: less than one image is wanted, or there are too few.
+    """
     if len(bundle.validation):
         return bundle
     if validation is None:

@@ -36,21 +36,32 @@ SUFFIXES = (".safetensors", ".pt")
 StoreDtype = Literal["float16"]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An opened model.
+@dataclass(frozen=True, repr=False)
+class Model:
+    """A classifier, and what is known of it. Called with images [N, C, H, W] in [0, 1], it gives logits [N, K].
 
     Attributes:
-        model: in eval mode, on the CPU.
+        module: the torch module, normalization inside; as it is opened, in eval mode and on the CPU.
         spec: what names its dense architecture.
         threat: the threat model it was trained against, if the file says so.
         provenance: JSON values about where it came from.
     """
 
-    model: NormalizedClassifier
+    module: nn.Module
     spec: ModelSpec
     threat: ThreatModel | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        logits: Tensor = self.module(images)
+        return logits
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.spec.input_size))
+        count = sum(parameter.numel() for parameter in self.module.parameters())
+        against = f", trained against {self.threat}" if self.threat else ""
+        return f"Model({self.spec.arch}, {self.spec.num_classes} classes, {size} images, {count:,} parameters{against})"
 
 
 def save(
@@ -96,7 +107,7 @@ def save(
         atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={KEY: manifest}))
 
 
-def load(path: str | Path, *, arch: str | None = None, trust_source: bool = False) -> Loaded:
+def load(path: str | Path, *, arch: str | None = None, trust_source: bool = False) -> Model:
     """Rebuilds the model of an artifact.
 
     Args:
@@ -122,9 +133,14 @@ def is_artifact(contents: weight_files.Contents) -> bool:
 
 
 def open_contents(
-    path: Path, contents: weight_files.Contents, *, arch: str | None = None, trust_source: bool = False
-) -> Loaded:
-    """`load` for a file that has been read already."""
+    path: Path,
+    contents: weight_files.Contents,
+    *,
+    arch: str | None = None,
+    trust_source: bool = False,
+    like: nn.Module | None = None,
+) -> Model:
+    """`load` for a file that has been read already; `like` is the Python object that an ``object/`` model was."""
     in_metadata = KEY in contents.metadata
     text = contents.metadata[KEY] if in_metadata else contents.value[KEY]
     tensors = contents.value if in_metadata else contents.value.get("state_dict")
@@ -141,11 +157,13 @@ def open_contents(
     if version > VERSION:
         raise UsageError(f"{path} has format version {version}, this robust-prune reads up to {VERSION}. Upgrade it.")
     spec = _consented(path, spec, arch, trust_source)
+    if like is not None and spec.arch.startswith(f"{registry.OBJECT}/"):
+        registry.remember(like, spec.arch)
     model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
     if stored == "float16":
         tensors = {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
     _fill(model, changes, tensors, str(path))
-    return Loaded(model.eval(), spec, threat, provenance)
+    return Model(model.eval(), spec, threat, provenance)
 
 
 def _consented(path: Path, spec: ModelSpec, arch: str | None, trust_source: bool) -> ModelSpec:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import EnvironmentProblem, UsageError
 from ..models import artifact, registry, weight_files
-from .artifact import Loaded
+from .artifact import Model
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
@@ -36,7 +36,8 @@ def open_model(
     kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     trust_source: bool = False,
-) -> Loaded:
+    like: nn.Module | None = None,
+) -> Model:
     """Opens a model for any command.
 
     An artifact of ours knows all about itself; the data's facts are only held against it. A state_dict needs `arch` and
@@ -52,6 +53,7 @@ def open_model(
         trust_pickle: allow pickled modules, which run code from the file. `arch` is needed all the same, since the
             result must be rebuilt without pickle.
         trust_source: see `artifact.load`.
+        like: for an artifact of a model that was a Python object: the same object, built again.
 
     Raises:
         UsageError: a wrong path, kind of file, architecture, or data that do not fit the model.
@@ -67,7 +69,7 @@ def open_model(
         )
     contents = weight_files.read(path, trust_pickle=trust_pickle)
     if artifact.is_artifact(contents):
-        loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source)
+        loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source, like=like)
         check_data(loaded.spec, num_classes=num_classes, input_size=input_size)
         return loaded
     found = find_weights(contents.value, str(path))
@@ -117,7 +119,7 @@ def demo_path() -> Path:
     return path
 
 
-def _open_foreign(path: Path, found: FoundWeights, spec: ModelSpec) -> Loaded:
+def _open_foreign(path: Path, found: FoundWeights, spec: ModelSpec) -> Model:
     model = registry.build(spec, pretrained=False)
     fitted = fit_to(model.backbone.state_dict(), found, spec, str(path), pruned_allowed=found.module is not None)
     if fitted.mean and fitted.std:
@@ -131,7 +133,7 @@ def _open_foreign(path: Path, found: FoundWeights, spec: ModelSpec) -> Loaded:
         provenance["weights_not_used"] = list(found.alternatives)
     if fitted.mean:
         provenance["normalization_from"] = "checkpoint"
-    return Loaded(model.eval(), spec, None, provenance)
+    return Model(model.eval(), spec, None, provenance)
 
 
 def _follow_pruned_module(backbone: nn.Module, module: nn.Module, prefix: str) -> None:

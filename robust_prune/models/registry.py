@@ -11,12 +11,18 @@ import torch
 from torch import nn
 
 from ..errors import EnvironmentProblem, RobustPruneError, UsageError
+from ..introspect.copies import copied
+from ..introspect.fingerprint import models_hash
+from ..introspect.modes import eval_mode, kept_modes
 from ..models import cifar, user_file
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
 from .suggest import did_you_mean
 
 SOURCES = ("timm", "torchvision", "cifar")
+OBJECT = "object"
+"""Source of modules that only Python knows."""
+_OBJECTS: dict[str, nn.Module] = {}
 _FORMS = "timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function"
 _AUX_HEADS = ("googlenet", "inception_v3")
 # Exceptions of download libraries that do not derive from OSError.
@@ -74,6 +80,21 @@ def make_spec(
     )
 
 
+def remember(module: nn.Module, arch: str | None = None) -> str:
+    """Makes a module that only Python knows an architecture, for as long as the process lives.
+
+    Args:
+        module: is copied; weights do not matter, its structure does.
+        arch: the name under which an earlier process remembered it; None makes one from class, structure and weights.
+
+    Returns:
+        ``object/<Class>-<hash>``.
+    """
+    name = arch.partition("/")[2] if arch else f"{type(module).__name__}-{models_hash(module)[:12]}"
+    _OBJECTS[name] = copied(module).cpu()
+    return f"{OBJECT}/{name}"
+
+
 def check_arch(arch: str) -> str:
     """Looks `arch` up without building it.
 
@@ -86,6 +107,13 @@ def check_arch(arch: str) -> str:
     if user_file.is_reference(arch):
         return user_file.sha256(arch)
     source, _, name = arch.partition("/")
+    if source == OBJECT and name:
+        if name not in _OBJECTS:
+            raise UsageError(
+                f"the model was a Python object ({name}) of another process. Build it again and give it, as in "
+                "robust_prune.load(file, like=module)."
+            )
+        return ""
     if source not in SOURCES or not name:
         known = [f"cifar/{known}" for known in cifar.names()]
         raise UsageError(f"unknown architecture {arch!r}.{did_you_mean(f'cifar/{arch}', known)} Give {_FORMS}.")
@@ -129,6 +157,9 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
     source, _, name = spec.arch.partition("/")
     if user_file.is_reference(spec.arch):
         backbone = _without_weights(spec, wanted, user_file.call(spec, kwargs))
+    elif source == OBJECT:
+        check_arch(spec.arch)
+        backbone = _without_weights(spec, wanted, copied(_OBJECTS[name]))
     elif source == "cifar":
         channels = spec.input_size[0]
         kwargs.setdefault("in_chans", channels)
@@ -152,24 +183,19 @@ def check_output(model: nn.Module, spec: ModelSpec) -> None:
     Raises:
         UsageError: the model fails on images of `spec.input_size`, or its output is not [1, num_classes].
     """
-    modes = [(module, module.training) for module in model.modules()]
     reference = next((tensor for tensor in model.parameters()), torch.zeros(()))
     image = torch.zeros(1, *spec.input_size, device=reference.device, dtype=reference.dtype)
     size = "x".join(map(str, spec.input_size))
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             output = model(image)
     except RobustPruneError:
         raise
     except Exception as error:  # any constructor's model may fail in its own way on a size it was not made for
         where = user_file.blame(error, spec.arch)
         raise UsageError(f"{spec.arch} cannot run on {size} images: {where}{_one_line(error)}") from error
-    finally:
-        # Some transformers cache a bias table in eval mode, which only a switch to train mode drops.
-        model.train()
-        for module, mode in modes:
-            module.training = mode
+    with kept_modes(model):
+        model.train()  # some transformers cache a bias table in eval mode, which only a switch to train mode drops
     if not isinstance(output, torch.Tensor) or output.shape != (1, spec.num_classes):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise UsageError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..bench.types import LatencyTable
 from ..evaluation.card import ResultCard
-from ..export.types import OnnxArtifact
+from ..exporters.types import OnnxArtifact
 from .types import ModelRow
 
 DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"

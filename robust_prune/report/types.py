@@ -10,7 +10,7 @@ from .. import __version__
 from ..bench.types import LatencyRow
 from ..budget.types import PruningPlan
 from ..evaluation.card import Accuracy, ResultCard
-from ..export.types import OnnxArtifact
+from ..exporters.types import OnnxArtifact
 from ..sensitivity.profile import SensitivityProfile
 from ..structure.types import Refused
 from ..training.types import EpochRecord

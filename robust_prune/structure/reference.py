@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import UsageError
+from ..introspect.copies import copied
 
 _CONV = nn.modules.conv._ConvNd
 _NORM = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -17,7 +17,7 @@ _SEED = 2410
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`; it may not be copied while it caches autograd results, which a mode switch drops.
+    """A deep copy of `model`, if its weights are plain ones.
 
     Raises:
         UsageError: the model re-parametrises weights (weight norm, spectral norm), which cannot be cut.
@@ -29,17 +29,7 @@ def copy_model(model: nn.Module) -> nn.Module:
                 "spectral norm). Remove it: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), "
                 "or torch.nn.utils.remove_weight_norm(module) for the older form."
             )
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError:
-        modes = {m: m.training for m in model.modules()}
-        model.train()
-        model.eval()
-        try:
-            return copy.deepcopy(model)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    return copied(model)
 
 
 def images_like(example: Tensor, dtype: torch.dtype, count: int = 2) -> Tensor:
@@ -75,31 +65,31 @@ def precise_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dt
     return precise, dtype
 
 
-def make_twin(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
+def make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
     """A precise copy with random weights, for proofs about structure.
 
     Trained or freshly initialised values can hide a wrong channel (norm weights of one or zero, attention that is
-    almost uniform); random ones cannot. Batch-norm statistics are those of the twin itself, or depth would overflow.
+    almost uniform); random ones cannot. Batch-norm statistics are the copy's own, or depth would overflow.
     """
-    twin, dtype = precise_copy(model, example)
+    reference, dtype = precise_copy(model, example)
     generator = torch.Generator().manual_seed(_SEED)
     in_layers: set[int] = set()
     with torch.no_grad():
-        for module in twin.modules():
+        for module in reference.modules():
             if isinstance(module, (_CONV, nn.Linear, *_NORM, nn.PReLU)):
                 for name, parameter in module.named_parameters(recurse=False):
                     in_layers.add(id(parameter))
                     _randomise(module, name, parameter, generator)
-        for parameter in twin.parameters():
+        for parameter in reference.parameters():
             if id(parameter) not in in_layers and parameter.is_floating_point() and parameter.numel() > 1:
                 wide = sum(n > 1 for n in parameter.shape) > 1
                 parameter.copy_(_normal(parameter, generator, 0.3) if wide else _uniform(parameter, generator))
-    for parameter in twin.parameters():
+    for parameter in reference.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    twin.train()  # drops what the model has computed from its former weights and kept: attention biases, say
-    twin.eval()
-    _settle_batch_norms(twin, images_like(example, dtype, 8))
-    return twin, dtype
+    reference.train()  # drops what the model has computed from its former weights and kept: attention biases, say
+    reference.eval()
+    _settle_batch_norms(reference, images_like(example, dtype, 8))
+    return reference, dtype
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -135,8 +125,8 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5).to(like)
 
 
-def _settle_batch_norms(twin: nn.Module, images: Tensor) -> None:
-    norms = [m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def _settle_batch_norms(reference: nn.Module, images: Tensor) -> None:
+    norms = [m for m in reference.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [m.momentum for m in norms]
@@ -144,7 +134,7 @@ def _settle_batch_norms(twin: nn.Module, images: Tensor) -> None:
         norm.momentum = 1.0
         norm.train()
     with torch.no_grad():
-        twin(images)
+        reference(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

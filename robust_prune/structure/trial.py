@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import Adaptation, Attention
 from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
 from .masking import masked
-from .reference import first_line, images_like, make_twin, relative_error
+from .reference import first_line, images_like, make_reference, relative_error
 from .types import ChannelGroup, Refused
 
 # Relative error of two exact computations of the same thing; a wrong channel costs percents.
@@ -99,7 +99,7 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.dense, self.dtype = make_twin(model, example)
+        self.dense, self.dtype = make_reference(model, example)
         self.small = copy.deepcopy(self.dense)
         self.cutter = Cutter(self.small)
         self.images = images_like(example, self.dtype)

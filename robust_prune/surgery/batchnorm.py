@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.base import ImageSet
 from ..errors import UsageError
+from ..introspect.modes import eval_mode
 from ..models.layout import weights_dtype
 
 
@@ -69,16 +70,15 @@ def _batches(items: Tensor, size: int) -> Iterator[Tensor]:
 @contextmanager
 def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """Only the batch-norms train, from scratch and with equal weight for all batches."""
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [layer.momentum for layer in layers]
     kept = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
     try:
-        yield
+        with eval_mode(model):
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None
+                layer.train()
+            yield
     except BaseException:
         for layer, buffers in zip(layers, kept, strict=True):
             for name, buffer in buffers.items():
@@ -87,5 +87,3 @@ def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for module, mode in modes:
-            module.training = mode

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..introspect.modes import eval_mode
 from ..models.layout import has_fast_bf16
 
 
@@ -51,10 +52,8 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
     formats = [False, True]
     types = [False, True] if has_fast_bf16(images.device) else [False]
     candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     times, failed = dict.fromkeys(candidates, float("inf")), set[Precision]()
-    try:
+    with eval_mode(model):
         # Candidates take turns, so that a passing load on the machine does not fall on one of them alone.
         for attempt in range(repeats + 1):
             for candidate in candidates:
@@ -69,9 +68,6 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
                     continue
                 if attempt:
                     times[candidate] = min(times[candidate], seconds)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return min((c for c in candidates if c not in failed), key=lambda candidate: times[candidate])
 
 

@@ -42,7 +42,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
         class_names=data.class_names,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: nn.Module = artifact.load(work.base).model if work.base.exists() else registry.build(spec)
+    model: nn.Module = artifact.load(work.base).module if work.base.exists() else registry.build(spec)
     images = random_subset(data.train, sizes.train_images, 0)
     checkpoint, plan = work.root / "base" / "checkpoint.pt", work.root / "base" / "plan.json"
     if not plan.exists():

@@ -19,11 +19,11 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.data.sources import load_data
 from robust_prune.errors import RobustPruneError
-from robust_prune.export.onnx import export_model
+from robust_prune.exporters.onnx import export_model
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact
-from robust_prune.models.artifact import Loaded
+from robust_prune.models.artifact import Model
 from robust_prune.recipe import ExportSection, Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.sensitivity.adversarial_set import make_adversarial_set
@@ -51,17 +51,17 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     data = replace(data, train=random_subset(data.train, sizes.train_images, 0))
     recipe = load("cifar10-resnet18", {**sizes.compression, "device": sizes.device})
     found = work.result("compression")
-    if found.get("model") != models_hash(loaded.model):
-        found = {"model": models_hash(loaded.model), "arch": loaded.spec.arch, "rows": [], "latency": []}
+    if found.get("model") != models_hash(loaded.module):
+        found = {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "rows": [], "latency": []}
     found |= {"environment": snapshot(), "recipe": recipe.model_dump(mode="json")}
     rows: list[dict[str, Any]] = found["rows"]
     have = {(row["name"], row.get("ratio")) for row in rows}
     if (DENSE, None) not in have:
-        rows.append({"name": DENSE, "after": scored(loaded.model.cpu(), DENSE, data, recipe, sizes.device)})
+        rows.append({"name": DENSE, "after": scored(loaded.module.cpu(), DENSE, data, recipe, sizes.device)})
         work.save("compression", found)
     by_arm = _analyses(loaded, data, recipe, sizes.device)
     adv = make_adversarial_set(
-        loaded.model, data.train, recipe.threat_model, recipe.sensitivity, seed=recipe.seed, device=sizes.device
+        loaded.module, data.train, recipe.threat_model, recipe.sensitivity, seed=recipe.seed, device=sizes.device
     )
     todo = [(ratio, arm) for ratio in sizes.ratios for arm in ARMS if (arm.name, ratio) not in have]
     took = 0.0
@@ -76,7 +76,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     work.save("compression", found, "partial" if todo else "done")
 
 
-def _analyses(loaded: Loaded, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Analysis]:
+def _analyses(loaded: Model, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Analysis]:
     """The analysis of each arm; groups, costs and sensitivity are measured once."""
     by_criterion = dict(analyses(loaded, data, recipe, device, criteria=[arm.criterion for arm in ARMS]))
     found = {arm.name: by_criterion[arm.criterion] for arm in ARMS}
@@ -91,18 +91,18 @@ def _insensitive(analysis: Analysis) -> Analysis:
 def _latency(
     work: Work,
     sizes: Sizes,
-    loaded: Loaded,
+    loaded: Model,
     data: DataBundle,
     recipe: Recipe,
     analysis: Analysis,
     ratios: Sequence[float],
 ) -> list[dict[str, Any]]:
     """The dense file and those of the `mrs` cuts on the GPU and on the CPU; cut anew, since time sees no weights."""
-    models: dict[str, nn.Module] = {DENSE: loaded.model.cpu()}
+    models: dict[str, nn.Module] = {DENSE: loaded.module.cpu()}
     for ratio in ratios:
         plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))
         models[f"{100 * (1 - ratio):g} % mrs"] = apply(
-            loaded.model.cpu(), plan, loaded.spec.blank_image()
+            loaded.module.cpu(), plan, loaded.spec.blank_image()
         ).model  # fmt: skip
     files, tables = [], []
     for label, model in models.items():

@@ -7,7 +7,6 @@ run in float64, and the file may be at most `ERROR_FACTOR` times as far from it 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data.base import ImageSet
 from ..errors import QualityGateError, UsageError
+from ..introspect.copies import copied
 from .types import Parity
 
 BATCH_SIZES = (1, 3, 8)
@@ -103,22 +103,7 @@ def check_images(images: Tensor) -> None:
 
 def eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model` in eval mode, on the CPU, contiguous, in `dtype`, without gradients."""
-    twin = _deepcopy(model).eval()
-    return twin.to("cpu", dtype).to(memory_format=torch.contiguous_format).requires_grad_(False)
-
-
-def _deepcopy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError:
-        # LeViT and its like keep a tensor with a graph in eval mode, which cannot be copied; train() drops it.
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.train()
-            return copy.deepcopy(model)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    return copied(model).eval().to("cpu", dtype).to(memory_format=torch.contiguous_format).requires_grad_(False)
 
 
 class _Widened(TorchFunctionMode):
