@@ -280,7 +280,8 @@ def compress(
     bundle = as_data(data)
     opened = _model(model, bundle)
     resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
-    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, "", opened.spec.arch)
+    command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"
+    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, opened.spec.arch)
     done = _compress(job)
     if done is None:
         raise SystemExit(0)

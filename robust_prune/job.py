@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import RenderableType
+
 from .budget.types import PruningPlan
 from .data.base import DataBundle
 from .evaluation.card import ResultCard
@@ -15,6 +17,7 @@ from .recipe import Recipe
 from .report.types import RunReport
 from .runs.run import Run
 from .sensitivity.profile import SensitivityProfile
+from .shown import Shown
 from .structure.types import Refused
 from .training.types import TrainResult
 
@@ -47,12 +50,20 @@ class Compression:
         return choose_device(self.recipe.device)
 
 
-@dataclass(frozen=True)
-class Compressed:
+@dataclass(frozen=True, repr=False)
+class Compressed(Shown):
     """What a finished run left behind: the report's values and where the files are."""
 
     report: RunReport
     folder: Path
+
+    def short(self) -> str:
+        """What was made, and where it lies."""
+        return f"{self.report.short()}, in {self.folder}"
+
+    def table(self) -> RenderableType | None:
+        """The headline table."""
+        return self.report.table()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
+from ..shown import Shown
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -63,8 +67,8 @@ class LatencyRow:
     millijoules_per_image: float | None = None
 
 
-@dataclass(frozen=True)
-class LatencyTable:
+@dataclass(frozen=True, repr=False)
+class LatencyTable(Shown):
     """Rows measured together in interleaved blocks.
 
     Attributes:
@@ -78,3 +82,15 @@ class LatencyTable:
     noise_floor: dict[str, tuple[float, float, float]]
     environment: dict[str, Any]
     protocol: str
+
+    def short(self) -> str:
+        """Medians of the first rows."""
+        shown = [f"{row.label} batch {row.batch}: {row.p50_ms:.3g} ms" for row in self.rows[:4]]
+        more = [f"{len(self.rows) - 4} more"] if len(self.rows) > 4 else []
+        return ", ".join(shown + more)
+
+    def table(self) -> Table:
+        """Latencies side by side."""
+        from .latency import render_latency
+
+        return render_latency(self)

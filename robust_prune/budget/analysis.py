@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from rich.table import Table
 from torch import Tensor, nn
 
 from ..data.base import ImageSet, random_images
@@ -13,14 +14,16 @@ from ..models.spec import ModelSpec
 from ..ranking.importance import channel_scores, removed_fraction_curve
 from ..recipe import Recipe
 from ..sensitivity.adversarial_set import make_adversarial_set
+from ..sensitivity.display import render_table
 from ..sensitivity.estimators import measure
 from ..sensitivity.profile import SensitivityProfile
+from ..shown import Shown
 from ..structure.groups import GroupSearch, find_groups
 from .cost import CostModel, cost_model
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(Shown):
     """What planning knows of a model.
 
     Attributes:
@@ -37,6 +40,16 @@ class Analysis:
     profile: SensitivityProfile | None
     scores: Mapping[str, Tensor]
     removed: Mapping[str, Tensor] | None = None
+
+    def short(self) -> str:
+        """Groups, cost and how sensitivity was measured."""
+        whole = f", {len(self.search.refused)} that stay whole" if self.search.refused else ""
+        measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
+        return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
+
+    def table(self) -> Table | None:
+        """MRS by layer and group."""
+        return render_table(self.profile) if self.profile else None
 
 
 def analyse(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.table import Table
+
+from ..shown import Shown
 from ..structure.types import Refused
 
 
@@ -24,8 +27,8 @@ class PlannedGroup:
         return self.channels - len(self.removed)
 
 
-@dataclass(frozen=True)
-class PruningPlan:
+@dataclass(frozen=True, repr=False)
+class PruningPlan(Shown):
     """The whole cut, before anything is touched.
 
     Attributes:
@@ -47,3 +50,18 @@ class PruningPlan:
     params_before: int
     params_after: int
     note: str = ""
+
+    def short(self) -> str:
+        """What is removed, and what that leaves."""
+        cut = sum(bool(group.removed) for group in self.groups)
+        return (
+            f"{self.ratio:.0%} of {self.of}: {self.macs_after / self.macs_before:.1%} of the MACs and "
+            f"{self.params_after / self.params_before:.1%} of the parameters stay; {cut} of {len(self.groups)} groups "
+            "lose channels"
+        )
+
+    def table(self) -> Table:
+        """Channels before and after, by group."""
+        from .plan import render_plan
+
+        return render_plan(self)

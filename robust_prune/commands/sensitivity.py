@@ -30,7 +30,7 @@ def sensitivity(
     estimator: Annotated[str | None, Parameter(help="gradient, boundary or ascent.")] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    out: Annotated[Path | None, Parameter(help="Folder for sensitivity.json and sensitivity.png.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder for sensitivity.json.")] = None,
     arch: ArchFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
@@ -53,7 +53,7 @@ def sensitivity(
     from ..machine.device import choose_device
     from ..runs.files import write_json
     from ..sensitivity.adversarial_set import make_adversarial_set
-    from ..sensitivity.display import draw_profile, render_table
+    from ..sensitivity.display import render_table
     from ..sensitivity.estimators import measure
     from ..serialization import to_json
     from ..structure.groups import find_groups
@@ -70,5 +70,4 @@ def sensitivity(
     console.print(render_table(profile))
     if out is not None:
         write_json(out / "sensitivity.json", to_json(profile))
-        draw_profile(profile, out / "sensitivity.png")
-        console.print(f"{out / 'sensitivity.json'}  {out / 'sensitivity.png'}", markup=False)
+        console.print(str(out / "sensitivity.json"), markup=False)

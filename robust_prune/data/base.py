@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..shown import Shown
 
 
 class ImageSet(Protocol):
@@ -124,8 +125,8 @@ SAMPLE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class DataBundle:
+@dataclass(frozen=True, repr=False)
+class DataBundle(Shown):
     """The splits of one data set.
 
     Attributes:
@@ -149,6 +150,14 @@ class DataBundle:
     input_size: tuple[int, int, int]
     sample: bool = False
     notes: tuple[str, ...] = ()
+
+    def short(self) -> str:
+        """Name, sizes and classes."""
+        size = "x".join(map(str, self.input_size))
+        return (
+            f"{self.name}: {len(self.train):,} training, {len(self.validation):,} held-out and {len(self.test):,} test "
+            f"images {size} of {self.num_classes} classes"
+        )
 
     @property
     def cautions(self) -> tuple[str, ...]:

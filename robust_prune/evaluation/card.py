@@ -9,6 +9,7 @@ from pydantic import computed_field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ..attacks.threat import ThreatModel
+from ..shown import Shown
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -74,8 +75,8 @@ class ExportedAccuracy:
     robust: Accuracy
 
 
-@dataclass(frozen=True)
-class ResultCard:
+@dataclass(frozen=True, repr=False)
+class ResultCard(Shown):
     """Clean and robust accuracy of one model on one split.
 
     Attributes:
@@ -118,3 +119,11 @@ class ResultCard:
     macs: int | None = None
     params: int | None = None
     exported: dict[str, ExportedAccuracy] = field(default_factory=dict)
+
+    def short(self) -> str:
+        """Clean and robust accuracy with their intervals, and alarms."""
+        alarms = f"; {len(self.flags)} alarm{'s' if len(self.flags) > 1 else ''}" if self.flags else ""
+        return (
+            f"{self.model} on {self.robust.total:,} {self.split} images of {self.data}: clean {self.clean}, robust "
+            f"{self.robust} under {self.threat}, tier {self.tier}{alarms}"
+        )

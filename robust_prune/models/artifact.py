@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..models import registry, user_file, weight_files
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
+from ..shown import Shown
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
@@ -37,7 +38,7 @@ StoreDtype = Literal["float16"]
 
 
 @dataclass(frozen=True, repr=False)
-class Model:
+class Model(Shown):
     """A classifier, and what is known of it. Called with images [N, C, H, W] in [0, 1], it gives logits [N, K].
 
     Attributes:
@@ -57,11 +58,12 @@ class Model:
         logits: Tensor = self.module(images)
         return logits
 
-    def __repr__(self) -> str:
+    def short(self) -> str:
+        """Architecture, classes, size and threat model."""
         size = "x".join(map(str, self.spec.input_size))
         count = sum(parameter.numel() for parameter in self.module.parameters())
         against = f", trained against {self.threat}" if self.threat else ""
-        return f"Model({self.spec.arch}, {self.spec.num_classes} classes, {size} images, {count:,} parameters{against})"
+        return f"{self.spec.arch}, {self.spec.num_classes} classes, {size} images, {count:,} parameters{against}"
 
 
 def save(

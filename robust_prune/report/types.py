@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.table import Table
+
 from .. import __version__
 from ..bench.types import LatencyRow
 from ..budget.types import PruningPlan
 from ..evaluation.card import Accuracy, ResultCard
 from ..exporters.types import OnnxArtifact
 from ..sensitivity.profile import SensitivityProfile
+from ..shown import Shown
 from ..structure.types import Refused
 from ..training.types import EpochRecord
 
@@ -43,8 +46,8 @@ class ModelRow:
     latency: tuple[LatencyRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class RunReport:
+@dataclass(frozen=True, repr=False)
+class RunReport(Shown):
     """A whole run.
 
     Attributes:
@@ -82,3 +85,13 @@ class RunReport:
     version: str = __version__
     latency_protocol: str = ""
     noise_floor: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def short(self) -> str:
+        """Title and models."""
+        return f"{self.title}: {', '.join(model.label for model in self.models)}"
+
+    def table(self) -> Table:
+        """The headline table."""
+        from .table import headline_table
+
+        return headline_table(self)

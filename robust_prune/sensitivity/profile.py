@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.table import Table
+
 from ..attacks.threat import ThreatModel
+from ..shown import Shown
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class GroupSensitivity:
     curve: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class SensitivityProfile:
+@dataclass(frozen=True, repr=False)
+class SensitivityProfile(Shown):
     """MRS of every prunable module and of every group.
 
     Attributes:
@@ -66,3 +69,16 @@ class SensitivityProfile:
     threat: ThreatModel
     modules: tuple[ModuleSensitivity, ...]
     groups: tuple[GroupSensitivity, ...] = ()
+
+    def short(self) -> str:
+        """How it was measured, on what."""
+        return (
+            f"MRS of {len(self.modules)} modules and {len(self.groups)} groups, {self.estimator}, relative radius "
+            f"{self.rho:g}, {self.images:,} images under {self.threat}"
+        )
+
+    def table(self) -> Table:
+        """MRS by layer and group."""
+        from .display import render_table
+
+        return render_table(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..shown import Shown
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -23,8 +25,8 @@ class EpochRecord:
     seconds: float
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(Shown):
     """What a run reached; the chosen weights are loaded into the model that was passed in.
 
     Attributes:
@@ -37,3 +39,12 @@ class TrainResult:
     history: tuple[EpochRecord, ...]
     best_epoch: int
     note: str = ""
+
+    def short(self) -> str:
+        """Epochs, and what the chosen one reached on held-out images."""
+        best = self.history[self.best_epoch - 1] if self.best_epoch else None
+        reached = (
+            f", best {best.epoch}: held-out {best.val_clean:.1%} clean, {best.val_robust:.1%} robust" if best else ""
+        )
+        note = f"; {self.note}" if self.note else ""
+        return f"{len(self.history)} epoch{'' if len(self.history) == 1 else 's'}{reached}{note}"

@@ -1,0 +1,39 @@
+"""How values look in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+HTML_WIDTH = 100
+
+
+class Shown:
+    """Base of values with a short `repr`, and a table where notebooks show them."""
+
+    def short(self) -> str:
+        """What is inside the brackets of the `repr`."""
+        raise NotImplementedError
+
+    def table(self) -> RenderableType | None:
+        """What a notebook shows; None: the `repr`."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.short()})"
+
+    def _repr_html_(self) -> str | None:
+        table = self.table()
+        return None if table is None else as_html(table)
+
+
+def as_html(renderable: RenderableType) -> str:
+    """A rich renderable as HTML with inline styles."""
+    from rich.console import Console
+
+    console = Console(record=True, width=HTML_WIDTH, file=io.StringIO(), force_terminal=True)
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>')
