@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .attacks.threat import ThreatModel
@@ -184,7 +185,7 @@ def finetune(
     result = train(
         model.module, bundle.train, bundle.validation, _threat(threat, model), settings, device=device, teacher=parent
     )
-    model.module.cpu().eval()
+    model.module.cpu().to(memory_format=torch.contiguous_format).eval()
     return result
 
 

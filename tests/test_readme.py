@@ -77,11 +77,23 @@ def test_pictures_and_local_links_are_there():
         assert (ROOT / target).exists(), target
 
 
-def test_the_public_api_named_here_is_there():
-    import robust_prune
+def test_the_lines_for_python_run(tmp_path, monkeypatch, capsys):
+    """As they stand, on a part of the sample's images."""
+    from dataclasses import replace
 
-    for name in re.findall(
-        r"`(?:robust_prune\.)?(measure_sensitivity|plan|prune|finetune|evaluate|export_onnx|benchmark|load|save)`",
-        README,
-    ):
-        assert callable(getattr(robust_prune, name))
+    import robust_prune.api as api
+    from robust_prune.data.base import first
+    from robust_prune.data.sample import load_sample
+
+    code = re.search(r"<!-- example: python -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    whole = load_sample()
+    train, validation, test = (
+        first(part, n) for part, n in ((whole.train, 48), (whole.validation, 20), (whole.test, 20))
+    )
+    few = replace(whole, train=train, validation=validation, test=test)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "load_data", lambda name: few)
+    exec(code[1], {})
+    assert (tmp_path / "small.onnx").is_file()
+    assert "20 test images of sample" in capsys.readouterr().out
