@@ -83,7 +83,7 @@ def compress(job: Compression) -> Compressed | None:
     run, dense = open_run(job), job.dense.module
     model: nn.Module = dense
     cuts: list[Cut] = []
-    for at in cut_names(job.recipe.pruning.steps):
+    for at in cut_names(job.recipe.pruning.cuts):
         planned = analyse_and_plan(job, run, at, model, cuts)
         pruned = prune_and_repair(job, run, at, model, planned.plan)
         tuned = finetune(job, run, at, planned.plan)
@@ -96,7 +96,7 @@ def compress(job: Compression) -> Compressed | None:
         notes.append(note)
     files = {label: export(job, run, label, found) for label, found in models.items()}
     cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
-    if not distributed.part():
+    if not distributed.leave_group():
         return None
     rows = [row for label in models for row in model_rows(label, cards[label], files[label])]
     table = benchmark(job, run, rows)
@@ -146,9 +146,9 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
     analysis = analyse(model, job.dense.spec, job.data.train, recipe, job.device, dense_widths(plans))
     assert analysis.profile is not None
     if section.of == "latency":
-        wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.steps)
+        wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.cuts)
         return Planned(analysis.profile, plan_by_clock(job, model, analysis, wanted))
-    ratio = remaining_ratio(plans, section.ratio, section.of, section.steps)
+    ratio = remaining_ratio(plans, section.ratio, section.of, section.cuts)
     return Planned(analysis.profile, make_plan(analysis, section.model_copy(update={"ratio": ratio})))
 
 
@@ -195,7 +195,7 @@ def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainRes
     recipe, data, file = job.recipe, job.data, recovered_file(run, at)
     settings: TrainSettings = recipe.finetune
     if at:
-        settings = settings.model_copy(update={"epochs": recipe.pruning.step_epochs})
+        settings = settings.model_copy(update={"epochs": recipe.pruning.epochs_between})
 
     def make() -> TrainResult:
         model = reopen(job, pruned_file(run, at))

@@ -58,7 +58,7 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0 or launched() == 1
 
 
-def from_first(value: Value) -> Value:
+def broadcast(value: Value) -> Value:
     """The first process's `value`, in all of them; it must be picklable."""
     group = _group()
     if not group:
@@ -68,7 +68,7 @@ def from_first(value: Value) -> Value:
     return held[0]
 
 
-def gathered(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """Every process's `value`, in order, in all of them."""
     group = _group()
     if not group:
@@ -78,7 +78,7 @@ def gathered(value: Value) -> list[Value]:
     return held
 
 
-def averaged(tensors: list[Tensor]) -> None:
+def all_reduce_mean(tensors: list[Tensor]) -> None:
     """Replaces floating-point tensors of one device by their mean over the processes, in place."""
     group = _group()
     if not group or not tensors:
@@ -93,7 +93,7 @@ def averaged(tensors: list[Tensor]) -> None:
 
 
 @contextmanager
-def one_at_a_time_on_each_machine() -> Iterator[None]:
+def one_at_a_time_per_node() -> Iterator[None]:
     """Lets the first process of each machine go before the others, so that a download is made once."""
     if count() == 1:
         yield
@@ -104,7 +104,7 @@ def one_at_a_time_on_each_machine() -> Iterator[None]:
         yield
 
 
-def part() -> bool:
+def leave_group() -> bool:
     """Ends the sharing: from here on the processes no longer wait for each other.
 
     Returns:
@@ -119,7 +119,7 @@ def part() -> bool:
     return is_first()
 
 
-def launcher() -> str:
+def launch_command() -> str:
     """The words that start a command in as many processes on one machine, or nothing."""
     if launched() == 1:
         return ""

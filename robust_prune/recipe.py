@@ -81,7 +81,7 @@ class SensitivitySection(Section):
     """How Module Robustness Sensitivity is measured."""
 
     estimator: Literal["gradient", "boundary", "ascent"] = "boundary"
-    """Estimator of MRS; see the design page."""
+    """Estimator of MRS: first order, measured at the boundary of the ball, or by ascent (slow, the reference)."""
     images: int = Field(1024, ge=1)
     """Training images in the adversarial set."""
     steps: int = Field(10, ge=1)
@@ -111,9 +111,9 @@ class PruningSection(Section):
     removed, 0.25 was better than either on held-out images, and not told apart from 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
     """Smallest share of a group's channels that stays; one channel always does."""
-    steps: int = Field(1, ge=1, le=100)
+    cuts: int = Field(1, ge=1, le=100)
     """Cuts that the ratio is spread over; before each, sensitivities are measured anew on what the one before left."""
-    step_epochs: int = Field(1, ge=0)
+    epochs_between: int = Field(1, ge=0)
     """Fine-tuning epochs between two cuts."""
     compensation: Literal["none", "batchnorm", "least_squares"] = "least_squares"
     """Repair after the cut, without training: `least_squares` solves the layers behind the cut so that their outputs

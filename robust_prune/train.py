@@ -67,7 +67,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     best = artifact.load(final, trust_source=True).module
     judge = partial(_evaluate, name, best, spec, data, recipe, folder)
     card = run.stage("evaluate", ResultCard, [models_hash(best)], judge, shared=True)
-    if not distributed.part():
+    if not distributed.leave_group():
         return None
     report = RunReport(
         title=f"{name}: adversarial training ({recipe.training.loss})",

@@ -153,8 +153,8 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
 
     monkeypatch.setattr(compression, "train", interrupted)
     with pytest.raises(SystemExit):
-        _compress("run", "--steps", "2")
-    _compress("run", "--steps", "2")
+        _compress("run", "--cuts", "2")
+    _compress("run", "--cuts", "2")
     # The recovery after the first cut was kept; the models shrink from cut to cut.
     assert len(calls) == 3 and calls[0] > calls[1] == calls[2]
     result = json.loads((here / "run" / "result.json").read_text())
@@ -168,7 +168,7 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     for group in result["plan"]["groups"]:
         assert len(weights[f"{group['name']}.weight"]) == group["channels"] - len(group["removed"])
     capsys.readouterr()
-    _compress("again", "--steps", "3", "--dry-run")
+    _compress("again", "--cuts", "3", "--dry-run")
     assert "first of 3 cuts" in capsys.readouterr().out
 
 

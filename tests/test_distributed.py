@@ -28,7 +28,7 @@ if torch.distributed.get_rank() == 0:
     torch.save(model.state_dict(), sys.argv[1])
 assert torch.distributed.get_world_size() == 2
 from robust_prune import distributed
-distributed.part()
+distributed.leave_group()
 """
 
 

@@ -60,8 +60,8 @@ def test_the_final_measurement_is_held_against_the_budget() -> None:
     assert late == "the final file takes 62.5% of the dense latency (batch 1, 1 thread, cpu), 50.0% was asked for."
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, steps):
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, cuts):
     """The clock is exchanged for one that knows MACs, so that the outcome can be told exactly."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "toy.npz")
@@ -75,7 +75,7 @@ def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, steps):
     monkeypatch.setattr(CandidateClock, "kept", kept)
     cli.main(
         ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.4", "--of",
-         "latency", "--steps", str(steps), "--epochs", "1", "--out", "run", "--set", "pruning.align=1", *QUICK]
+         "latency", "--cuts", str(cuts), "--epochs", "1", "--out", "run", "--set", "pruning.align=1", *QUICK]
     )  # fmt: skip
     told = capsys.readouterr().out
     assert "of the dense latency (batch 1, 1 thread, cpu)" in told and "of the MACs removed:" in told

@@ -103,7 +103,7 @@ def open_data(recipe: Recipe) -> DataBundle:
     size = (3, section.image_size, section.image_size) if section.image_size else None
     root = Path(section.root).expanduser() if section.root else None
     distributed.join(recipe.device)
-    with distributed.one_at_a_time_on_each_machine():
+    with distributed.one_at_a_time_per_node():
         # Splits do not follow the recipe's seed: what one run tests on, no other may have trained on.
         return load_data(section.name, validation=section.validation, root=root, input_size=size)
 
@@ -145,7 +145,7 @@ def run_name(model: str) -> str:
 
 def command_line() -> str:
     """The command that repeats this run, as the user typed it."""
-    started = distributed.launcher()
+    started = distributed.launch_command()
     return (
         f"{started} -m robust_prune {shlex.join(sys.argv[1:])}"
         if started

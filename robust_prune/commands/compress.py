@@ -59,7 +59,7 @@ def compress(
         str | None,
         Parameter(help=f"Channel score inside a group: {CRITERIA.help()}."),
     ] = None,
-    steps: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
+    cuts: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
     tier: Annotated[str | None, Parameter(help="Evaluation: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,
     precision: Annotated[
         str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
@@ -82,7 +82,7 @@ def compress(
         "pruning.of": of,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
-        "pruning.steps": steps,
+        "pruning.cuts": cuts,
         "data.name": data,
         "finetune.epochs": epochs,
         "finetune.loss": loss,
@@ -112,6 +112,6 @@ def compress(
         run_compression(job)
         return
     plan_only(job)
-    if resolved.pruning.steps > 1:
-        warn(f"this is the first of {resolved.pruning.steps} cuts; the others are planned on the model that it leaves.")
+    if resolved.pruning.cuts > 1:
+        warn(f"this is the first of {resolved.pruning.cuts} cuts; the others are planned on the model that it leaves.")
     console.print("Dry run: nothing was written.")

@@ -115,7 +115,7 @@ def evaluate(
         if request.leads:
             clean_pass(request, state)
         if request.shared:
-            state = distributed.from_first(state)
+            state = distributed.broadcast(state)
         attack_pass(request, state)
         if request.leads:
             black_box_pass(request, state)

@@ -219,7 +219,7 @@ def _divided(
         right, worst, passes = _attacked(attacker, stage, x[share], y[share], start)
         mine = right.cpu(), worst.cpu(), passes
     right, worst, forwards, backwards = torch.ones(len(y), dtype=torch.bool), x.cpu().clone(), 0, 0
-    for position, found in enumerate(distributed.gathered(mine)):
+    for position, found in enumerate(distributed.all_gather(mine)):
         if found is not None:
             right[position::count], worst[position::count] = found[0], found[1]
             forwards, backwards = forwards + found[2][0], backwards + found[2][1]

@@ -81,14 +81,14 @@ class Run:
         first, mark = distributed.is_first(), self.folder / name / "stage.json"
         key = digest([self.key, name, *inputs])
         stored = _stored(mark, key, kind) if first and all(file.exists() for file in files) else None
-        stored = distributed.from_first(stored)
+        stored = distributed.broadcast(stored)
         if stored is None:
             begin = time.monotonic()
             value = make() if first or shared else None
             if first:
                 stored = {"key": key, "seconds": time.monotonic() - begin, "value": to_json(value)}
                 write_json(mark, stored)
-            stored = distributed.from_first(stored)
+            stored = distributed.broadcast(stored)
         assert stored is not None
         self.seconds[name] = stored["seconds"]
         # A fresh outcome comes back from its JSON too, so that a resumed run works with the very same values.

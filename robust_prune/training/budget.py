@@ -47,4 +47,4 @@ def affordable(
     took = train(copy.deepcopy(model), few, first(images, 0), threat, timed, device=device, teacher=teacher)
     seen = max(settings.batch_size, int(len(few) * seconds / took.history[0].seconds))
     epochs = math.ceil(seen / len(images))
-    return distributed.from_first((epochs, min(len(images), max(settings.batch_size, seen // epochs))))
+    return distributed.broadcast((epochs, min(len(images), max(settings.batch_size, seen // epochs))))

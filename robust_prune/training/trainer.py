@@ -75,7 +75,7 @@ class _Run:
         self.model = model.to(self.device)
         # Every process takes as many images, so that the mean of their gradients is the batch's.
         self.batch_size = divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
-        self.precision = distributed.from_first(self._precision())
+        self.precision = distributed.broadcast(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
         self.teacher = frozen_copy(teacher, self.device, self.precision) if settings.distillation and teacher else None
@@ -221,7 +221,7 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
         # Each process has normalised with its own share; what is remembered is the same in all.
-        distributed.averaged([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
+        distributed.all_reduce_mean([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
         self.figures.queue(result.loss, result.metrics.get("accuracy"))
@@ -326,7 +326,7 @@ class _Run:
                 f"{100 * scores['live'].robust:.1f} % (catastrophic overfitting); went back to epoch {state.best_epoch}"
             )
             console.print(state.note, markup=False)
-        sums = zip(*distributed.gathered((state.loss_sum, state.accuracy_sum)), strict=True)
+        sums = zip(*distributed.all_gather((state.loss_sum, state.accuracy_sum)), strict=True)
         loss, accuracy = (sum(parts) / len(parts) / self.steps_per_epoch for parts in sums)
         record = EpochRecord(
             epoch=epoch,

@@ -53,7 +53,7 @@ def score(
             x_adv = pgd(model, x, y, threat, steps=steps, generator=generator, keep_best=False)
             with torch.no_grad():
                 survived += int((classify(model(x_adv)) == y).sum())
-    robust, clean = (sum(parts) for parts in zip(*distributed.gathered((survived, right)), strict=True))
+    robust, clean = (sum(parts) for parts in zip(*distributed.all_gather((survived, right)), strict=True))
     total = max(len(images), 1)
     return Score(robust / total, clean / total)
 
