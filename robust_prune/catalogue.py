@@ -30,17 +30,19 @@ class Catalogue:
         kind: in messages, e.g. ``criterion``.
         folder: of this package, with dots, e.g. ``ranking.criteria``.
         function: name of the function in each file.
+        separator: what stands in names for the underscores of files.
     """
 
     kind: str
     folder: str
     function: str
+    separator: str = "_"
 
     @cached_property
     def choices(self) -> dict[str, str]:
         """Help line by name: ours in alphabetical order, then those of other packages."""
         files = sorted((_ROOT / self.folder.replace(".", "/")).glob("*.py"))
-        ours = {_name(file): _first_line(file) for file in files if file.stem != "__init__"}
+        ours = {self._name(file): _first_line(file) for file in files if file.stem != "__init__"}
         return ours | {name: f"from {point.value}" for name, point in sorted(self._plugins.items()) if name not in ours}
 
     @property
@@ -78,19 +80,18 @@ class Catalogue:
             raise UsageError(f"{self.kind} must be one of {self.help()}, got {name!r}")
         return getattr(importlib.import_module(f"robust_prune.{self.folder}.{self._ours[name]}"), self.function)
 
+    def _name(self, file: Path) -> str:
+        # `global_.py` is "global", which no module of Python may be called.
+        return file.stem.rstrip("_").replace("_", self.separator)
+
     @cached_property
     def _ours(self) -> dict[str, str]:
         folder = _ROOT / self.folder.replace(".", "/")
-        return {_name(file): file.stem for file in folder.glob("*.py") if file.stem != "__init__"}
+        return {self._name(file): file.stem for file in folder.glob("*.py") if file.stem != "__init__"}
 
     @cached_property
     def _plugins(self) -> dict[str, Any]:
         return {point.name: point for point in entry_points(group=f"robust_prune.{self.folder}")}
-
-
-def _name(file: Path) -> str:
-    """``global_.py`` is ``global``, which no module of Python may be called."""
-    return file.stem.rstrip("_")
 
 
 def _first_line(file: Path) -> str:
@@ -101,3 +102,4 @@ def _first_line(file: Path) -> str:
 CRITERIA = Catalogue("criterion", "ranking.criteria", "score")
 ALLOCATIONS = Catalogue("allocation", "budget.allocations", "wished_widths")
 LOSSES = Catalogue("loss", "training.loss_functions", "loss")
+TIERS = Catalogue("tier", "evaluation.tiers", "stages", separator="-")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from .catalogue import ALLOCATIONS, CRITERIA, LOSSES
+from .catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
 
 if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
@@ -32,8 +32,7 @@ def _switch(value: Any) -> Any:
 CriterionName = Annotated[str, AfterValidator(CRITERIA.check)]
 AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
 LossName = Annotated[str, AfterValidator(LOSSES.check)]
-Tier = Literal["pgd", "apgd", "aa-fast", "standard"]
-"""Strengths of evaluation; `evaluation.tiers` says what each runs."""
+TierName = Annotated[str, AfterValidator(TIERS.check)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Loggers that accelerate writes to."""
 Count = Annotated[int, Field(ge=1)]
@@ -192,8 +191,8 @@ class FinetuneSettings(TrainSettings):
 class EvaluationSection(Section):
     """How robust accuracy is measured."""
 
-    tier: Tier = "pgd"
-    """Strength of the attack; its name is printed next to every number."""
+    tier: TierName = "pgd"
+    """Strength of the attack, printed next to every number; `robust-prune evaluate --help` lists all."""
     steps: int = Field(20, ge=1)
     """PGD steps."""
     restarts: int = Field(2, ge=1)

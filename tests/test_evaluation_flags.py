@@ -10,10 +10,10 @@ from evaluation_sample import (
 from torch import Tensor, nn
 
 from robust_prune.attacks.objectives import classify
+from robust_prune.catalogue import TIERS
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.evaluation.flags import exported_flags
-from robust_prune.evaluation.tiers import TIERS
 
 # --- flags -------------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def test_non_finite_logits_never_count_as_right() -> None:
 def test_unknown_tier_lists_those_that_exist(trained: Tiny, images: TensorImages) -> None:
     with pytest.raises(UsageError, match=r"evaluation.tier must be one of .*, got 'strongest'") as caught:
         evaluated(trained, images, THREAT, tier="strongest")
-    assert all(name in str(caught.value) for name in TIERS)
+    assert all(name in str(caught.value) for name in TIERS.names)
 
 
 def test_bad_requests_say_what_is_wrong(trained: Tiny, images: TensorImages) -> None:

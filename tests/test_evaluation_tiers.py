@@ -21,11 +21,12 @@ from evaluation_sample import (
 from torch import Tensor, nn
 
 from robust_prune.attacks import ThreatModel
+from robust_prune.catalogue import TIERS
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, UsageError
 from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.flags import black_box_flags, gap_flags, sweep_flags
-from robust_prune.evaluation.tiers import TIERS
+from robust_prune.evaluation.stages import attack_line, stages_of
 from robust_prune.serialization import from_json, to_json
 
 QUICK = {"steps": 5, "restarts": 1}
@@ -107,7 +108,7 @@ def test_a_killed_run_resumes_to_the_same_card(
     monkeypatch.setattr("robust_prune.evaluation.worst_case.APGD_STEPS", 20)
     monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 60)
     if tier == "standard":
-        monkeypatch.setattr("robust_prune.evaluation.tiers.standard.ATTACKS", ("apgd-ce", "apgd-t"))
+        monkeypatch.setattr("robust_prune.evaluation.standard.ATTACKS", ("apgd-ce", "apgd-t"))
     model = DiesAfter(FourClasses(trained)).eval()
     run = {**QUICK, "tier": tier, "batch_size": 20, "sweep": (0.01, 0.02)}
     whole = evaluated(model, images, THREAT, **run)
@@ -238,9 +239,14 @@ def test_the_standard_leaves_the_global_random_numbers_alone(trained: Tiny) -> N
     assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
 
 
-def test_every_tier_says_what_it_runs() -> None:
-    for tier in TIERS.values():
-        stages = tier.stages(10)
-        assert stages and tier.summary
-        assert len(tier.stages(4)) <= len(stages)
-    assert [s.rank for s in TIERS["aa-fast"].stages(5) if s.kind == "apgd-t"] == [1, 2, 3, 4]
+@pytest.mark.parametrize("tier", TIERS.names)
+def test_every_tier_says_what_it_runs(tier: str) -> None:
+    stages = stages_of(tier, 10)
+    assert TIERS.choices[tier] and len(stages_of(tier, 4)) <= len(stages)
+    line = attack_line(stages, 20, 2)
+    assert line.endswith(", fp32 verdict") and ("PGD-20" in line or "AutoAttack" in line)
+
+
+def test_there_are_no_more_targets_than_other_classes() -> None:
+    assert [stage.rank for stage in stages_of("aa-fast", 5) if stage.kind == "apgd-t"] == [1, 2, 3, 4]
+    assert [stage.rank for stage in stages_of("apgd", 10) if stage.kind == "apgd-t"] == [1, 2, 3]

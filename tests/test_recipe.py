@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from robust_prune.commands.common import resolve
 from robust_prune.errors import UsageError
 from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import find, load, shipped
@@ -87,20 +86,6 @@ def test_every_recipe_value_is_documented():
     for section in Recipe.model_fields.values():
         for name, field in getattr(section.annotation, "model_fields", {}).items():
             assert field.description, name
-
-
-def test_the_recipes_tiers_are_those_that_exist():
-    from typing import get_args
-
-    from robust_prune.evaluation.tiers import TIERS
-    from robust_prune.recipe import Tier
-
-    assert set(get_args(Tier)) == set(TIERS)
-
-
-@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])
-def test_compilation_is_switched_by_words_that_yaml_takes_for_truth_values(word: str, value: str) -> None:
-    assert resolve(None, {}, [f"finetune.compile={word}"]).finetune.compile == value
 
 
 def test_infinite_times_are_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
+from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
 from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
@@ -60,7 +60,7 @@ def compress(
         Parameter(help=f"Channel score inside a group: {CRITERIA.help()}."),
     ] = None,
     cuts: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
-    tier: Annotated[str | None, Parameter(help="Evaluation: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,
+    tier: Annotated[str | None, Parameter(help=f"Strength of the evaluation: {TIERS.help()}.")] = None,
     precision: Annotated[
         str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from ..catalogue import TIERS
 from ..console import console, warn
 from ..errors import UsageError
 from .common import (
@@ -41,7 +42,7 @@ def evaluate(
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     onnx: Annotated[Path | None, Parameter(help="The exported file of this model, scored on the same images.")] = None,
-    tier: Annotated[str | None, Parameter(help="Strength: pgd, apgd, aa-fast or standard (AutoAttack).")] = None,
+    tier: Annotated[str | None, Parameter(help=f"Strength: {TIERS.help()}.")] = None,
     steps: Annotated[int | None, Parameter(help="PGD steps.")] = None,
     restarts: Annotated[int | None, Parameter(help="Random restarts of PGD.")] = None,
     epsilon: Annotated[str | None, Parameter(help="Radius, e.g. 8/255.")] = None,

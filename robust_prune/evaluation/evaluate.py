@@ -31,9 +31,8 @@ from .flags import (
 )
 from .passes import BLACK_BOX, ExportedModel, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
-from .standard import check_classes
+from .stages import attack_line, stages_of
 from .state import EvalState, load_state
-from .tiers import find_tier
 
 DEFAULT_BATCH = 250
 
@@ -102,7 +101,7 @@ def evaluate(
         few = few.to(device).float() / 255
         request = Request(
             model=model, images=images, threat=threat, name=subject.model, section=section,
-            tier=find_tier(section.tier), batch_size=section.batch_size or images_at_once(images, DEFAULT_BATCH),
+            batch_size=section.batch_size or images_at_once(images, DEFAULT_BATCH),
             seed=seed, device=device, precision=_precision(section, device), exported=exported or {},
             state_path=state_path, layout=fastest_layout(model, few), shared=shared and distributed.count() > 1,
         )  # fmt: skip
@@ -161,8 +160,7 @@ def _classes(request: Request, few: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits [{len(few)}, K], it returned {found}.")
-    if request.tier.name == "standard":
-        check_classes(logits.shape[1])
+    stages_of(request.section.tier, logits.shape[1])
     return int(logits.shape[1])
 
 
@@ -192,13 +190,14 @@ def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
         )
         if counters.exported_black_box:
             flags += black_box_flags(f"the {name} file's torch model", *counters.exported_black_box[index])
-    attack = request.tier.attack_line(counters.classes, request.section.steps, request.section.restarts)
+    stages = stages_of(request.section.tier, counters.classes)
+    attack = attack_line(stages, request.section.steps, request.section.restarts)
     if request.threat.epsilon == 0:
         attack = "none: epsilon is 0"
-    elif request.precision == "bf16" and request.tier.name != "standard":
+    elif request.precision == "bf16" and stages[0].kind != "ensemble":
         attack += ", bf16 gradients"
     return ResultCard(
-        model=subject.model, data=subject.data, split=subject.split, tier=request.tier.name, attack=attack,
+        model=subject.model, data=subject.data, split=subject.split, tier=request.section.tier, attack=attack,
         threat=request.threat, clean=clean, robust=robust, flags=tuple(dict.fromkeys(flags)),
         forwards=counters.forwards, backwards=counters.backwards, seconds=counters.seconds, seed=request.seed,
         breakdown=breakdown, per_class=_per_class(request, state), sweep=tuple(sweep.items()),

@@ -28,8 +28,8 @@ from ..runs.files import digest
 from ..serialization import to_json
 from .flags import CHECK_IMAGES
 from .scoring import CountedModel, Precision, check_points, score
+from .stages import PGD, Stage, stages_of
 from .state import EvalState, Flags
-from .tiers import Stage, Tier
 from .worst_case import Attacker, start_seed, worst_points
 
 BLACK_BOX_QUERIES = 500
@@ -64,7 +64,6 @@ class Request:
     threat: ThreatModel
     name: str
     section: EvaluationSection
-    tier: Tier
     batch_size: int
     seed: int
     device: torch.device
@@ -84,7 +83,7 @@ class Request:
         """Hash of what the outcome depends on."""
         section = self.section
         settings = [
-            to_json(self.threat), self.tier.name, section.steps, section.restarts, section.sweep, self.batch_size
+            to_json(self.threat), section.tier, section.steps, section.restarts, section.sweep, self.batch_size
         ]  # fmt: skip
         exported = {name: file.key for name, file in self.exported.items()}
         identity = [models_hash(self.model), images_hash(self.images), exported]
@@ -92,7 +91,7 @@ class Request:
 
     def stages(self, state: EvalState) -> tuple[Stage, ...]:
         """The attacks in order; none where nothing may be perturbed."""
-        return self.tier.stages(state.counters.classes) if self.threat.epsilon else ()
+        return stages_of(self.section.tier, state.counters.classes) if self.threat.epsilon else ()
 
     def save(self, state: EvalState) -> None:
         """Writes the state, if it has a place."""
@@ -233,7 +232,7 @@ def _score_exported(request: Request, state: EvalState, rows: NDArray[np.int64],
 
 def black_box_pass(request: Request, state: EvalState) -> None:
     """Square on a few survivors, of the model and its exported forms themselves: what it breaks, gradients hid."""
-    if not (request.tier.black_box and request.threat.epsilon):
+    if request.stages(state) in ((), (PGD,)):
         return
     counters = state.counters
     if counters.black_box is None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..attacks import ThreatModel, apgd, pgd
 from ..models.layout import tf32
 from .scoring import CountedModel, Precision, WorstPoint, check_points, score
+from .stages import APGD_STEPS, Stage
 from .standard import StandardEnsemble
-from .tiers import APGD_STEPS, Stage
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Strengths of evaluation, one file each: see `catalogue.TIERS` and `evaluation.stages`."""

@@ -1,0 +1,10 @@
+"""PGD, then APGD on the cross-entropy and towards nine classes: the number of the standard in less time."""
+
+from __future__ import annotations
+
+from ..stages import Stage, apgd_stages
+
+
+def stages(classes: int) -> tuple[Stage, ...]:
+    """The nine targets of AutoAttack's targeted APGD, without its FAB and Square."""
+    return apgd_stages(classes, targets=9)

@@ -1,0 +1,10 @@
+"""Projected gradient descent from random starts on the cross-entropy: an upper bound."""
+
+from __future__ import annotations
+
+from ..stages import PGD, Stage
+
+
+def stages(classes: int) -> tuple[Stage, ...]:
+    """PGD alone."""
+    return (PGD,)
