@@ -17,7 +17,7 @@ Every function takes the values of its section of a recipe as keywords; `robust_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from .budget.analysis import analyse as _analyse
 from .budget.plan import make_plan
 from .budget.types import PruningPlan
 from .compression import compress as _compress
-from .data.arrays import DataSource, as_data
+from .data.arrays import DataSource
+from .data.arrays import as_data as load_data
 from .data.base import DataBundle, first
 from .errors import UsageError
 from .evaluation.card import ResultCard
@@ -79,28 +80,8 @@ def load(
     Raises:
         UsageError: a wrong path, kind of file or architecture, or data that do not fit.
     """
-    facts = _facts(as_data(data)) if data is not None else {}
+    facts = _facts(load_data(data)) if data is not None else {}
     return open_model(source, arch=arch, like=like, trust_pickle=trust_pickle, **facts)
-
-
-def load_data(
-    source: DataSource, *, validation: int | None = None, class_names: Sequence[str] = (), name: str = "data"
-) -> DataBundle:
-    """Opens images with their labels, split into training, held-out and test images.
-
-    Args:
-        source: ``"cifar10"``, ``"cifar100"``, ``"svhn"``, ``"fashion_mnist"``, ``"sample"`` (embedded), a folder of
-            class folders, an ``.npz`` file, or a mapping with ``train`` and ``test`` (and ``validation``, if there is
-            one), each a torch ``Dataset`` of (image, label) pairs or a pair of arrays: images uint8 [N, C, H, W] or
-            [N, H, W, C], or float in [0, 1], and labels [N].
-        validation: training images to hold out; a tenth, at most 1000, by default.
-        class_names: one a class, for arrays and datasets.
-        name: of arrays and datasets, for reports.
-
-    Raises:
-        UsageError: no such source, or images and labels that do not fit each other.
-    """
-    return as_data(source, validation=validation, class_names=class_names, name=name)
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:
@@ -115,7 +96,7 @@ def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, 
     Raises:
         UsageError: nothing can be cut, or a setting is wrong.
     """
-    bundle = as_data(data)
+    bundle = load_data(data)
     opened = _model(model, bundle)
     resolved = _recipe(recipe, settings, opened, None)
     return _analyse(opened.module, opened.spec, bundle.train, resolved, choose_device(resolved.device))
@@ -150,7 +131,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
     Returns:
         The pruned model. Groups that could not be cut stay whole; ``provenance["rolled_back"]`` names them.
     """
-    bundle = as_data(data)
+    bundle = load_data(data)
     opened = _model(model, bundle)
     recipe = _recipe(None, settings, opened, None)
     surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image())
@@ -178,7 +159,7 @@ def finetune(
     """
     if not isinstance(model, Model):
         raise UsageError(f"finetune trains a Model in place, as load and prune return it; got {_kind(model)}.")
-    bundle = as_data(data)
+    bundle = load_data(data)
     settings = make_section(FinetuneSettings, **training)
     parent = _model(teacher, bundle).module if teacher is not None else None
     device = choose_device("auto")
@@ -205,7 +186,7 @@ def evaluate(
     Raises:
         UsageError: a value out of range, or a model that does not fit the data.
     """
-    bundle = as_data(data)
+    bundle = load_data(data)
     opened = _model(model, bundle)
     section = make_section(EvaluationSection, **evaluation)
     where = next(opened.module.parameters()).device
@@ -230,7 +211,7 @@ def export(model: ModelSource, path: str | Path, data: DataSource, **settings: A
     Raises:
         QualityGateError: the file does not compute what the model does.
     """
-    bundle = as_data(data)
+    bundle = load_data(data)
     opened = _model(model, bundle)
     return export_model(opened.module, opened.spec, bundle.train, path, make_section(ExportSection, **settings), 0)
 
@@ -278,7 +259,7 @@ def compress(
         UsageError: a wrong setting, or a folder that holds another run.
         QualityGateError: surgery or export made something that is not equal to what it should be.
     """
-    bundle = as_data(data)
+    bundle = load_data(data)
     opened = _model(model, bundle)
     resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
     command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"

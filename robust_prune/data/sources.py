@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import EnvironmentProblem, UsageError
-from ..models.suggest import did_you_mean
+from ..suggest import did_you_mean
 from .base import DataBundle, TensorImages, hold_out
 from .class_names import BY_DATA
 from .folder import load_folder

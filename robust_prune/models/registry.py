@@ -15,9 +15,9 @@ from ..introspect.copies import copied
 from ..introspect.fingerprint import models_hash
 from ..introspect.modes import eval_mode, kept_modes
 from ..models import cifar, user_file
+from ..suggest import did_you_mean
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
-from .suggest import did_you_mean
 
 SOURCES = ("timm", "torchvision", "cifar")
 OBJECT = "object"

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import UsageError
 from ..runs.files import file_sha256
+from ..suggest import did_you_mean
 from .spec import ModelSpec
-from .suggest import did_you_mean
 
 
 def is_reference(arch: str) -> bool:

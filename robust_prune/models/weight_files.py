@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError
-from .suggest import did_you_mean
+from ..suggest import did_you_mean
 
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
 _PICKLED = (

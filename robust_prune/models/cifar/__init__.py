@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import UsageError
-from ..suggest import did_you_mean
+from ...suggest import did_you_mean
 from .mobilevit import mobilevit_xs
 from .preact import preact_resnet18
 from .resnet import resnet18, resnet20, resnet32, resnet34
