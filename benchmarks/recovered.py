@@ -113,6 +113,12 @@ def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
     return np.unpackbits(bits)[: scored["images"]].astype(float)
 
 
+def machine(part: dict[str, Any], environment: dict[str, Any]) -> str:
+    """Threads, processor and device of a measurement, for a sentence."""
+    threads = part["threads"]
+    return f"{threads} thread{'' if threads == 1 else 's'} of {environment['cpu']} ({environment['device']})"
+
+
 def paired(mine: np.ndarray, theirs: np.ndarray) -> str:
     """The difference in points with its 95 % interval over images."""
     each = 100 * (mine - theirs)

@@ -26,7 +26,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from recovered import by_seed, cut_base, difference, images_seen, interval, paired, right_images, scores
+from recovered import by_seed, cut_base, difference, images_seen, interval, machine, paired, right_images, scores
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
@@ -134,8 +134,8 @@ def curve_table(result: dict[str, Any]) -> str:
     first = value["rows"][0]["test"]
     text = [
         f"## Curve\n\n{result['arch']}, {100 * value['ratio']:g} % of the MACs removed, {value['train_images']:,} "
-        f"training images of {result['data']}, {value['threads']} threads of {environment['cpu']} "
-        f"({environment['device']}); robust accuracy under PGD-20 on {first['images']:,} test images, 95 % intervals "
+        f"training images of {result['data']}, {machine(value, environment)}; "
+        f"robust accuracy under PGD-20 on {first['images']:,} test images, 95 % intervals "
         "over seeds and images; below it the paired difference to the default.\n",
         "| | " + " | ".join(f"{minutes:g} min" for minutes in budgets) + " |",
         "| --- |" + " ---: |" * len(budgets),
@@ -163,7 +163,7 @@ def table(result: dict[str, Any], part: str) -> str:
     title = f"Methods, {value['rows'][0]['minutes']:g} minutes each" if part == "methods" else "Presets"
     text = [
         f"## {title}\n\n{result['arch']}, a quarter of the MACs left, {value['train_images']:,} training images of "
-        f"{result['data']}, {value['threads']} threads of {environment['cpu']} ({environment['device']}); means over "
+        f"{result['data']}, {machine(value, environment)}; means over "
         "seeds; 95 % intervals of the paired difference in test robust accuracy are over images.\n",
         "| | seeds | epochs | images seen | seconds | held-out robust | test: clean | robust | difference |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recovered import Base, by_seed, cut_base, difference, images_seen, score_on
+from recovered import Base, by_seed, cut_base, difference, images_seen, machine, score_on
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
@@ -110,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
     images = value["rows"][0]["held-out"]["images"]
     text = [
         f"# Settings of recovery\n\n`benchmarks/recovery_settings.py`: {result['arch']} on {result['data']}, "
-        f"{value['threads']} threads of {environment['cpu']} ({environment['device']}); PGD-20 on {images:,} held-out "
+        f"{machine(value, environment)}; PGD-20 on {images:,} held-out "
         "training images that chose nothing. One setting at a time is moved from the centre ("
         f"{', '.join(f'{k} {v}' for k, v in CENTRE.items())}); differences in robust accuracy are paired image by "
         "image, 95 % intervals over seeds and images.\n",

@@ -178,7 +178,6 @@ def test_one_file_more_is_one_criterion_more(tmp_path: Path) -> None:
 
 
 def test_a_checker_of_types_sees_them(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
     script = tmp_path / "script.py"
     script.write_text(
         "import robust_prune as rp\n"
