@@ -208,7 +208,10 @@ BAD = {
     "unknown flag": (["compress", "demo", "--ration", "0.5"], "--ration"),
     "set without value": (["compress", "demo", "--set", "seed"], "--set wants KEY=VALUE"),
     "unknown criterion": (["compress", "demo", "--dry-run", "--criterion", "magic"], "magic"),
-    "unknown tier": (["evaluate", "demo", "--set", "evaluation.tier=strong"], "evaluation.tier must be one of 'pgd'"),
+    "unknown tier": (
+        ["evaluate", "demo", "--set", "evaluation.tier=strong"],
+        "evaluation.tier must be one of aa-fast, apgd",
+    ),
     "no batch": (["compress", "demo", "--set", "bench.batches=[0]"], "bench.batches.0"),
     "out is a file": (["compress", "demo", "--out", "toy.npz"], "--out toy.npz is a file"),
     "no verb": (["squeeze"], "squeeze"),
