@@ -35,7 +35,7 @@ def score(
 ) -> Score:
     """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked.
 
-    Several processes (see `processes`) divide the batches, and all have the outcome.
+    Several processes (see `distributed`) divide the batches, and all have the outcome.
     """
     right = survived = 0
     with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
