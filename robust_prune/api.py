@@ -80,8 +80,10 @@ def load(
     Raises:
         UsageError: a wrong path, kind of file or architecture, or data that do not fit.
     """
+    if like is not None:
+        return artifact.load(source, arch=arch, like=like)
     facts = _facts(load_data(data)) if data is not None else {}
-    return open_model(source, arch=arch, like=like, trust_pickle=trust_pickle, **facts)
+    return open_model(source, arch=arch, trust_pickle=trust_pickle, **facts)
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:

@@ -41,8 +41,7 @@ class Catalogue:
     @cached_property
     def choices(self) -> dict[str, str]:
         """Help line by name: ours in alphabetical order, then those of other packages."""
-        files = sorted((_ROOT / self.folder.replace(".", "/")).glob("*.py"))
-        ours = {self._name(file): _first_line(file) for file in files if file.stem != "__init__"}
+        ours = {name: _first_line(file) for name, file in self._files.items()}
         return ours | {name: f"from {point.value}" for name, point in sorted(self._plugins.items()) if name not in ours}
 
     @property
@@ -74,20 +73,20 @@ class Catalogue:
 
         if user_file.is_reference(name):
             return user_file.load_function(name)
-        if name in self._plugins and name not in self._ours:
+        if name in self._plugins and name not in self._files:
             return self._plugins[name].load()
-        if name not in self._ours:
+        if name not in self._files:
             raise UsageError(f"{self.kind} must be one of {self.help()}, got {name!r}")
-        return getattr(importlib.import_module(f"robust_prune.{self.folder}.{self._ours[name]}"), self.function)
+        return getattr(importlib.import_module(f"robust_prune.{self.folder}.{self._files[name].stem}"), self.function)
 
     def _name(self, file: Path) -> str:
         # `global_.py` is "global", which no module of Python may be called.
         return file.stem.rstrip("_").replace("_", self.separator)
 
     @cached_property
-    def _ours(self) -> dict[str, str]:
-        folder = _ROOT / self.folder.replace(".", "/")
-        return {self._name(file): file.stem for file in folder.glob("*.py") if file.stem != "__init__"}
+    def _files(self) -> dict[str, Path]:
+        files = sorted((_ROOT / self.folder.replace(".", "/")).glob("*.py"))
+        return {self._name(file): file for file in files if file.stem != "__init__"}
 
     @cached_property
     def _plugins(self) -> dict[str, Any]:

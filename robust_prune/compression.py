@@ -120,7 +120,10 @@ def open_run(job: Compression) -> Run:
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
     key = run_key(
         models_hash(job.dense.module), to_json(job.dense.spec), images, recipe.model_dump(mode="json"),
-        user_file.versions(recipe.finetune.loss),
+        user_file.versions(
+            recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
+            recipe.evaluation.tier,
+        ),
     )  # fmt: skip
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
 HTML_WIDTH = 100
 
 
-class Shown:
+class Shown(ABC):
     """Base of values with a short `repr`, and a table where notebooks show them."""
 
+    @abstractmethod
     def short(self) -> str:
         """What is inside the brackets of the `repr`."""
-        raise NotImplementedError
 
     def table(self) -> RenderableType | None:
         """What a notebook shows; None: the `repr`."""

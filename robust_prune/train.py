@@ -49,7 +49,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     model = registry.build(spec)
     settings = recipe.model_dump(mode="json", include=_SECTIONS)
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss))
+    key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss, recipe.evaluation.tier))
     run, final = Run.open(folder, key, recipe, command), folder / "model.safetensors"
 
     def fit() -> TrainResult:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,29 @@ def test_a_users_criterion_and_allocation_are_files_of_their_own(data: rp.DataBu
         assert group.removed == tuple(range(group.keep, group.channels))
     with pytest.raises(UsageError, match="must return a dict with a tensor"):
         rp.analyse(Net(), data, pruning__criterion=f"{tmp_path / 'mine.py'}:nonsense", **few)
+
+
+def test_a_run_with_another_version_of_a_users_file_is_another_run(data: rp.DataBundle, tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    text = "import torch\ndef score(asked):\n    return {g.name: torch.%s(g.channels) for g in asked.groups}\n"
+    source.write_text(text % "ones")
+    torch.manual_seed(0)
+    module, settings = Net(), {**FEW, "pruning__criterion": f"{source}:score", "out": tmp_path / "run"}
+    rp.compress(module, data, **settings)
+    source.write_text(text % "rand")
+    with pytest.raises(UsageError, match="holds a run with another model, data, recipe"):
+        rp.compress(module, data, **settings)
+
+
+def test_a_package_beside_this_one_adds_choices_but_replaces_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robust_prune import catalogue
+
+    points = [EntryPoint(name, "operator:add", "robust_prune.ranking.criteria") for name in ("theirs", "random")]
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [p for p in points if p.group == group])
+    criteria = catalogue.Catalogue("criterion", "ranking.criteria", "score")
+    assert criteria.load("theirs") is operator.add and criteria.check("theirs") == "theirs"
+    assert "theirs" in criteria.help() and criteria.load("random") is not operator.add
+    assert "theirs" not in catalogue.Catalogue("loss", "training.loss_functions", "loss").names
 
 
 def test_one_file_more_is_one_criterion_more(tmp_path: Path) -> None:

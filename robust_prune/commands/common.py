@@ -71,12 +71,13 @@ def listed(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def check_loss(name: str) -> None:
-    """Raises `UsageError` early, before anything is computed, when a user's own loss cannot be loaded."""
+def check_functions(*names: str) -> None:
+    """Raises `UsageError` early, before anything is computed, when a user's ``file.py:function`` cannot be loaded."""
     from ..models import user_file
 
-    if user_file.is_reference(name):
-        user_file.load_function(name)
+    for name in names:
+        if user_file.is_reference(name):
+            user_file.load_function(name)
 
 
 def check_model_path(model: str) -> None:

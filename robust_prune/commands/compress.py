@@ -20,7 +20,7 @@ from .common import (
     SeedFlag,
     SetFlag,
     TrustFlag,
-    check_loss,
+    check_functions,
     check_model_path,
     command_line,
     listed,
@@ -97,7 +97,8 @@ def compress(
     given = preset | {key: value for key, value in flags.items() if value is not None}
     resolved = resolve(recipe, given, assignments, demo=model == DEMO)
     check_model_path(model)
-    check_loss(resolved.finetune.loss)
+    cut = resolved.pruning
+    check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 

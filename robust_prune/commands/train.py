@@ -16,7 +16,7 @@ from .common import (
     RecipeFlag,
     SeedFlag,
     SetFlag,
-    check_loss,
+    check_functions,
     command_line,
     open_data,
     resolve,
@@ -49,7 +49,7 @@ def train(
     resolved = resolve(recipe, flags, assignments)
     if resolved.model.arch is None:
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
-    check_loss(resolved.training.loss)
+    check_functions(resolved.training.loss, resolved.evaluation.tier)
     bundle = open_data(resolved)
 
     from ..machine.host import tune_allocator

@@ -109,7 +109,9 @@ def save(
         atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={KEY: manifest}))
 
 
-def load(path: str | Path, *, arch: str | None = None, trust_source: bool = False) -> Model:
+def load(
+    path: str | Path, *, arch: str | None = None, trust_source: bool = False, like: nn.Module | None = None
+) -> Model:
     """Rebuilds the model of an artifact.
 
     Args:
@@ -118,6 +120,7 @@ def load(path: str | Path, *, arch: str | None = None, trust_source: bool = Fals
             file, and its hash must be the one recorded. Other architectures need no `arch`.
         trust_source: run the ``file.py:function`` that the artifact names, without `arch`: for files that this very run
             has written.
+        like: for a model that was given as a Python object: the same object, built again.
 
     Raises:
         UsageError: not an artifact, made by a newer version, damaged, or its architecture cannot be rebuilt here.
@@ -126,7 +129,7 @@ def load(path: str | Path, *, arch: str | None = None, trust_source: bool = Fals
     contents = weight_files.read(path)
     if not is_artifact(contents):
         raise UsageError(f"{path} is not a robust-prune artifact but plain weights. Open it with --arch.")
-    return open_contents(path, contents, arch=arch, trust_source=trust_source)
+    return open_contents(path, contents, arch=arch, trust_source=trust_source, like=like)
 
 
 def is_artifact(contents: weight_files.Contents) -> bool:

@@ -36,7 +36,6 @@ def open_model(
     kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     trust_source: bool = False,
-    like: nn.Module | None = None,
 ) -> Model:
     """Opens a model for any command.
 
@@ -53,7 +52,6 @@ def open_model(
         trust_pickle: allow pickled modules, which run code from the file. `arch` is needed all the same, since the
             result must be rebuilt without pickle.
         trust_source: see `artifact.load`.
-        like: for an artifact of a model that was a Python object: the same object, built again.
 
     Raises:
         UsageError: a wrong path, kind of file, architecture, or data that do not fit the model.
@@ -69,7 +67,7 @@ def open_model(
         )
     contents = weight_files.read(path, trust_pickle=trust_pickle)
     if artifact.is_artifact(contents):
-        loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source, like=like)
+        loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source)
         check_data(loaded.spec, num_classes=num_classes, input_size=input_size)
         return loaded
     found = find_weights(contents.value, str(path))
