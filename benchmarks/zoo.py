@@ -110,13 +110,13 @@ def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     small = surgery.model.eval()
     row: dict[str, Any] = {
-        "groups": [len(surgery.applied), len(search.groups) + len(search.refused)],
+        "groups": [len(surgery.applied), len(search.groups) + len(search.skipped)],
         "macs_kept": count_macs(small, example) / count_macs(model, example),
         "params_kept": count_params(small) / count_params(model),
         "parity": surgery.parity,
         "seconds": seconds,
         "note": plan.note,
-        "refused": {r.name: r.reason for r in (*search.refused, *surgery.rolled_back)},
+        "refused": {r.name: r.reason for r in (*search.skipped, *surgery.rolled_back)},
         "edits": list(surgery.edits),
         "backward": _trains(small, images),
     }
@@ -153,9 +153,9 @@ def _trains(model: Any, images: Any) -> bool:
 
     from robust_prune.structure.reference import copy_model
 
-    twin = copy_model(model).train()
-    twin(images).square().mean().backward()
-    return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in twin.parameters())
+    trained = copy_model(model).train()
+    trained(images).square().mean().backward()
+    return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in trained.parameters())
 
 
 def _export(model: Any, images: Any, folder: Path) -> dict[str, Any]:

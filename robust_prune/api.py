@@ -110,13 +110,13 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
     Args:
         analysis: of the model.
         ratio: share of the MACs to remove, in (0, 1).
-        pruning: values of the recipe's section ``pruning``, such as ``of="params"`` or ``allocation="uniform"``.
+        pruning: values of the recipe's section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
 
     Raises:
         UsageError: a value out of range.
     """
     section = make_section(PruningSection, ratio=ratio, **pruning)
-    if section.of == "latency":
+    if section.metric == "latency":
         raise UsageError("a latency budget needs exported candidates: compress(..., pruning__of='latency') makes them.")
     return make_plan(analysis, section)
 
@@ -138,7 +138,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
     recipe = _recipe(None, settings, opened, None)
     surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image())
     repair(surgery, opened.module, bundle.train, recipe, choose_device(recipe.device))
-    skipped = {refused.name: refused.reason for refused in surgery.rolled_back}
+    skipped = {group.name: group.reason for group in surgery.rolled_back}
     provenance = {**opened.provenance, "rolled_back": skipped} if skipped else opened.provenance
     small = surgery.model.cpu().eval()
     return replace(opened, module=small, provenance=provenance)

@@ -95,15 +95,15 @@ class PruningSection(Section):
     """How much is cut, and how channels are chosen."""
 
     ratio: FractionNumber = Field(0.5, gt=0, lt=1)
-    """Share of `of` to remove."""
-    of: Literal["macs", "params", "channels", "latency"] = "macs"
+    """Share of `metric` to remove."""
+    metric: Literal["macs", "params", "channels", "latency"] = "macs"
     """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
     and `bench.threads`: candidates are timed until one lands within 5 %."""
     allocation: AllocationName = "mrs"
     """How the budget is spread over groups; `robust-prune compress --help` lists what there is."""
     criterion: CriterionName = "adversarial_taylor"
     """Channel score inside a group; `robust-prune compress --help` lists what there is."""
-    align: int = Field(8, ge=1)
+    round_to: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
     """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone. With 90 % of the MACs

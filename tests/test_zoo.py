@@ -109,8 +109,8 @@ def test_plain_pruning_is_judged_by_the_same_rule():
 
     def judged(arch: str) -> dict:
         spec = registry.make_spec(arch, num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
-        twin, dtype = make_reference(registry.build(spec).eval(), images[:1].float())
-        return plain_pruning.prune_plain(twin, 10, images.to(dtype))[1]
+        reference, dtype = make_reference(registry.build(spec).eval(), images[:1].float())
+        return plain_pruning.prune_plain(reference, 10, images.to(dtype))[1]
 
     sound = judged("cifar/resnet20")
     assert sound["runs"] and sound["parity"] < 1e-9 and sound["groups"] == 12

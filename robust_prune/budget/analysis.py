@@ -43,7 +43,7 @@ class Analysis(Shown):
 
     def short(self) -> str:
         """Groups, cost and how sensitivity was measured."""
-        whole = f", {len(self.search.refused)} that stay whole" if self.search.refused else ""
+        whole = f", {len(self.search.skipped)} that stay whole" if self.search.skipped else ""
         measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
         return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
 
@@ -98,5 +98,5 @@ def analyse(
 def check_groups(search: GroupSearch) -> None:
     """Raises UsageError if there is nothing to cut."""
     if not search.groups:
-        reason = f": {search.refused[0].name}: {search.refused[0].reason}" if search.refused else ""
+        reason = f": {search.skipped[0].name}: {search.skipped[0].reason}" if search.skipped else ""
         raise UsageError(f"the model has no group of channels that can be cut{reason}")

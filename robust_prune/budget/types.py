@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from ..shown import Shown
-from ..structure.types import Refused
+from ..structure.types import Skipped
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class PruningPlan(Shown):
     """The whole cut, before anything is touched.
 
     Attributes:
-        ratio: share of `of` to remove, in (0, 1).
-        of: ``macs``, ``params``, ``channels`` or ``latency``.
+        ratio: share of `metric` to remove, in (0, 1).
+        metric: ``macs``, ``params``, ``channels`` or ``latency``.
         macs_before .. params_after: for one image, closed form over channel counts.
         note: empty when the budget was met within 1 %, else which budget is nearest and why.
     """
 
     ratio: float
-    of: str
+    metric: str
     allocation: str
     criterion: str
-    align: int
+    round_to: int
     groups: tuple[PlannedGroup, ...]
-    refused: tuple[Refused, ...]
+    skipped: tuple[Skipped, ...]
     macs_before: int
     macs_after: int
     params_before: int
@@ -55,7 +55,7 @@ class PruningPlan(Shown):
         """What is removed, and what that leaves."""
         cut = sum(bool(group.removed) for group in self.groups)
         return (
-            f"{self.ratio:.0%} of {self.of}: {self.macs_after / self.macs_before:.1%} of the MACs and "
+            f"{self.ratio:.0%} of {self.metric}: {self.macs_after / self.macs_before:.1%} of the MACs and "
             f"{self.params_after / self.params_before:.1%} of the parameters stay; {cut} of {len(self.groups)} groups "
             "lose channels"
         )

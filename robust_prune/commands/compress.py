@@ -35,7 +35,7 @@ def compress(
     model: str,
     *,
     ratio: Annotated[str | None, Parameter(help="Share to remove, between 0 and 1.")] = None,
-    of: Annotated[str | None, Parameter(help="What the ratio counts: macs, params, channels or latency.")] = None,
+    metric: Annotated[str | None, Parameter(help="What the ratio counts: macs, params, channels or latency.")] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
@@ -79,7 +79,7 @@ def compress(
     """
     flags = {
         "pruning.ratio": ratio,
-        "pruning.of": of,
+        "pruning.metric": metric,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
         "pruning.cuts": cuts,

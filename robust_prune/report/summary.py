@@ -164,8 +164,8 @@ def how_cut(run: RunReport) -> str:
         return ""
     rule = f"{ALLOCATIONS.choices[plan.allocation]}." if plan.allocation in ALLOCATIONS.choices else ""
     rule = rule or f"The share of each group was set by the allocation {plan.allocation}."
-    aligned = f" Widths are multiples of {plan.align} where the budget allows." if plan.align > 1 else ""
-    target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.of, plan.of)}."
+    aligned = f" Widths are multiples of {plan.round_to} where the budget allows." if plan.round_to > 1 else ""
+    target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.metric, plan.metric)}."
     score = CRITERIA.choices.get(plan.criterion, plan.criterion)
     ranking = f" Within a group, channels were ranked by {score[:1].lower()}{score[1:]}."
     return f"{target} {rule}{ranking}{aligned}"

@@ -31,7 +31,7 @@ from ..models.wrappers import unwrap
 from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .groups import aggregate_groups, check_aggregation
-from .losses import Ray, RobustLoss, losses_along
+from .losses import LineSearch, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .recordings import bounded
 from .replay import NEVER, Trace, trace_calls
@@ -205,23 +205,27 @@ def _along(
     radii: tuple[float, ...],
 ) -> tuple[float, dict[int, list[float]]]:
     """R, and by target how much it rises at each radius."""
-    rays = [Ray(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)]
+    line_searches = [
+        LineSearch(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)
+    ]
     fast = loss.fast()
-    base, rises = _rises(fast, trace, rays, "Sensitivity, losses")
+    base, rises = _rises(fast, trace, line_searches, "Sensitivity, losses")
     if fast.bf16:
         small = [[k for k, rise in enumerate(row) if abs(rise) < FINE_BELOW] for row in rises]
         rows = [i for i, found in enumerate(small) if found]
-        again = [replace(rays[i], lengths=tuple(rays[i].lengths[k] for k in small[i])) for i in rows]
+        again = [replace(line_searches[i], lengths=tuple(line_searches[i].lengths[k] for k in small[i])) for i in rows]
         exact = _rises(loss, trace, again, "Sensitivity, small losses")[1] if again else []
         for i, values in zip(rows, exact, strict=True):
             for k, value in zip(small[i], values, strict=True):
                 rises[i][k] = value
-    return base, {id(ray.target.weight): row for ray, row in zip(rays, rises, strict=True)}
+    return base, {id(line.target.weight): row for line, row in zip(line_searches, rises, strict=True)}
 
 
-def _rises(loss: RobustLoss, trace: Trace, rays: list[Ray], label: str) -> tuple[float, list[list[float]]]:
-    with track(label, loss.num_batches * len(rays)) as advance:
-        base, losses = losses_along(loss, trace, rays, advance)
+def _rises(
+    loss: RobustLoss, trace: Trace, line_searches: list[LineSearch], label: str
+) -> tuple[float, list[list[float]]]:
+    with track(label, loss.num_batches * len(line_searches)) as advance:
+        base, losses = losses_along(loss, trace, line_searches, advance)
     return base, [[value - base for value in row] for row in losses]
 
 
