@@ -82,8 +82,8 @@ def load(
     """
     if like is not None:
         return artifact.load(source, arch=arch, like=like)
-    facts = _facts(load_data(data)) if data is not None else {}
-    return open_model(source, arch=arch, trust_pickle=trust_pickle, **facts)
+    bundle = None if data is None else load_data(data)
+    return open_model(source, arch=arch, trust_pickle=trust_pickle, data=bundle)
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:
@@ -290,15 +290,8 @@ def _model(source: Any, data: DataBundle) -> Model:
     if isinstance(source, nn.Module):
         return as_model(source, data)
     if isinstance(source, str | Path):
-        return open_model(source, **_facts(data))
+        return open_model(source, data=data)
     raise UsageError(f"a model is a Model, a torch module, 'demo' or a file; got {_kind(source)}.")
-
-
-def _facts(data: DataBundle) -> dict[str, Any]:
-    return {
-        "num_classes": data.num_classes, "input_size": data.input_size, "mean": data.mean, "std": data.std,
-        "class_names": data.class_names,
-    }  # fmt: skip
 
 
 def _threat(threat: Threat, model: Model) -> ThreatModel:

@@ -87,6 +87,8 @@ class SensitivitySection(Section):
     """PGD steps that make the adversarial set."""
     rho: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Relative radius of the weight perturbation."""
+    ascent_steps: int = Field(10, ge=1)
+    """Steps on the whole set that the estimator `ascent` ends with."""
     aggregation: Literal["sum", "mean", "max", "quadrature"] = "sum"
     """How the modules of a coupled group make the group's value."""
 

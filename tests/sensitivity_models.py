@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.attacks.threat import ThreatModel
+from robust_prune.recipe import SensitivitySection
+from robust_prune.recipe_reader import make_section
 from robust_prune.sensitivity import ascent, initial_directions
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.profile import SensitivityProfile
@@ -85,7 +89,11 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def noise_set(shape: tuple[int, ...], classes: int, count: int = 12, seed: int = 0) -> AdversarialSet:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand((count, *shape), generator=generator)
-    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), seed)
+    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), THREAT, seed)
+
+
+def settings(**values: Any) -> SensitivitySection:
+    return make_section(SensitivitySection, **values)
 
 
 def mean_loss(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> Tensor:

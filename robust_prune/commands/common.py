@@ -115,18 +115,9 @@ def open_model_for(
     """The model behind a name or path, held against the data it is to be used with."""
     from ..models.foreign import open_model
 
-    facts: dict[str, Any] = {}
-    if data is not None:
-        facts = {
-            "num_classes": data.num_classes,
-            "input_size": data.input_size,
-            "mean": data.mean,
-            "std": data.std,
-            "class_names": data.class_names,
-        }
     # A recipe's architecture is for files that hold only weights; the demo brings its own.
     known = arch if model == DEMO else arch or recipe.model.arch
-    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts)
+    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, data=data)
     if others := loaded.provenance.get("weights_not_used"):
         used = loaded.provenance["weights_from"]
         console.print(

@@ -62,11 +62,7 @@ def sensitivity(
     search = find_groups(loaded.module, loaded.spec.blank_image())
     loaded.module.to(where)
     adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
-    profile = measure(
-        loaded.module, adv, threat,
-        estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
-        device=where,
-    )  # fmt: skip
+    profile = measure(loaded.module, adv, section, groups=search.groups, device=where)
     console.print(render_table(profile))
     if out is not None:
         write_json(out / "sensitivity.json", to_json(profile))

@@ -66,7 +66,7 @@ class RobustLoss:
         return self._of(by_loss[self.adv.labels[by_loss].argsort(stable=True)])
 
     def _of(self, chosen: Tensor) -> RobustLoss:
-        return replace(self, adv=AdversarialSet(self.adv.images[chosen], self.adv.labels[chosen], self.adv.seed))
+        return replace(self, adv=replace(self.adv, images=self.adv.images[chosen], labels=self.adv.labels[chosen]))
 
     def fast(self) -> RobustLoss:
         """The same in bf16, where the hardware has it and the weights are single precision."""
