@@ -316,7 +316,10 @@ def test_bad_arguments(resnet: nn.Module, adv: AdversarialSet, arguments: dict[s
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"estimator": "hessian"}, r"sensitivity\.estimator must be one of 'gradient', 'boundary' or 'ascent', got 'hessian'"),
+        (
+            {"estimator": "hessian"},
+            r"sensitivity\.estimator must be one of 'gradient', 'boundary' or 'ascent', got 'hessian'",
+        ),
         ({"rho": 0.0}, r"sensitivity\.rho: input should be greater than 0"),
         ({"ascent_steps": 0}, r"sensitivity\.ascent_steps: input should be greater than or equal to 1"),
         ({"aggregation": "median"}, r"sensitivity\.aggregation must be one of 'sum', .*, got 'median'"),
