@@ -160,8 +160,8 @@ def test_many_models_stand_below_each_other() -> None:
     level = latency("half", 1, 3.1, Ratio(1.01, 0.99, 1.03, "no difference"))
     fourth = replace(run.models[1], label="half", latency=(level,))
     assert summary.summary(replace(run, models=(*run.models, fourth)))[-1] == (
-        "The half file cannot be told apart in speed from the dense one at batch 1 and is right on 38.8 % of the "
-        "images even when each one is attacked."
+        "The half file cannot be told apart in latency from the dense one at batch 1 and classifies 38.8 % of the "
+        "attacked images correctly."
     )
 
 
