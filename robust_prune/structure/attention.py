@@ -62,7 +62,7 @@ class Attention:
         return self.width // self.heads
 
     def group(self) -> ChannelGroup:
-        """Return the block as a group; channel ``head * head_dim + d`` is dimension d of a head in all of its layers."""
+        """Return the block as a group; channel ``head * head_dim + d`` is dimension d of a head in every layer."""
         whole = tuple(range(self.width))
         first, *others = self.producers
         slices = [self._rows(first, 1 if others else 3), *(self._rows(p, 2 // len(others)) for p in others)]
@@ -79,11 +79,11 @@ class Attention:
         return row // (3 * self.head_dim) * self.head_dim + row % self.head_dim
 
     def other_layout(self) -> Attention | None:
-        """Return the block with the other row order of a fused layer, or None; only a proof can tell which is right."""
+        """Return the block with the other row order of a fused layer, or None; a proof decides which is right."""
         return replace(self, head_major=True) if len(self.producers) == 1 and not self.head_major else None
 
     def alternatives(self, model: nn.Module, keep: int) -> Iterator[Adaptation]:
-        """Yield possible adaptations of the owner to `keep` channels, the likeliest first; a proof decides between them."""
+        """Yield adaptations of the owner to `keep` channels, the likeliest first; a proof decides between them."""
         values = vars(model.get_submodule(self.owner))
         new = {self.head_dim: keep // self.heads, self.width: keep, 3 * self.width: 3 * keep}
         sizes = {k: new[v] for k, v in values.items() if type(v) is int and v in new and k != "training"}
@@ -201,7 +201,7 @@ def _normalises(module: nn.Module) -> bool:
 
 
 def _classify(model: nn.Module, log: list[_Event], at: int) -> Attention | None:
-    """Returns the attention block of the product at position `at`: the innermost module with layers before and after it."""
+    """Returns the attention block of the product at position `at`: the innermost module with layers on both sides."""
     owner = log[at].name
     while True:
         before, after = _own(log[:at], owner, model), _own(log[at + 1 :], owner, model)

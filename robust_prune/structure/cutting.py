@@ -37,7 +37,7 @@ Place = tuple[str, str, int]  # target, side, dimension
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Return whether `module` is a depthwise convolution with one filter for each channel; both sides are cut together."""
+    """Return whether `module` is a depthwise convolution, whose inputs and outputs are cut together."""
     return (
         isinstance(module, nn.modules.conv._ConvNd)
         and 1 < module.in_channels == module.groups == module.out_channels

@@ -131,8 +131,8 @@ def couple(graph: BoundedGraph, module: nn.Module, channels: Iterable[int]) -> C
         channels: output channels to follow, ascending.
 
     Raises:
-        BrokenMapping: an index mapping fails or points outside its layer, the channels reach a layer that cannot be cut,
-            or propagation does not end within 20,000 steps.
+        BrokenMapping: an index mapping fails or points outside its layer, the channels reach a layer that cannot be
+            cut, or propagation does not end within 20,000 steps.
     """
     root = graph.module2node[module]
     handler = graph.get_pruner_of_module(module).prune_out_channels
@@ -240,7 +240,7 @@ def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], numbe
 
 
 def _changes_value(graph: BoundedGraph, node: Any, fn: Any) -> bool:
-    """Returns whether cutting `node` with `fn` changes its output: true except for inputs of convolutions and linears."""
+    """Returns whether cutting `node` with `fn` cuts its output; false for inputs of convolutions and linear layers."""
     if node.type in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR):
         return bool(fn == graph.get_pruner_of_module(node.module).prune_out_channels)
     return True

@@ -145,7 +145,7 @@ class Probe(TorchFunctionMode):
         return self._again(came)
 
     def _layer(self, function: str, arguments: Iterable[Any]) -> nn.Module | None:
-        """Returns the layer that calls `function`: the owner of a tensor in its arguments, or the module that is running."""
+        """Returns the layer that calls `function`: the owner of a tensor among its arguments, or the running module."""
         owners = [self._owners[id(a)] for a in arguments if isinstance(a, Tensor) and id(a) in self._owners]
         for layer in (*owners, *self._stack[-1:]):
             products = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))

@@ -33,7 +33,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def images_like(example: Tensor, dtype: torch.dtype, count: int = 2) -> Tensor:
-    """Return seeded random images [count, C, H, W] in [0, 1] of the size and on the device of `example` [1, C, H, W]."""
+    """Return seeded random images [count, C, H, W] in [0, 1], of the size and device of `example` [1, C, H, W]."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.rand(count, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device, dtype)
 

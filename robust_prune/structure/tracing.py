@@ -98,7 +98,7 @@ class _Components:
 def _probe_sources(
     probe: Probe, sources: list[Place], image: Tensor
 ) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
-    """Yields each source with the channels perturbed in each pass [T, C] and, by call, the changed inputs [T, positions]."""
+    """Yields each source, its perturbed channels in each pass [T, C] and, by call, changed inputs [T, positions]."""
     reach: dict[Place, frozenset[int]] = {}
     for source in sources:
         whole = torch.ones(probe.size(source), dtype=torch.bool)
@@ -204,7 +204,7 @@ def _groups(roots: list[Place], classes: list[list[Position]]) -> list[TracedGro
 
 
 def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
-    """Makes the classes the channels of one group: one part of equal length for each kind, or the largest kind alone.
+    """Turns classes into the channels of a group: an equally long part for each kind, or the largest kind alone.
 
     Parts of nearly equal length are shortened to the smallest, since the last part of torch.chunk may be smaller.
     """

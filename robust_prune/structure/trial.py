@@ -34,7 +34,7 @@ class Candidate:
 
     @property
     def alone(self) -> bool:
-        """Whether the group must be cut alone because its cut needs a search: traced groups with blocks, and bundles."""
+        """Whether the group must be cut alone, since its cut needs a search: bundles and traced groups with blocks."""
         return bool(self.group.members) or (self.group.traced and self.group.blocks > 1)
 
     def other_layout(self) -> Candidate | None:
@@ -270,7 +270,7 @@ def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
 
 
 def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adaptation]]:
-    """Yields adaptations of all attention blocks, the same for blocks of one class; with several cuts only the likeliest."""
+    """Yields adaptations of all attention blocks, equal within a class; with several cuts only the likeliest."""
     ways: dict[str, list[Adaptation]] = {}
     kind: dict[str, tuple[type, int]] = {}
     for cut in cuts:
