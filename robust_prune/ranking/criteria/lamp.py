@@ -10,5 +10,9 @@ from ..torch_pruning import baseline_scores
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """As torch-pruning computes it."""
+    """Return LAMP scores as torch-pruning computes them.
+
+    Raises:
+        UsageError: a group has no layer that LAMP can read.
+    """
     return baseline_scores(LAMPImportance(), "lamp", asked.model, asked.groups)
