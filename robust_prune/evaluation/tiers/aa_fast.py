@@ -6,5 +6,5 @@ from ..stages import Stage, apgd_stages
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
-    """The nine targets of AutoAttack's targeted APGD, without its FAB and Square."""
+    """Return PGD, APGD-CE and the nine targets of AutoAttack's targeted APGD, without FAB and Square."""
     return apgd_stages(classes, targets=9)
