@@ -1,4 +1,4 @@
-"""The rows of a report: each model with its files."""
+"""Rows of a report: each model with its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"
 
 
 def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) -> list[ModelRow]:
-    """A row for the model with its fp32 file, and one for each file of lower precision."""
+    """Return a row for the model with its fp32 file, and one for each file of lower precision.
+
+    Args:
+        label: label of the model.
+        card: accuracy of the model and of its files.
+        files: files by precision.
+    """
     return [
         ModelRow(
             label=label if precision == "fp32" else f"{label} {precision}",
@@ -31,5 +37,5 @@ def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) 
 
 
 def with_latency(rows: Sequence[ModelRow], table: LatencyTable) -> tuple[ModelRow, ...]:
-    """The rows with the measurements of their files."""
+    """Return the rows with the latency measurements of the same label."""
     return tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows)
