@@ -1,4 +1,4 @@
-"""The least important channels of the whole network go, weighted by the rank of MRS."""
+"""The least important channels of the network, weighted by the rank of MRS, are removed."""
 
 from __future__ import annotations
 

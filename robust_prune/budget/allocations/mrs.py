@@ -1,4 +1,4 @@
-"""Channels go where the least robustness, by MRS, is lost for the cost that is saved.
+"""Channels are removed where the loss of robustness, estimated by MRS, is smallest for the cost that is saved.
 
 Removing the k least important channels of a group perturbs its weights by a relative size ρ_g(k), and the group's MRS
 curve gives the robust loss that a perturbation of this size can cost. The widths minimise ``Σ_g MRS_g(k_g)`` subject to

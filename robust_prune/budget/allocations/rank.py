@@ -1,4 +1,4 @@
-"""The more sensitive a group is, by MRS, the larger the share of its channels that stays."""
+"""Groups with a higher MRS keep a larger share of their channels."""
 
 from __future__ import annotations
 

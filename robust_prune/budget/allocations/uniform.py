@@ -1,4 +1,4 @@
-"""Every group gives up the same share of its channels."""
+"""The same share of channels is removed from every group."""
 
 from __future__ import annotations
 

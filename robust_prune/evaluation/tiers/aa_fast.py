@@ -1,4 +1,4 @@
-"""PGD, then APGD on the cross-entropy and towards nine classes: the number of the standard in less time."""
+"""PGD, then APGD on the cross-entropy and towards nine classes: the result of the standard in less time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change of the loss under attack that removing a channel makes (adversarial Taylor)."""
+"""The first-order change of the adversarial loss when a channel is removed (adversarial Taylor)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change of the loss on clean images that removing a channel makes (Taylor)."""
+"""The first-order change of the loss on clean images when a channel is removed (Taylor)."""
 
 from __future__ import annotations
 

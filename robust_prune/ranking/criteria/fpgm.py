@@ -1,4 +1,4 @@
-"""The distance of a filter to the others of its layer (FPGM, He et al., CVPR 2019)."""
+"""The distance of a filter to the other filters of its layer (FPGM, He et al., CVPR 2019)."""
 
 from __future__ import annotations
 

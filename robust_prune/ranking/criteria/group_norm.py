@@ -1,4 +1,4 @@
-"""The L2 norm of all weights that go with a channel."""
+"""The L2 norm of all weights that belong to a channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss that removing a channel costs to second order (Optimal Brain Damage)."""
+"""The second-order increase of the loss when a channel is removed (Optimal Brain Damage)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm of all weights that go with a channel, relative to the larger ones (LAMP, arXiv 2010.07611)."""
+"""The norm of all weights that belong to a channel, relative to the larger ones (LAMP, arXiv 2010.07611)."""
 
 from __future__ import annotations
 

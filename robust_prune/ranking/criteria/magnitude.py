@@ -1,4 +1,4 @@
-"""The L2 norm of the weights that write a channel."""
+"""The L2 norm of the weights that compute a channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chance."""
+"""Random numbers."""
 
 from __future__ import annotations
 
