@@ -92,7 +92,7 @@ ABLATION = (
 def analyses(
     loaded: Model, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
 ) -> Iterator[tuple[str, Analysis]]:
-    """Yields an analysis for each criterion, that of the recipe first; groups, costs and MRS are measured once."""
+    """Yield an analysis for each criterion, that of the recipe first; groups, costs and MRS are measured once."""
     base = analyse(loaded.module, loaded.spec, data.train, recipe, device)
     yield recipe.pruning.criterion, base
     clean = random_images(data.train, recipe.sensitivity.images, recipe.seed)
@@ -152,7 +152,7 @@ def cut_and_recover(
 
 
 def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
-    """Returns accuracies of `model` on test images, and which images it classifies correctly, as packed bits."""
+    """Return accuracies of `model` on test images, and which images it classifies correctly, as packed bits."""
     section = recipe.evaluation
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
@@ -175,13 +175,13 @@ def run_arm(
     recipe: Recipe,
     device: str,
 ) -> dict[str, Any]:
-    """Returns the row of one arm, with accuracies after the cut and after fine-tuning."""
+    """Return the row of one arm, with accuracies after the cut and after fine-tuning."""
     small, row = cut_and_recover(arm, ratio, analysis, adv, loaded, data, recipe, device)
     return {**row, "after": scored(small, f"{arm.name} {ratio:g}", data, recipe, device)}
 
 
 def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
-    """Returns the missing rows, seed by seed, so that the tables are complete after each seed."""
+    """Return the missing rows, seed by seed, so that the tables are complete after each seed."""
     have = {(row["seed"], row["ratio"], row["name"]) for row in done}
     arms = [arm for arm in (ABLATION if args.ablation else ARMS) if not args.arms or arm.name in args.arms]
     wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in arms]
@@ -189,7 +189,7 @@ def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tup
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the missing rows, stores each, and returns all results."""
+    """Measure the missing rows, store each, and return all results."""
     overrides = {
         "data.name": args.data,
         "sensitivity.images": args.images,
@@ -246,14 +246,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def outcomes(rows: list[dict[str, Any]], which: str) -> np.ndarray:
-    """Returns the share of seeds in which each image is classified correctly, [images]."""
+    """Return the share of seeds in which each image is classified correctly, [images]."""
     total = rows[0]["after"][which]["total"]
     bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in rows]
     return np.mean(bits, axis=0)
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean over images."""
+    """Return the 95 % bootstrap interval of the mean over images."""
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
@@ -261,7 +261,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Returns Markdown with a summary and a table for each ratio."""
+    """Return Markdown with a summary and a table for each ratio."""
     rows, settings, environment = result["rows"], result["settings"], result["environment"]
     fine = settings["recipe"]["finetune"]
     text = [
@@ -293,7 +293,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """Returns a table of robust accuracy after fine-tuning: that of the reference, and paired differences to it."""
+    """Return a table of robust accuracy after fine-tuning: that of the reference, and paired differences to it."""
     ratios = sorted({row["ratio"] for row in rows})
     text = [
         "| robust accuracy, % | " + " | ".join(f"{ratio:.0%} of the MACs gone" for ratio in ratios) + " |",
@@ -316,7 +316,7 @@ def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
 
 
 def _against(mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    """Returns the difference to the reference over the same seeds; empty if a seed of the reference is missing."""
+    """Return the difference to the reference over the same seeds; empty if a seed of the reference is missing."""
     seeds = {row["seed"] for row in mine}
     paired = [row for row in reference if row["seed"] in seeds]
     if not mine or len(paired) != len(mine):

@@ -66,7 +66,7 @@ class Stopwatch:
 
 
 def standard(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, watch: Stopwatch) -> dict[str, list[bool]]:
-    """Returns which images are classified correctly after each attack of the ensemble."""
+    """Return which images are classified correctly after each attack of the ensemble."""
     with frozen_eval(model):
         ensemble = StandardEnsemble(model, threat, model(x[:1]).shape[1], 0, x.device)
         right = score(model, x, y)[0] == y
@@ -84,7 +84,7 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, watch:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the missing batches and methods, stores each, and returns all results."""
+    """Run the missing batches and methods, store each, and return all results."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
     model = open_model_for(args.model, data, recipe, args.arch).module.eval()
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def run(
     method: str, model: nn.Module, images: Tensor, y: Tensor, threat: ThreatModel, device: torch.device
 ) -> dict[str, Any]:
-    """Runs one method on one batch; returns the surviving images, also after each attack, and the seconds."""
+    """Run one method on one batch; return the surviving images, also after each attack, and the seconds."""
     watch = Stopwatch()
     if method == "standard":
         survivors = standard(model, images.to(device).float() / 255, y.to(device), threat, watch)
@@ -159,7 +159,7 @@ def run(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of the results, over the batches that all methods have completed."""
+    """Return a Markdown table of the results, over the batches that all methods have completed."""
     settings, environment = result["settings"], result["environment"]
     by_method = {m: {row["batch"]: row for row in result["rows"] if row["method"] == m} for m in METHODS}
     batches = sorted(set.intersection(*(set(rows) for rows in by_method.values())))

@@ -34,7 +34,7 @@ NAME = "latency_robustness"
 
 
 def runs(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Returns the command of every run by its name."""
+    """Return the command of every run by its name."""
     common = ["--data", args.data, "--tier", args.tier]
     common += [] if args.recipe is None else ["--recipe", args.recipe]
     common += [] if args.images is None else ["--images", str(args.images)]

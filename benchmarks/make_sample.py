@@ -26,13 +26,13 @@ PER_CLASS = {"train": 200, "test": 50}
 
 
 def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns the sorted positions of `per_class` random images of every class."""
+    """Return the sorted positions of `per_class` random images of every class."""
     chosen = [generator.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
 
 
 def store_model(source: Path, target: Path) -> None:
-    """Writes the model of artifact `source` in half precision."""
+    """Write the model of artifact `source` in half precision."""
     loaded = artifact.load(source)
     artifact.save(
         target, loaded.module, loaded.spec, threat=loaded.threat, provenance=loaded.provenance, store_dtype="float16"
@@ -41,7 +41,7 @@ def store_model(source: Path, target: Path) -> None:
 
 
 def store_images(source: Path, target: Path) -> None:
-    """Draws and compresses images of `source`."""
+    """Draw and compress images of `source`."""
     bundle = load_npz(source.expanduser())
     generator = np.random.default_rng(SEED)
     arrays: dict[str, np.ndarray] = {}

@@ -30,7 +30,7 @@ from robust_prune.runs.files import file_sha256, write_json, write_text
 
 
 def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Returns the results of one measurement."""
+    """Return the results of one measurement."""
     load = load_average()
     table = run(
         [("dense", dense), ("copy", copy), ("small", small)],
@@ -49,7 +49,7 @@ def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the missing repeats, stores each, and returns all results."""
+    """Measure the missing repeats, store each, and return all results."""
     settings = {
         "dense": file_sha256(args.dense),
         "small": file_sha256(args.small),
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of all repeats."""
+    """Return a Markdown table of all repeats."""
     rows, settings = result["rows"], result["settings"]
     outside = sum(not low <= 1 <= high for _, low, high in (row["floor"] for row in rows))
     verdicts = {name: [row[name]["verdict"] for row in rows] for name in ("copy", "small")}

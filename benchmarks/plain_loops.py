@@ -25,7 +25,7 @@ Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, ThreatModel, 
 def n_fgsm_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, _: TrainSettings
 ) -> None:
-    """Runs an N-FGSM step: two forward and backward passes."""
+    """Run an N-FGSM step: two forward and backward passes."""
     model.train()
     noise = torch.empty_like(x).uniform_(-2 * threat.epsilon, 2 * threat.epsilon)
     noise.requires_grad_(True)
@@ -40,7 +40,7 @@ def n_fgsm_step(
 def pgd_at_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, s: TrainSettings
 ) -> None:
-    """Runs a PGD-AT step: `steps` + 2 forward and `steps` + 1 backward passes."""
+    """Run a PGD-AT step: `steps` + 2 forward and `steps` + 1 backward passes."""
     model.train()
     worst, worst_loss = torch.zeros_like(x), torch.zeros(len(y), device=x.device)
     delta = torch.empty_like(x).uniform_(-threat.epsilon, threat.epsilon)
@@ -64,7 +64,7 @@ def pgd_at_step(
 def trades_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, s: TrainSettings
 ) -> None:
-    """Runs a TRADES step: 2 x `steps` + 2 forward and `steps` + 2 backward passes."""
+    """Run a TRADES step: 2 x `steps` + 2 forward and `steps` + 2 backward passes."""
     model.eval()
     x_adv = x.detach() + 0.001 * torch.randn_like(x)
     for _ in range(s.steps):

@@ -27,7 +27,7 @@ class Untold(Exception):
 
 
 def prune_plain(dense: nn.Module, classes: int, images: Tensor) -> tuple[nn.Module | None, dict[str, Any]]:
-    """Prunes a copy of `dense` and compares it with the masked `dense`.
+    """Prune a copy of `dense` and compare it with the masked `dense`.
 
     Args:
         dense: in eval mode, with every parameter requiring gradients.
@@ -83,7 +83,7 @@ class _Tracker:
         self._unknown = ""
 
     def note(self, group: Any) -> None:
-        """Records a group; must be called before the group is pruned."""
+        """Record a group; must be called before the group is pruned."""
         for dependency, positions in group:
             place = self._place(dependency)
             if place is None:
@@ -94,7 +94,7 @@ class _Tracker:
             self._alive[place] = [c for p, c in enumerate(alive) if p not in drop]
 
     def told(self) -> dict[Place, set[int]]:
-        """Returns the removed positions by place.
+        """Return the removed positions by place.
 
         Raises:
             Untold: a layer was cut that cannot be masked.

@@ -41,13 +41,13 @@ class Base:
     device: str
 
     def fresh(self, seed: int) -> Base:
-        """Returns the base with fresh weights in the pruned model."""
+        """Return the base with fresh weights in the pruned model."""
         return replace(self, cut=fresh_like(self.spec, self.cut.cpu(), seed))
 
     def trained(
         self, settings: TrainSettings, recipe: Recipe, count: int, chosen_on: ImageSet
     ) -> tuple[nn.Module, float]:
-        """Returns a copy trained on `count` images, and the seconds of its training steps."""
+        """Return a copy trained on `count` images, and the seconds of its training steps."""
         small = copy.deepcopy(self.cut)
         result = train(
             small, random_subset(self.data.train, count, recipe.seed), chosen_on, recipe.threat_model, settings,
@@ -57,7 +57,7 @@ class Base:
 
 
 def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
-    """Returns the base, pruned and repaired by the settings of the recipe."""
+    """Return the base, pruned and repaired by the settings of the recipe."""
     device, dense = choose_device(recipe.device), loaded.module
     analysis = analyse(dense, loaded.spec, data.train, recipe, device)
     surgery = apply(dense.cpu(), make_plan(analysis, recipe.pruning), loaded.spec.blank_image())
@@ -68,7 +68,7 @@ def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
 def images_seen(
     stored: dict[str, Any], base: Base, settings: TrainSettings, recipe: Recipe, minutes: float
 ) -> tuple[int, int]:
-    """Returns the smallest number of epochs, and the number of images in each, of `minutes` of training.
+    """Return the smallest number of epochs, and the number of images in each, of `minutes` of training.
 
     Steps of each kind are timed once, and the result is stored in `stored["steps_a_minute"]`. Methods whose steps cost
     the same thus see the same number of images, whatever the load of the machine.
@@ -87,7 +87,7 @@ def images_seen(
 
 
 def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
-    """Returns which images are classified correctly, clean and attacked, by split, as packed bits."""
+    """Return which images are classified correctly, clean and attacked, by split, as packed bits."""
     splits = {"held-out": data.validation, "test": first(data.test, recipe.evaluation.images)}
     return {split: score_on(small, images, split, data, recipe, device) for split, images in splits.items()}
 
@@ -95,7 +95,7 @@ def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> d
 def score_on(
     small: nn.Module, images: ImageSet, split: str, data: DataBundle, recipe: Recipe, device: str
 ) -> dict[str, Any]:
-    """Returns which images are classified correctly, clean and under PGD-20 with one start, as packed bits."""
+    """Return which images are classified correctly, clean and under PGD-20 with one start, as packed bits."""
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         evaluate(
@@ -108,31 +108,31 @@ def score_on(
 
 
 def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
-    """Returns 1.0 for each image that is classified correctly in a result of `score_on`, else 0.0."""
+    """Return 1.0 for each image that is classified correctly in a result of `score_on`, else 0.0."""
     bits = np.frombuffer(bytes.fromhex(scored[which]), np.uint8)
     return np.unpackbits(bits)[: scored["images"]].astype(float)
 
 
 def machine(part: dict[str, Any], environment: dict[str, Any]) -> str:
-    """Returns threads, processor and device of a measurement as text."""
+    """Return threads, processor and device of a measurement as text."""
     threads = part["threads"]
     return f"{threads} thread{'' if threads == 1 else 's'} of {environment['cpu']} ({environment['device']})"
 
 
 def paired(mine: np.ndarray, theirs: np.ndarray) -> str:
-    """Returns the paired difference in points and its 95 % interval over images."""
+    """Return the paired difference in points and its 95 % interval over images."""
     each = 100 * (mine - theirs)
     half = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
     return f"{each.mean():+.1f} [{each.mean() - half:+.1f}, {each.mean() + half:+.1f}]"
 
 
 def by_seed(rows: Sequence[dict[str, Any]], split: str, which: str = "robust") -> dict[int, np.ndarray]:
-    """Returns the correctly classified images of each seed."""
+    """Return the correctly classified images of each seed."""
     return {row["seed"]: right_images(row[split], which) for row in rows}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean of `values` [seeds, images], over seeds and images."""
+    """Return the 95 % bootstrap interval of the mean of `values` [seeds, images], over seeds and images."""
     generator = np.random.default_rng(0)
     seeds, images = values.shape
     means = []
@@ -144,7 +144,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def difference(mine: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> str:
-    """Returns the mean difference in points over common seeds, and its 95 % interval over seeds and images."""
+    """Return the mean difference in points over common seeds, and its 95 % interval over seeds and images."""
     shared = sorted(mine.keys() & theirs.keys())
     if not shared:
         return ""

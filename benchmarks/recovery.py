@@ -72,7 +72,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
 
 @contextmanager
 def schedule_of(name: str) -> Iterator[None]:
-    """Trains `FORMER` with its former schedule, whose truncated cosine ended at a twentieth of the peak rate."""
+    """Train `FORMER` with its former schedule, whose truncated cosine ended at a twentieth of the peak rate."""
     if name != FORMER:
         yield
         return
@@ -89,7 +89,7 @@ def schedule_of(name: str) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
-    """Trains the missing methods, budgets and seeds, stores each, and returns all results."""
+    """Train the missing methods, budgets and seeds, store each, and return all results."""
     changes = {
         "data.name": args.data, "device": args.device, "pruning.ratio": args.ratio,
         "evaluation.images": args.test_images,
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve_table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table with a column for each budget and two lines for each method: accuracy, difference."""
+    """Return a Markdown table with a column for each budget and two lines for each method: accuracy, difference."""
     value, environment = result["curve"], result["environment"]
     budgets = sorted({row["minutes"] for row in value["rows"]})
     first = value["rows"][0]["test"]
@@ -159,7 +159,7 @@ def curve_table(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any], part: str) -> str:
-    """Returns a Markdown table of one part."""
+    """Return a Markdown table of one part."""
     value, environment = result[part], result["environment"]
     title = f"Methods, {value['rows'][0]['minutes']:g} minutes each" if part == "methods" else "Presets"
     text = [

@@ -53,7 +53,7 @@ CHOOSE_IMAGES, HELD_OUT_IMAGES = 500, 3000
 
 
 def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Returns repair and fine-tuning settings by name: the centre, and each setting changed alone."""
+    """Return repair and fine-tuning settings by name: the centre, and each setting changed alone."""
     found: dict[str, tuple[str, dict[str, Any]]] = {"centre": ("least_squares", CENTRE)}
     for knob in knobs:
         for value in KNOBS[knob]:
@@ -65,7 +65,7 @@ def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
-    """Trains the missing settings, stores each, and returns all results."""
+    """Train the missing settings, store each, and return all results."""
     changes = {
         "data.name": args.data, "data.validation": HELD_OUT_IMAGES, "device": args.device,
         "pruning.ratio": args.ratio, "finetune.validation_images": CHOOSE_IMAGES,
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of the centre and of the change by each value, by ratio and budget."""
+    """Return a Markdown table of the centre and of the change by each value, by ratio and budget."""
     value, environment = result["tune"], result["environment"]
     images = value["rows"][0]["held-out"]["images"]
     text = [

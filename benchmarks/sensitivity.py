@@ -51,7 +51,7 @@ BATCH = 512
 
 
 def reference(model: nn.Module, adv: AdversarialSet, rho: float, epochs: int, device: str) -> dict[str, float]:
-    """Returns MRS by module name, by the published procedure."""
+    """Return MRS by module name, by the published procedure."""
     found = {}
     x, y = adv.images.to(device), adv.labels.to(device)
     with frozen_eval(model):
@@ -94,7 +94,7 @@ def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Te
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns times and MRS of every method; results in `args.out` are not measured again."""
+    """Return times and MRS of every method; results in `args.out` are not measured again."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device, "sensitivity.images": args.images})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, args.arch)
@@ -162,7 +162,7 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the Markdown of one result."""
+    """Return the Markdown of one result."""
     names = list(result["mrs"]["ascent"])
     mrs = {method: np.array([found[name] for name in names]) for method, found in result["mrs"].items()}
     environment = result["environment"]

@@ -81,7 +81,7 @@ class Loop:
 def our_loop(
     dense: nn.Module, x: Tensor, threat: ThreatModel, settings: TrainSettings, compiled: bool = False
 ) -> tuple[Loop, Precision]:
-    """Returns the loop of `train` for batches like `x`, without augmentation and averaging, on a copy of `dense`."""
+    """Return the loop of `train` for batches like `x`, without augmentation and averaging, on a copy of `dense`."""
     model = copy.deepcopy(dense).to(x.device)
     optimizer = make_optimizer(model, settings, FULL_RATE_STEPS, x.device)
     loss, precision = make_loss(settings), choose_precision(model, x)
@@ -102,7 +102,7 @@ def our_loop(
 
 
 def plain_loop(dense: nn.Module, x: Tensor, threat: ThreatModel, settings: TrainSettings, tuned: bool = False) -> Loop:
-    """Returns the published loop on a copy of `dense`; `tuned` uses TF32 and channels_last."""
+    """Return the published loop on a copy of `dense`; `tuned` uses TF32 and channels_last."""
     model = copy.deepcopy(dense).to(x.device)
     layout = torch.channels_last if tuned else torch.contiguous_format
     to: Any = model.to
@@ -120,7 +120,7 @@ def plain_loop(dense: nn.Module, x: Tensor, threat: ThreatModel, settings: Train
 def in_turn(
     loops: dict[Setting, Callable[[], None]], rounds: int, shuffler: random.Random, device: str
 ) -> dict[Setting, list[float]]:
-    """Returns the seconds of each loop in each round, in random order, after one round of warm-up."""
+    """Return the seconds of each loop in each round, in random order, after one round of warm-up."""
     seconds: dict[Setting, list[float]] = {setting: [] for setting in loops}
     for round_number in range(rounds + 1):
         order = list(loops)
@@ -144,7 +144,7 @@ def speed(
     rounds: int,
     with_compiled: bool = False,
 ) -> dict[str, Any]:
-    """Returns the seconds of every round by loop, for the loss of `settings`, on one batch [N, C, H, W]."""
+    """Return the seconds of every round by loop, for the loss of `settings`, on one batch [N, C, H, W]."""
     settings = settings.model_copy(update={"lr": 0.001})
     ours, precision = our_loop(dense, x, threat, settings)
     loops = {"ours": ours, "plain": plain_loop(dense, x, threat, settings)}
@@ -159,7 +159,7 @@ def speed(
 def measure_speed(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, device: str
 ) -> dict[str, Any]:
-    """Returns `speed` for every published loss."""
+    """Return `speed` for every published loss."""
     threat, found = recipe.threat_model, {}
     x, y = data.train.get(torch.arange(args.batch_size))
     x, y = x.to(device).float() / 255, y.to(device)
@@ -172,7 +172,7 @@ def measure_speed(
 
 
 def speed_table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of the result of `measure_speed`."""
+    """Return a Markdown table of the result of `measure_speed`."""
     value, environment = result["speed"], result["environment"]
     text = [
         f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} "
@@ -207,7 +207,7 @@ PEAK, WARMUP = 0.02, 0.15  # peak learning rate, and share of the steps for warm
 def accuracy(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
-    """Returns which test images the model of each loop classifies correctly, by loss."""
+    """Return which test images the model of each loop classifies correctly, by loss."""
     example = spec.blank_image()
     search = find_groups(dense.cpu(), example)
     cost, magnitudes = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
@@ -266,7 +266,7 @@ ATTACK_STEPS, RATIOS, BATCHES = (0, 1, 3, 10), (0.5, 0.75, 0.9), (32, 128, 512)
 def cost(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
-    """Returns the seconds of every round by attack steps (0 is clean training), kept MACs and batch size."""
+    """Return the seconds of every round by attack steps (0 is clean training), kept MACs and batch size."""
     if len(data.train) < max(BATCHES):
         raise SystemExit(f"cost takes batches of up to {max(BATCHES)} images, {data.name} has {len(data.train)}.")
     threat = recipe.threat_model

@@ -60,14 +60,14 @@ _CIFAR = (
 
 
 def models() -> dict[str, int]:
-    """Returns the input size in pixels by architecture."""
+    """Return the input size in pixels by architecture."""
     found = {f"timm/{name}": size for size, names in _TIMM.items() for name in names.split()}
     found |= {f"torchvision/{name}": size for size, names in _TORCHVISION.items() for name in names.split()}
     return found | {f"cifar/{name}": 32 for name in _CIFAR.split()}
 
 
 def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
-    """Measures one model with one pruner, in this process."""
+    """Measure one model with one pruner, in this process."""
     import torch
     import torch.nn.functional as F
 
@@ -148,7 +148,7 @@ def _plain(model: Any, classes: int, images: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _trains(model: Any, images: Any) -> bool:
-    """Returns whether a backward pass in train mode gives finite gradients; parameters without one are skipped."""
+    """Return whether a backward pass in train mode gives finite gradients; parameters without one are skipped."""
     import torch
 
     from robust_prune.structure.reference import copy_model
@@ -170,7 +170,7 @@ def _export(model: Any, images: Any, folder: Path) -> dict[str, Any]:
 
 
 def measure_apart(arch: str, size: int, arm: str, limit: float) -> dict[str, Any]:
-    """Runs `measure` in a separate process with a time limit in seconds."""
+    """Run `measure` in a separate process with a time limit in seconds."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--one", arch, "--size", str(size), "--arm", arm, "--out", str(out)]
@@ -185,7 +185,7 @@ def measure_apart(arch: str, size: int, arm: str, limit: float) -> dict[str, Any
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the missing models, stores each, and returns all results."""
+    """Measure the missing models, store each, and return all results."""
     stored = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"rows": {}}
     rows: dict[str, Any] = stored["rows"]
     wanted = {arch: size for arch, size in models().items() if not args.only or arch in args.only}
@@ -213,7 +213,7 @@ def _summary(half: dict[str, Any]) -> str:
 
 
 def support(result: dict[str, Any]) -> str:
-    """Returns the short table of the documentation."""
+    """Return the short table of the documentation."""
     lines = [
         "| architecture | groups cut | MACs kept | params kept | equal to masked | ONNX | torch-pruning alone |",
         "| --- | ---: | ---: | ---: | --- | --- | --- |",
@@ -228,7 +228,7 @@ def support(result: dict[str, Any]) -> str:
 
 
 def in_page(page: str, result: dict[str, Any]) -> str:
-    """Returns `page` with the table and its summary replaced."""
+    """Return `page` with the table and its summary replaced."""
     rows = result["rows"].values()
     ours = sum(_kept_whole(row["ours"]) for row in rows)
     plain = sum(_sound(row["plain"]) for row in rows)
@@ -250,7 +250,7 @@ def _sound(plain: dict[str, Any]) -> bool:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns Markdown tables with all columns, and the reasons."""
+    """Return Markdown tables with all columns, and the reasons."""
     environment = result["environment"]
     lines = [
         "# Architectures: half of the MACs\n",

@@ -91,7 +91,8 @@ def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, 
     """Find the groups of channels and measure MRS, channel scores and cost, on training images.
 
     Args:
-        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file; it is moved to the device
+            of the recipe.
         data: data set; see `load_data`.
         recipe: a recipe file, or the name of a shipped recipe.
         settings: values of the recipe, with ``__`` in place of the dot, e.g. ``sensitivity__images=256``.
@@ -110,7 +111,7 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
 
     Args:
         analysis: analysis of the model.
-        ratio: share of the MACs to remove, in (0, 1).
+        ratio: share of the MACs, or of another ``metric``, to remove, in (0, 1).
         pruning: values of the recipe section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
 
     Raises:
@@ -126,7 +127,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
     """Remove the planned channels, prove every cut against the masked model, and repair the layers behind the cuts.
 
     Args:
-        model: the model of the plan; its weights are not changed.
+        model: the model of the plan; its weights are not changed, but it may be moved to another device.
         plan: result of `plan`.
         data: data set, whose training images are used for the repair.
         settings: values of the recipe, as in `analyse`; ``pruning__compensation="none"`` skips the repair.

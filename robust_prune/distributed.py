@@ -94,7 +94,7 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def one_at_a_time_per_node() -> Iterator[None]:
-    """Runs the block in the first process of each machine before the others, so that downloads happen only once."""
+    """Run the block in the first process of each machine before the others, so that downloads happen only once."""
     if count() == 1:
         yield
         return
@@ -127,7 +127,7 @@ def launch_command() -> str:
 
 
 def _group() -> Any:
-    """Returns `torch.distributed` if the process group exists, else None; without a launcher torch is not imported."""
+    """Return `torch.distributed` if the process group exists, else None; without a launcher torch is not imported."""
     if launched() == 1:
         return None
     import torch.distributed as group

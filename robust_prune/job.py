@@ -58,11 +58,11 @@ class Compressed(Shown):
     folder: Path
 
     def short(self) -> str:
-        """Returns the title of the report, the models and the folder."""
+        """Return the title of the report, the models and the folder."""
         return f"{self.report.short()}, in {self.folder}"
 
     def table(self) -> RenderableType | None:
-        """Returns the headline table."""
+        """Return the headline table."""
         return self.report.table()
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _number(value: Any) -> Any:
-    """Converts fractions such as 8/255, as papers write them."""
+    """Convert fractions such as 8/255, as papers write them."""
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
@@ -25,7 +25,7 @@ def _number(value: Any) -> Any:
 
 
 def _switch(value: Any) -> Any:
-    """Converts the booleans that YAML makes of unquoted on and off back to text."""
+    """Convert the booleans that YAML makes of unquoted on and off back to text."""
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 

@@ -39,7 +39,7 @@ GRACE = 1.25
 
 
 def take(folder: Path, work: Work) -> None:
-    """Copies one parcel, and installs or unpacks the files that are newly complete."""
+    """Copy one parcel, and install or unpack the files that are newly complete."""
     parcels.take(folder, work.root)
     marks = work.root / "installed"
     marks.mkdir(exist_ok=True)
@@ -72,14 +72,14 @@ def _checked(command: list[str], problem: str) -> None:
 
 
 def environment(work: Work) -> dict[str, str]:
-    """Returns the environment variables with which a phase finds the wheels, this checkout and the images."""
+    """Return the environment variables with which a phase finds the wheels, this checkout and the images."""
     paths = [str(work.root / "site"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     data = {} if not work.data.exists() else {"ROBUST_PRUNE_DATA": str(work.data)}
     return {**os.environ, **data, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
 def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
-    """Runs the phases that are not done, each in its own process group; `watch` starts it in the background.
+    """Run the phases that are not done, each in its own process group; `watch` starts it in the background.
 
     `lock` is the descriptor of the lock file, which is locked while this job runs. Phases inherit it, so that a phase
     that outlives the driver is not started again.
@@ -104,7 +104,7 @@ def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
 
 
 def run_phase(work: Work, phase: str, toy: bool) -> None:
-    """Runs one phase in this process."""
+    """Run one phase in this process."""
     begin, sizes = time.monotonic(), _sizes(toy)
     importlib.import_module(f"phases.{phase}").run(work, sizes, begin + sizes.seconds[phase])
 
@@ -114,7 +114,7 @@ def _sizes(toy: bool) -> Sizes:
 
 
 def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
-    """Starts the driver unless it runs, watches it for at most `seconds`, and returns whether it has ended."""
+    """Start the driver unless it runs, watch it for at most `seconds`, and return whether it has ended."""
     work.root.mkdir(parents=True, exist_ok=True)
     path, end = work.root / "lock", time.monotonic() + seconds
     with path.open("w") as lock, (work.root / "log.txt").open("ab") as log:
@@ -135,7 +135,7 @@ def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
 
 
 def _free(lock: IO[str]) -> bool:
-    """Takes the lock if it is free, and returns whether it was; the last process that inherits it releases it."""
+    """Take the lock if it is free, and return whether it was; the last process that inherits it releases it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -144,7 +144,7 @@ def _free(lock: IO[str]) -> bool:
 
 
 def deliver(work: Work, out: Path) -> list[str]:
-    """Copies the results to `out`: a JSON file for each phase, the log, and the base model in parts."""
+    """Copy the results to `out`: a JSON file for each phase, the log, and the base model in parts."""
     out.mkdir(parents=True, exist_ok=True)
     files = sorted((work.root / "results").glob("*.json"))
     for path in files:
@@ -164,7 +164,7 @@ def deliver(work: Work, out: Path) -> list[str]:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["take", "run", "drive", "phase"])
     parser.add_argument("what", nargs="*", help="take: parcels; phase: its name")

@@ -55,7 +55,7 @@ START_SECONDS, COPY_SECONDS = 60, 8
 
 
 def wanted_wheels(machine: dict[str, Any]) -> dict[str, str]:
-    """Returns name and installed version of every package that robust-prune needs and the machine lacks."""
+    """Return name and installed version of every package that robust-prune needs and the machine lacks."""
     there = {canonicalize_name(name) for name in (*machine["packages"], *machine["left_out"])}
     marks = {
         "python_version": machine["python"], "python_full_version": f"{machine['python']}.0", "sys_platform": "linux",
@@ -76,7 +76,7 @@ def wanted_wheels(machine: dict[str, Any]) -> dict[str, str]:
 
 
 def download(wheels: dict[str, str], machine: dict[str, Any], folder: Path) -> list[Path]:
-    """Downloads missing wheels for the machine's Python to `folder`, and returns all of them, smallest first."""
+    """Download missing wheels for the machine's Python to `folder`, and return all of them, smallest first."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, version in wheels.items():
         stem = f"{name.replace('-', '_')}-{version}-"
@@ -98,7 +98,7 @@ def _fits(wheel: Path, machine: dict[str, Any]) -> bool:
 
 
 def make_skeletons(sizes: Sizes, folder: Path) -> Path:
-    """Exports every architecture, dense and pruned, in fp32 and fp16, without weights, to one zip."""
+    """Export every architecture, dense and pruned, in fp32 and fp16, without weights, to one zip."""
     for arch, side in sizes.architectures:
         target = folder / arch.replace("/", "-")
         labels = [f"{cut}{half}" for cut in ("dense", *CUTS) for half in ("", " fp16")]
@@ -136,7 +136,7 @@ def make_skeletons(sizes: Sizes, folder: Path) -> Path:
 
 
 def pack_images(source: Path, folder: Path) -> Path:
-    """Writes the zip of CIFAR-10 sheets, after checking that it contains the same images."""
+    """Write the zip of CIFAR-10 sheets, after checking that it contains the same images."""
     target = folder / f"{source.stem}.zip"
     try:
         images.pack(source, target)
@@ -153,7 +153,7 @@ def pack_images(source: Path, folder: Path) -> Path:
 
 
 def toy_images(folder: Path) -> Path:
-    """Writes the embedded sample as ``cifar10.npz``, on which the rehearsal trains."""
+    """Write the embedded sample as ``cifar10.npz``, on which the rehearsal trains."""
     data = load_data("sample")
     arrays = {}
     for split, part in (("train", data.train), ("test", data.test)):
@@ -185,7 +185,7 @@ def calls(folder: Path, items: list[parcels.Item], sizes: Sizes, toy: bool) -> l
 
 
 def main() -> None:
-    """Packs the parcels and prints the commands."""
+    """Pack the parcels and print the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the parcels")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz; by default where robust-prune keeps its data")

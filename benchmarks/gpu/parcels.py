@@ -36,7 +36,7 @@ class Item:
 
 
 def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) -> list[Item]:
-    """Writes `files` (kind, path), in this order, to ``folder/parcel-1``, ``parcel-2``, ...
+    """Write `files` (kind, path), in this order, to ``folder/parcel-1``, ``parcel-2``, ...
 
     Args:
         files: files with distinct names.
@@ -69,7 +69,7 @@ def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) 
 
 
 def read(parcel: Path) -> tuple[str, list[Item]]:
-    """Returns the commit to which a parcel belongs, and all items of its set.
+    """Return the commit to which a parcel belongs, and all items of its set.
 
     Raises:
         SystemExit: the folder is not a parcel.
@@ -85,7 +85,7 @@ def read(parcel: Path) -> tuple[str, list[Item]]:
 
 
 def take(parcel: Path, store: Path) -> None:
-    """Copies the pieces of a parcel to `store`, and joins complete files in ``store/items``.
+    """Copy the pieces of a parcel to `store`, and join complete files in ``store/items``.
 
     A file of another set with the same name is replaced.
 
@@ -124,7 +124,7 @@ def take(parcel: Path, store: Path) -> None:
 
 
 def missing(parcel: Path, store: Path) -> list[str]:
-    """Returns the names of the set's files that are not complete in `store`."""
+    """Return the names of the set's files that are not complete in `store`."""
     return [item.name for item in read(parcel)[1] if not (store / "items" / item.name).exists()]
 
 

@@ -34,7 +34,7 @@ from work import Work  # noqa: E402
 
 
 def bare_environment(folder: Path, carried: set[str]) -> Path:
-    """Creates an environment with the packages of `machine.json` and without those `carried`; returns its ``bin``."""
+    """Create an environment with the packages of `machine.json` and without those `carried`; return its ``bin``."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next((folder / "lib").glob("python*")) / "site-packages"
     packages = json.loads((HERE / "machine.json").read_text(encoding="utf-8"))["packages"]
@@ -53,7 +53,7 @@ def bare_environment(folder: Path, carried: set[str]) -> Path:
 
 
 def _with_needs(names: set[str]) -> set[str]:
-    """Returns `names` and their requirements in the versions installed here, which may differ from the machine's."""
+    """Return `names` and their requirements in the versions installed here, which may differ from the machine's."""
     found, queue = set(names), list(names)
     while queue:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -67,7 +67,7 @@ def _with_needs(names: set[str]) -> set[str]:
 
 
 def checkout(target: Path) -> None:
-    """Copies the files of this working tree to `target`, without those that git ignores."""
+    """Copy the files of this working tree to `target`, without those that git ignores."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=True,
@@ -80,7 +80,7 @@ def checkout(target: Path) -> None:
 
 
 def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> str:
-    """Runs a command printed by `pack.py` in the copy of the checkout, and returns its output."""
+    """Run a command printed by `pack.py` in the copy of the checkout, and return its output."""
     print(f"\n$ {command}", flush=True)
     done = subprocess.run(
         command.replace("OUT", str(out)), shell=True, cwd=folder, env=environment, capture_output=True, text=True
@@ -92,7 +92,7 @@ def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> 
 
 
 def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dict[str, str], work: Work) -> None:
-    """Runs a command once for each phase, and kills the phase and its driver while the phase runs."""
+    """Run a command once for each phase, and kill the phase and its driver while the phase runs."""
     for phase in PHASES:
         if work.done(phase) or ("--phases" in command and phase not in command):
             continue
@@ -116,7 +116,7 @@ def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dic
 
 
 def _running(verb: str, word: str, process: subprocess.Popen[bytes]) -> int:
-    """Waits for the process with these words in its command, and returns its id; `process` started the job."""
+    """Wait for the process with these words in its command, and return its id; `process` started the job."""
     while process.poll() is None:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -130,7 +130,7 @@ def _running(verb: str, word: str, process: subprocess.Popen[bytes]) -> int:
 
 
 def main() -> None:
-    """Runs the rehearsal."""
+    """Run the rehearsal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kill", action="store_true", help="kill each phase once")
     parser.add_argument("--work", type=Path, help="an empty folder; by default a temporary one, removed at the end")

@@ -20,7 +20,7 @@ _FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.floa
 
 
 def strip(source: Path, target: Path) -> None:
-    """Writes `source` to `target` without the values of large float matrices and kernels; vectors are kept."""
+    """Write `source` to `target` without the values of large float matrices and kernels; vectors are kept."""
     model = onnx.load(source)
     emptied = []
     for tensor in model.graph.initializer:
@@ -35,7 +35,7 @@ def strip(source: Path, target: Path) -> None:
 
 
 def fill(source: Path, target: Path, seed: int = 0) -> None:
-    """Writes the skeleton `source` to `target` with the normal initialisation of He et al. (2015)."""
+    """Write the skeleton `source` to `target` with the normal initialisation of He et al. (2015)."""
     model = onnx.load(source)
     generator = np.random.default_rng(seed)
     emptied = set(json.loads(next(entry.value for entry in model.metadata_props if entry.key == KEY)))

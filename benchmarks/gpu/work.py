@@ -41,12 +41,12 @@ class Work:
         return self.root / "base-partial.safetensors"
 
     def newest_base(self) -> Path | None:
-        """Returns the newer of the complete base model and the best weights of an unfinished training, or None."""
+        """Return the newer of the complete base model and the best weights of an unfinished training, or None."""
         there = [path for path in (self.base, self.partial) if path.exists()]
         return max(there, key=lambda path: path.stat().st_mtime, default=None)
 
     def result(self, phase: str) -> dict[str, Any]:
-        """Returns the results of a phase so far, from this or an earlier job; empty without any."""
+        """Return the results of a phase so far, from this or an earlier job; empty without any."""
         for folder in (self.root / "results", COMMITTED):
             path = folder / f"{phase}.json"
             if path.exists():
@@ -61,11 +61,11 @@ class Work:
         return {}
 
     def done(self, phase: str) -> bool:
-        """Returns whether a phase is complete."""
+        """Return whether a phase is complete."""
         return self.result(phase).get("status") == "done"
 
     def save(self, phase: str, content: dict[str, Any], status: str = "partial") -> None:
-        """Stores the results of a phase atomically."""
+        """Store the results of a phase atomically."""
         path = self.root / "results" / f"{phase}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         commit, now = self.root / "commit", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -212,7 +212,7 @@ def _value(logits: Tensor, y: Tensor, target: Tensor | None, loss: Loss) -> Tens
 
 
 def _note(state: _Climb, result: _Outcome, wrong: Tensor) -> None:
-    """Updates the best iterate and records the first misclassified iterate of each image."""
+    """Update the best iterate and records the first misclassified iterate of each image."""
     better = state.value > state.best_value
     mask = per_sample(better, state.here)
     state.best = torch.where(mask, state.here, state.best)
@@ -227,7 +227,7 @@ def _note(state: _Climb, result: _Outcome, wrong: Tensor) -> None:
 
 
 def _checkpoint(state: _Climb, window: int) -> None:
-    """Halves the step size where the loss rose too rarely or stagnated, and restarts there from the best iterate."""
+    """Halve the step size where the loss rose too rarely or stagnated, and restart there from the best iterate."""
     stuck = ~state.halved & (state.best_then >= state.best_value)
     halve = (state.rises <= LEAST_RISES * window) | stuck
     mask = per_sample(halve, state.here)
@@ -240,7 +240,7 @@ def _checkpoint(state: _Climb, window: int) -> None:
 
 
 def _smaller(state: _Climb, full: int) -> _Climb:
-    """Drops misclassified images, keeping just enough of them for a multiple of an eighth of the batch."""
+    """Drop misclassified images, keeping just enough of them for a multiple of an eighth of the batch."""
     bucket = math.ceil(full / BUCKETS)
     wanted = bucket * math.ceil(int((~state.fallen).sum()) / bucket)
     if wanted >= len(state.row):

@@ -13,7 +13,7 @@ from ..introspect.modes import eval_mode
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
-    """Puts `model` in eval mode and freezes its parameters; restores every mode and `requires_grad` flag on exit.
+    """Put `model` in eval mode and freeze its parameters; restore every mode and `requires_grad` flag on exit.
 
     With frozen parameters autograd skips the weight gradients, which makes input gradients faster.
 
@@ -36,7 +36,7 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Restores the values of all buffers of `model`, batch-norm statistics among them, on exit."""
+    """Restore the values of all buffers of `model`, batch-norm statistics among them, on exit."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield

@@ -39,7 +39,7 @@ _share: ContextVar[tuple[int, int]] = ContextVar("share", default=(0, 1))
 
 @contextmanager
 def share_of_batch(index: int, count: int) -> Iterator[None]:
-    """Makes random starts independent of how many processes share a batch.
+    """Make random starts independent of how many processes share a batch.
 
     Inside the context the images at hand are those at positions `index`, `index + count`, `index + 2 * count`, ... of a
     batch that is divided among `count` processes. Each image gets the random start that it has in the full batch. All

@@ -103,19 +103,19 @@ def _side(spent: float, size: torch.Size) -> int:
 
 
 def _stripes(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
-    """Returns `x` with vertical stripes of ±epsilon, one pixel wide."""
+    """Return `x` with vertical stripes of ±epsilon, one pixel wide."""
     return x + epsilon * draw.sign(len(x), x.shape[1], 1, x.shape[3])
 
 
 def _patch(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw) -> Tensor:
-    """Sets one square of each image to `x` ± epsilon, with a random sign for each channel."""
+    """Set one square of each image to `x` ± epsilon, with a random sign for each channel."""
     row, column = (draw.below(size - side + 1, len(x)) for size in x.shape[-2:])
     inside, _ = _window(x, row, column, side)
     return torch.where(inside, x + epsilon * draw.sign(len(x), x.shape[1], 1, 1), here)
 
 
 def _window(x: Tensor, row: Tensor, column: Tensor, side: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns a mask [N, 1, H, W] of the square at (row, column), and each pixel's coordinates in it, clamped."""
+    """Return a mask [N, 1, H, W] of the square at (row, column), and each pixel's coordinates in it, clamped."""
     down = torch.arange(x.shape[-2], device=x.device)[None, :] - row[:, None]
     across = torch.arange(x.shape[-1], device=x.device)[None, :] - column[:, None]
     inside = ((down >= 0) & (down < side))[:, None, :, None] & ((across >= 0) & (across < side))[:, None, None, :]
@@ -123,7 +123,7 @@ def _window(x: Tensor, row: Tensor, column: Tensor, side: int) -> tuple[Tensor, 
 
 
 def _bumps(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
-    """Returns `x` with a grid of bumps of random signs, five along the shorter side."""
+    """Return `x` with a grid of bumps of random signs, five along the shorter side."""
     count, channels, height, width = x.shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
@@ -135,7 +135,7 @@ def _bumps(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
 
 
 def _moved_bump(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw) -> Tensor:
-    """Moves the L2 norm of the perturbation in one square into a bump in another square (L2 Square Attack)."""
+    """Move the L2 norm of the perturbation in one square into a bump in another square (L2 Square Attack)."""
     side = max(side // 2 * 2 + 1, 3)
     side = min(side, *x.shape[-2:])
     count, channels = x.shape[:2]
@@ -156,7 +156,7 @@ def _moved_bump(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw)
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
-    """Returns a bump [side, side] of unit norm: two halves of opposite sign, each highest in its middle."""
+    """Return a bump [side, side] of unit norm: two halves of opposite sign, each highest in its middle."""
     first = side // 2
     bump = torch.zeros(side, side, dtype=like.dtype, device=like.device)
     bump[:first] = _pyramid(first, side, like)
@@ -165,7 +165,7 @@ def _bump(side: int, like: Tensor) -> Tensor:
 
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
-    """Returns nested rectangles [height, width]; the k-th from the outside adds 1/k^2."""
+    """Return nested rectangles [height, width]; the k-th from the outside adds 1/k^2."""
     if height == 0:
         return torch.zeros(0, width, dtype=like.dtype, device=like.device)
     down = torch.arange(height, device=like.device)

@@ -1,4 +1,4 @@
-"""The threat model: which perturbations an attacker may add."""
+"""Threat models: the perturbations that an attacker may add."""
 
 from __future__ import annotations
 

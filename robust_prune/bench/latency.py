@@ -41,7 +41,7 @@ def run(
     seed: int = 0,
     energy: bool = False,
 ) -> LatencyTable:
-    """Measures the latency of ONNX classifiers relative to the first of them.
+    """Measure the latency of ONNX classifiers relative to the first of them.
 
     Each file runs in its own process. In every block the files are timed in random order, the first one twice (A/A).
     The ratio of the first file to itself is the noise floor; smaller ratios are reported as no difference.
@@ -218,7 +218,7 @@ def render_latency(table: LatencyTable) -> Table:
 
 
 def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow], str]]]:
-    """Returns the heading of each column but the first, whether it is shown, and a function from row to cell."""
+    """Return the heading of each column but the first, whether it is shown, and a function from row to cell."""
     tail = next((q for q in (99, 95, 90) if all(getattr(row, f"p{q}_ms") is not None for row in table.rows)), 0)
     energy = any(row.millijoules_per_image is not None for row in table.rows)
     return [
@@ -238,7 +238,7 @@ def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow]
 
 
 def _short(milliseconds: float) -> str:
-    """Formats milliseconds with three significant digits; trailing zeros are kept so that columns align."""
+    """Format milliseconds with three significant digits; trailing zeros are kept so that columns align."""
     return f"{milliseconds:,.0f}" if milliseconds >= 999.5 else f"{milliseconds:#.3g}".removesuffix(".")
 
 
@@ -262,7 +262,7 @@ def _caption(table: LatencyTable) -> str:
 
 
 def _memory(table: LatencyTable) -> str:
-    """Returns a line with the largest memory use of each model."""
+    """Return a line with the largest memory use of each model."""
     lines = []
     for name, words in (("memory_mib", "Memory of its process"), ("gpu_memory_mib", "on the GPU")):
         largest: dict[str, float] = {}

@@ -92,7 +92,7 @@ def provider_problem(provider: str) -> str:
 
 
 def _preload(ort: Any) -> None:
-    """Loads the CUDA and cuDNN libraries of NVIDIA's packages from anywhere on the Python path.
+    """Load the CUDA and cuDNN libraries of NVIDIA's packages from anywhere on the Python path.
 
     ONNX Runtime itself searches only next to its own folder. The libraries are elsewhere if both were installed to
     different places (``pip install --target``, a virtual environment with the system's packages).

@@ -258,7 +258,7 @@ def _blocks(
     launch: int,
     on_block: Callable[[int, int], None],
 ) -> np.ndarray:
-    """Returns the seconds of one launch, [arms, blocks, runs]."""
+    """Return the seconds of one launch, [arms, blocks, runs]."""
     times = np.empty((len(workers), schedule.blocks, schedule.runs))
     before, total = launch * schedule.blocks, schedule.launches * schedule.blocks
     for block in range(schedule.blocks):
@@ -278,7 +278,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def _joules(worker: Worker, typical: float) -> float | None:
-    """Returns the joules of one run, from NVML's counter around about three seconds of runs, or None without one."""
+    """Return the joules of one run, from NVML's counter around about three seconds of runs, or None without one."""
     runs = max(1, round(ENERGY_SECONDS / typical))
     before = nvml.joules()
     worker.ask(op="time", runs=runs, wake=0)
@@ -293,7 +293,7 @@ def _workers(labels: Sequence[str], provider: str) -> Iterator[list[Worker]]:
 
 
 def _warm_up(worker: Worker) -> float:
-    """Runs until the medians of three consecutive windows agree within 5 %; returns the median seconds of a run."""
+    """Run until the medians of three consecutive windows agree within 5 %; return the median seconds of a run."""
     first = min(worker.ask(op="time", runs=2, wake=0)["ns"]) / 1e9
     runs = int(np.clip(WARMUP_WINDOW_SECONDS / max(first, 1e-9), 3, 1000))
     windows: list[float] = []

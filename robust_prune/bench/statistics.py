@@ -75,7 +75,7 @@ def excludes_one(interval: Interval) -> bool:
 
 
 def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    """Resamples launches and blocks of `values` [launches, blocks, ...]: [resamples, launches, blocks, ...]."""
+    """Resample launches and blocks of `values` [launches, blocks, ...]: [resamples, launches, blocks, ...]."""
     rng = np.random.default_rng(seed)
     launches, blocks = values.shape[:2]
     which = rng.integers(0, launches, size=(RESAMPLES, launches, 1))

@@ -90,13 +90,13 @@ class LatencyTable(Shown):
     protocol: str
 
     def short(self) -> str:
-        """Returns the median latencies of the first four rows."""
+        """Return the median latencies of the first four rows."""
         shown = [f"{row.label} batch {row.batch}: {row.p50_ms:.3g} ms" for row in self.rows[:4]]
         more = [f"{len(self.rows) - 4} more"] if len(self.rows) > 4 else []
         return ", ".join(shown + more)
 
     def table(self) -> Table:
-        """Returns a table of all rows."""
+        """Return a table of all rows."""
         from .latency import render_latency
 
         return render_latency(self)

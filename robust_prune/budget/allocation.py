@@ -52,7 +52,7 @@ class Problem:
     removed: Mapping[str, Tensor] | None = None
 
     def needs(self, what: str, value: T | None) -> T:
-        """Returns `value`, which the allocation requires.
+        """Return `value`, which the allocation requires.
 
         Args:
             what: name of the input, for the message.
@@ -66,7 +66,7 @@ class Problem:
         return value
 
     def covered(self, known: Mapping[str, object], what: str) -> None:
-        """Raises UsageError unless `known` contains every group."""
+        """Raise UsageError unless `known` contains every group."""
         missing = [g.name for g in self.groups if g.name not in known]
         if missing:
             raise UsageError(
@@ -75,7 +75,7 @@ class Problem:
             )
 
     def largest(self, widths: Callable[[float], Floats]) -> Floats:
-        """Returns the largest widths within the budget, found by bisection.
+        """Return the largest widths within the budget, found by bisection.
 
         Args:
             widths: maps a scalar in (0, inf) to widths [groups] that do not decrease with it.
@@ -103,7 +103,7 @@ class Wish:
 
 
 def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict[str, int]:
-    """Chooses integer widths whose cost meets the budget.
+    """Choose integer widths whose cost meets the budget.
 
     The cost is at most 1 % of the dense cost below the budget or, if no such widths are found, above it.
 

@@ -42,13 +42,13 @@ class Analysis(Shown):
     removed: Mapping[str, Tensor] | None = None
 
     def short(self) -> str:
-        """Returns one sentence: number of groups, MACs, and how MRS was measured."""
+        """Return one sentence: number of groups, MACs, and how MRS was measured."""
         whole = f", {len(self.search.skipped)} that stay whole" if self.search.skipped else ""
         measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
         return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
 
     def table(self) -> Table | None:
-        """Returns a table of MRS by module, or None if MRS was not measured."""
+        """Return a table of MRS by module, or None if MRS was not measured."""
         return render_table(self.profile) if self.profile else None
 
 
@@ -60,7 +60,7 @@ def analyse(
     device: str,
     dense_widths: Mapping[str, int] | None = None,
 ) -> Analysis:
-    """Finds the groups of a model and measures its cost, MRS and channel scores.
+    """Find the groups of a model and measure its cost, MRS and channel scores.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it is moved to `device`.
@@ -92,7 +92,7 @@ def analyse(
 
 
 def check_groups(search: GroupSearch) -> None:
-    """Raises UsageError if `search` has no group."""
+    """Raise UsageError if `search` has no group."""
     if not search.groups:
         reason = f": {search.skipped[0].name}: {search.skipped[0].reason}" if search.skipped else ""
         raise UsageError(f"the model has no group of channels that can be cut{reason}")

@@ -45,11 +45,11 @@ class QuadraticForm:
     quadratic: Floats
 
     def value(self, keep: Floats) -> float:
-        """Returns the cost at kept counts [groups]."""
+        """Return the cost at kept counts [groups]."""
         return float(self.constant + keep @ (self.linear + self.quadratic @ keep))
 
     def gradient(self, keep: Floats) -> Floats:
-        """Returns the marginal cost of a channel of each group, [groups], at kept counts [groups]."""
+        """Return the marginal cost of a channel of each group, [groups], at kept counts [groups]."""
         return self.linear + 2 * (self.quadratic @ keep)
 
 
@@ -68,7 +68,7 @@ class CostModel:
     forms: Mapping[str, QuadraticForm]
 
     def counts(self, keep: Mapping[str, int]) -> Floats:
-        """Returns kept counts as an array [groups]; groups that `keep` does not name are unpruned.
+        """Return kept counts as an array [groups]; groups that `keep` does not name are unpruned.
 
         Raises:
             UsageError: `keep` names a group that the model does not have.
@@ -78,7 +78,7 @@ class CostModel:
         return np.array([keep.get(n, d) for n, d in zip(self.names, self.dense, strict=True)], dtype=np.float64)
 
     def form(self, metric: str) -> QuadraticForm:
-        """Returns the quadratic form of ``macs``, ``params`` or ``channels``.
+        """Return the quadratic form of ``macs``, ``params`` or ``channels``.
 
         Raises:
             UsageError: the metric is unknown.
@@ -88,29 +88,29 @@ class CostModel:
         return self.forms[metric]
 
     def cost(self, keep: Mapping[str, int], metric: str) -> int:
-        """Returns the cost at the given widths, in the units of `metric`; see `counts` and `form` for errors."""
+        """Return the cost at the given widths, in the units of `metric`; see `counts` and `form` for errors."""
         return round(self.form(metric).value(self.counts(keep)))
 
     def macs(self, keep: Mapping[str, int]) -> int:
-        """Returns the multiply-accumulates of one image at the given widths."""
+        """Return the multiply-accumulates of one image at the given widths."""
         return self.cost(keep, "macs")
 
     def params(self, keep: Mapping[str, int]) -> int:
-        """Returns the number of parameters at the given widths."""
+        """Return the number of parameters at the given widths."""
         return self.cost(keep, "params")
 
     def channels(self, keep: Mapping[str, int]) -> int:
-        """Returns the channels of all groups at the given widths; each group is counted once."""
+        """Return the channels of all groups at the given widths; each group is counted once."""
         return self.cost(keep, "channels")
 
     def marginal(self, keep: Mapping[str, int], metric: str) -> dict[str, float]:
-        """Returns the marginal cost of a channel of each group at the given widths, by name."""
+        """Return the marginal cost of a channel of each group at the given widths, by name."""
         gradient = self.form(metric).gradient(self.counts(keep))
         return dict(zip(self.names, gradient.tolist(), strict=True))
 
 
 def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]) -> CostModel:
-    """Derives the cost model of `model` from one forward pass and its groups.
+    """Derive the cost model of `model` from one forward pass and its groups.
 
     Args:
         model: the model; it is not changed, and the pass runs in eval mode.
@@ -157,7 +157,7 @@ class _Terms:
         self._quadratic = np.zeros((groups, groups))
 
     def add(self, cost: float, sides: Sequence[_Side]) -> None:
-        """Adds a term that is `cost` in the unpruned model and proportional to each of `sides`."""
+        """Add a term that is `cost` in the unpruned model and proportional to each of `sides`."""
         live = [s for s in sides if s.cut and s.dense > 0]
         # A third cut dimension is held at its dense size; no layer that surgery handles has one.
         live = live[:2]
@@ -191,11 +191,11 @@ class _Sides:
                 self._cut.setdefault(key, {}).setdefault(position, set()).update(part.index)
 
     def of_module(self, module: nn.Module, side: str, dense: int) -> _Side:
-        """Returns a side of a convolution, linear or norm layer."""
+        """Return a side of a convolution, linear or norm layer."""
         return self._side((id(module), side, 0), dense)
 
     def of_parameter(self, name: str) -> list[_Side]:
-        """Returns the sides to which a parameter's cost is proportional: its layer's, or its own if it is free."""
+        """Return the sides to which a parameter's cost is proportional: its layer's, or its own if it is free."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
         parameter = _parameter(self.model, name)
         attention = self._attention.get(id(owner), owner)

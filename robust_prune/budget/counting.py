@@ -38,12 +38,12 @@ class Product:
 
 
 def count_params(model: nn.Module) -> int:
-    """Returns the number of parameters; shared parameters are counted once."""
+    """Return the number of parameters; shared parameters are counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Returns the multiply-accumulates of one image's forward pass: convolutions, linear layers and attention products.
+    """Return the multiply-accumulates of one image's forward pass: convolutions, linear layers and attention products.
 
     Element-wise operations (norms, activations, pooling) are not counted, as is usual.
 
@@ -55,7 +55,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def trace_products(model: nn.Module, example: Tensor) -> list[Product]:
-    """Returns every convolution and matrix product of one forward pass in eval mode, in order.
+    """Return every convolution and matrix product of one forward pass in eval mode, in order.
 
     Args:
         model: the model; its modes and hooks are restored.
@@ -112,7 +112,7 @@ def _no_fast_path() -> Iterator[None]:
 
 @contextmanager
 def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keeps the name of the innermost running module on top of `stack`."""
+    """Keep the name of the innermost running module on top of `stack`."""
     handles = []
 
     def enter(name: str) -> Any:

@@ -11,7 +11,7 @@ from .types import PruningPlan
 
 
 def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, steps: int) -> float:
-    """Return the share of the *current* model that the next cut removes, so that all `steps` cuts keep equal shares.
+    """Return the share of the *current* cost that the next cut removes, so that all cuts keep equal shares of it.
 
     Deviations of earlier cuts are compensated, so that the last cut meets the full budget.
 

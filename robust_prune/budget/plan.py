@@ -23,7 +23,7 @@ _BAR = 12
 
 
 def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
-    """Plans the removal of `section.ratio` of the model's cost; the channels with the lowest scores are removed.
+    """Plan the removal of `section.ratio` of the model's cost; the channels with the lowest scores are removed.
 
     A budget that the structure does not allow (minimum widths, skipped groups) is no error: the plan is the nearest
     possible one, and its `note` names the ratio that it reaches.
@@ -63,7 +63,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
 
 
 def render_plan(plan: PruningPlan) -> Table:
-    """Returns a table with the channels of each group before and after, a bar and MRS, and totals in the footer."""
+    """Return a table with the channels of each group before and after, a bar and MRS, and totals in the footer."""
     title = f"Plan: remove {plan.ratio:.0%} of {plan.metric} ({plan.allocation} allocation, {plan.criterion} scores)"
     table = Table(title=title, caption=escape(plan.note) or None, show_footer=True)
     left = (plan.macs_after / plan.macs_before, plan.params_after / plan.params_before)

@@ -157,7 +157,7 @@ class _Search:
         return abs(self.cost - self.budget) <= self.band or (whole and self.cost <= self.budget)
 
     def merit(self) -> tuple[float, int, bool, float]:
-        """Returns a sort key, smallest is best: deviation from the budget, groups off the multiples, excess, loss."""
+        """Return a sort key, smallest is best: deviation from the budget, groups off the multiples, overrun, loss."""
         miss = 0.0 if self.on_budget() else abs(self.cost - self.budget)
         return miss, len(self.relaxed), self.cost > self.budget, self._loss()
 
@@ -168,13 +168,13 @@ class _Search:
         self._improve(self.budget - self.band / 2)
 
     def relax(self, group: int) -> None:
-        """Allows a group every width from its minimum on, in steps of its blocks."""
+        """Allow a group every width from its minimum on, in steps of its blocks."""
         self.relaxed.add(group)
         blocks = self.groups[group].blocks
         self.allowed[group] = np.arange(self.floors[group], self.dense[group] + 1, blocks, dtype=np.int64)
 
     def most_helpful(self) -> int | None:
-        """Returns the group on multiples whose single channels bring the cost nearest to the budget, or None."""
+        """Return the group on multiples whose single channels bring the cost nearest to the budget, or None."""
         best, best_gap = None, abs(self.cost - self.budget) - 1e-9
         for g in range(len(self.groups)):
             if g in self.relaxed:
@@ -191,7 +191,7 @@ class _Search:
         return self.cost + self.form.gradient(self.keep)[group] * step + self.form.quadratic[group, group] * step**2
 
     def _steps(self, direction: int, levels: int) -> Floats:
-        """Returns the change of each width to the allowed one `levels` up (1) or down (-1); NaN where there is none."""
+        """Return the change of each width to the allowed one `levels` up (1) or down (-1); NaN where there is none."""
         steps = np.full(len(self.groups), np.nan)
         for g, widths in enumerate(self.allowed):
             now = self.keep[g]
@@ -214,7 +214,7 @@ class _Search:
         return self.form.gradient(self.keep) * steps + np.diag(self.form.quadratic) * steps**2
 
     def _descend(self) -> None:
-        """Steps down, smallest loss per cost first, until the cost is within the budget or no step is left."""
+        """Step down, smallest loss per cost first, until the cost is within the budget or no step is left."""
         while self.cost > self.budget:
             down = self._steps(-1, 1)
             saved = -self._cost_change(down)
@@ -226,7 +226,7 @@ class _Search:
             self.keep[best] += down[best]
 
     def _improve(self, low: float) -> None:
-        """Takes moves that lower the loss and keep the cost between `low` and the budget, if it is there already."""
+        """Take moves that lower the loss and keep the cost between `low` and the budget, if it is there already."""
         high = max(self.budget, self.cost)
         low = min(self.cost, low)
         for _ in range(_MAX_MOVES):
@@ -239,7 +239,7 @@ class _Search:
             self._apply(moves, best)
 
     def _approach(self) -> None:
-        """Raises a cost below the tolerance to within it by the moves of least loss, or as near as possible."""
+        """Raise a cost below the tolerance to within it by the moves of least loss, or as near as possible."""
         for _ in range(_MAX_MOVES):
             if self.budget - self.cost <= self.band:
                 return
@@ -259,7 +259,7 @@ class _Search:
             self._apply(moves, int(np.argmin(price)))
 
     def _moves(self) -> _Moves:
-        """Returns all steps by each reach, and all pairs of a step up and a step down in another group."""
+        """Return all steps by each reach, and all pairs of a step up and a step down in another group."""
         n = len(self.groups)
         up = [self._steps(1, levels) for levels in _REACH]
         down = [self._steps(-1, levels) for levels in _REACH]

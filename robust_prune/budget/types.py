@@ -67,7 +67,7 @@ class PruningPlan(Shown):
     note: str = ""
 
     def short(self) -> str:
-        """Returns one sentence: the ratio, the remaining MACs and parameters, and the number of groups that are cut."""
+        """Return one sentence: the ratio, the remaining MACs and parameters, and the number of groups that are cut."""
         cut = sum(bool(group.removed) for group in self.groups)
         return (
             f"{self.ratio:.0%} of {self.metric}: {self.macs_after / self.macs_before:.1%} of the MACs and "
@@ -76,7 +76,7 @@ class PruningPlan(Shown):
         )
 
     def table(self) -> Table:
-        """Returns a table of the channels of each group before and after."""
+        """Return a table of the channels of each group before and after."""
         from .plan import render_plan
 
         return render_plan(self)

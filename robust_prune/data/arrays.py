@@ -93,7 +93,7 @@ def _images(value: Any, part: str) -> TensorImages:
 
 
 def _pixels(value: Any, part: str) -> Tensor:
-    """Returns the values as uint8, with dimensions in the same order."""
+    """Return the values as uint8, with dimensions in the same order."""
     pixels = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     if pixels.dtype == torch.uint8:
         return pixels

@@ -161,7 +161,7 @@ class DataBundle(Shown):
     notes: tuple[str, ...] = ()
 
     def short(self) -> str:
-        """Returns one sentence: name, number of images in each split, their size and the number of classes."""
+        """Return one sentence: name, number of images in each split, their size and the number of classes."""
         size = "x".join(map(str, self.input_size))
         return (
             f"{self.name}: {len(self.train):,} training, {len(self.validation):,} held-out and {len(self.test):,} test "

@@ -79,7 +79,7 @@ def decode(path: Path, input_size: tuple[int, int, int]) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit greyscale to 8 bits, since Pillow clips it at 255.
+    """Scale 16-bit greyscale to 8 bits, since Pillow clips it at 255.
 
     Raises:
         ValueError: the image has 32 bits, whose range is not known.

@@ -111,7 +111,7 @@ def decode(coded: bytes, count: int, side: int = 32) -> np.ndarray:
 
 
 def _decorrelated(images: np.ndarray) -> np.ndarray:
-    """Returns green, red - green and blue - green, int16 [3, N, H, W], each wrapped to -128..127."""
+    """Return green, red - green and blue - green, int16 [3, N, H, W], each wrapped to -128..127."""
     red, green, blue = (images[..., channel].astype(np.int16) for channel in range(3))
     return _wrapped(np.stack([green, red - green, blue - green]))
 

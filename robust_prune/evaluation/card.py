@@ -133,7 +133,7 @@ class ResultCard(Shown):
     exported: dict[str, ExportedAccuracy] = field(default_factory=dict)
 
     def short(self) -> str:
-        """Returns one sentence: clean and robust accuracy with 95 % intervals, and the number of alarms."""
+        """Return one sentence: clean and robust accuracy with 95 % intervals, and the number of alarms."""
         alarms = f"; {len(self.flags)} alarm{'s' if len(self.flags) > 1 else ''}" if self.flags else ""
         return (
             f"{self.model} on {self.robust.total:,} {self.split} images of {self.data}: clean {self.clean}, robust "

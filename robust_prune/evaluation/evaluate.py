@@ -63,7 +63,7 @@ def evaluate(
     state_path: Path | None = None,
     shared: bool = False,
 ) -> ResultCard:
-    """Attacks every image that the model classifies correctly, and counts those that survive all attacks of the tier.
+    """Attack every image that the model classifies correctly, and count those that survive all attacks of the tier.
 
     An image counts as robust only if it is classified correctly without an attack and at every point that the attacks
     return (point-wise worst case). In tiers above ``pgd`` a black-box attack then tries up to 64 survivors. Successes
@@ -211,7 +211,7 @@ def _radius(item: tuple[str, list[int]]) -> float:
 
 
 def _breakdown(request: Request, state: EvalState) -> dict[str, int]:
-    """Returns the number of images classified correctly after each attack; stages of the same name are merged."""
+    """Return the number of images classified correctly after each attack; stages of the same name are merged."""
     found = {}
     names = [stage.name for stage in request.stages(state)]
     if state.counters.black_box is not None:

@@ -69,7 +69,7 @@ def make_examples(
 
 
 def _varied(images: ImageSet, count: int, look_at: int = 200) -> torch.Tensor:
-    """Returns the positions of the first image of each class, then of the second ones and so on, up to `count`."""
+    """Return the positions of the first image of each class, then of the second ones and so on, up to `count`."""
     _, labels = images.get(torch.arange(min(look_at, len(images))))
     seen: dict[int, int] = {}
     ranked = []

@@ -115,7 +115,7 @@ class Request:
 
 @contextmanager
 def _timed(request: Request, state: EvalState) -> Iterator[None]:
-    """Adds the wall time of a batch to the state and saves the state, unless the batch failed."""
+    """Add the wall time of a batch to the state and save the state, unless the batch failed."""
     begin = time.monotonic()
     yield
     state.counters.seconds += time.monotonic() - begin
@@ -211,7 +211,7 @@ def _attack_batch(
 def _attacked(
     attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Returns which images survive, their worst points, and the numbers of forward and backward passes."""
+    """Return which images survive, their worst points, and the numbers of forward and backward passes."""
     right, worst, counted = attacker.run(stage, x, y, start)
     return right, worst, (counted.forwards, counted.backwards)
 
@@ -219,7 +219,7 @@ def _attacked(
 def _divided(
     attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Does the same, with the batch divided among all processes."""
+    """Do the same, with the batch divided among all processes."""
     count = distributed.count()
     share = slice(distributed.index(), None, count)
     mine = None
@@ -272,7 +272,7 @@ def black_box_pass(request: Request, state: EvalState) -> None:
 def _black_box(
     request: Request, survivors: Flags, predict: Predict, label: str
 ) -> tuple[NDArray[np.int64], Tensor, Tensor, Flags]:
-    """Returns the positions of the attacked survivors, their points, their labels, and which were misclassified."""
+    """Return the positions of the attacked survivors, their points, their labels, and which were misclassified."""
     rows = np.flatnonzero(survivors)[:CHECK_IMAGES]
     x, y = request.get(torch.from_numpy(rows))
     if len(rows) == 0:

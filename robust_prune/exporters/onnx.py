@@ -155,7 +155,7 @@ def _manifest_text(manifest: dict[str, Any], images: Tensor, class_names: Sequen
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses logs, warnings and output of exporters and converters, which are meant for their developers."""
+    """Suppress logs, warnings and output of exporters and converters, which are meant for their developers."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -195,7 +195,7 @@ def _trace(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
 
 
 def _strip(model: ir.Model) -> None:
-    """Removes stack traces, source paths and comments of the exporter from nodes and values."""
+    """Remove stack traces, source paths and comments of the exporter from nodes and values."""
     ClearMetadataAndDocStringPass()(model)
     for graph in model.graphs():
         graph.metadata_props.clear()
@@ -206,7 +206,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _flush_subnormals(model: ir.Model) -> int:
-    """Sets subnormal weights to zero and returns their number."""
+    """Set subnormal weights to zero and return their number."""
     count = 0
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -222,7 +222,7 @@ def _flush_subnormals(model: ir.Model) -> int:
 
 
 def _data_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """Returns the path of the external data file, or nothing if the weights fit into the ONNX file.
+    """Return the path of the external data file, or nothing if the weights fit into the ONNX file.
 
     The name contains the hash of the weights, so that a new export never changes the data of the file that it replaces.
     """

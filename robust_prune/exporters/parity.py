@@ -158,7 +158,7 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _compare(path: Path, images: np.ndarray, exact: np.ndarray, allowed: float) -> tuple[float, float]:
-    """Returns the largest error of the file over all batch sizes, and the share of predictions that agree."""
+    """Return the largest error of the file over all batch sizes, and the share of predictions that agree."""
     session = _open(path)
     name = session.get_inputs()[0].name
     worst, agree, seen = 0.0, 0, 0
@@ -177,7 +177,7 @@ def _compare(path: Path, images: np.ndarray, exact: np.ndarray, allowed: float) 
 
 
 def _batches(total: int) -> Iterator[slice]:
-    """Yields every image once in batches of the largest size, and a few images in each smaller size."""
+    """Yield every image once in batches of the largest size, and a few images in each smaller size."""
     *small, large = BATCH_SIZES
     for size in small:
         for start in (0, total - size):

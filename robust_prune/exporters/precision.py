@@ -175,7 +175,7 @@ def _reader(images: Tensor) -> Any:
 
 
 def _keep_manifest_only(model: onnx.ModelProto, precision: str) -> None:
-    """Removes the tools' metadata and records the precision in our manifest."""
+    """Remove the tools' metadata and records the precision in our manifest."""
     manifest: dict[str, Any] = next((json.loads(p.value) for p in model.metadata_props if p.key == MANIFEST_KEY), {})
     del model.metadata_props[:]
     entry = model.metadata_props.add()

@@ -157,7 +157,7 @@ def _declared() -> tuple[str, ...]:
 
 
 def _provider_problem(provider: str) -> str:
-    """Runs a model of one node on the provider and returns the problem; empty if it runs."""
+    """Run a model of one node on the provider and return the problem; empty if it runs."""
     from onnx import TensorProto, helper
 
     from ..bench import providers, session

@@ -59,7 +59,7 @@ class Model(Shown):
         return logits
 
     def short(self) -> str:
-        """Returns architecture, number of classes, image size, number of parameters and threat model."""
+        """Return architecture, number of classes, image size, number of parameters and threat model."""
         size = "x".join(map(str, self.spec.input_size))
         count = sum(parameter.numel() for parameter in self.module.parameters())
         against = f", trained against {self.threat}" if self.threat else ""
@@ -230,7 +230,7 @@ def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, T
 
 
 def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
-    """Loads the shapes, data types and values of the stored tensors into a freshly built `model`."""
+    """Load the shapes, data types and values of the stored tensors into a freshly built `model`."""
     apply_changes(model, dict(changes))
     targets = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():

@@ -130,6 +130,6 @@ def _open_foreign(path: Path, found: FoundWeights, spec: ModelSpec) -> Model:
 
 
 def _follow_pruned_module(backbone: nn.Module, module: nn.Module, prefix: str) -> None:
-    """Applies to `backbone` the shapes and attributes of a pickled module, which another tool may have pruned."""
+    """Apply to `backbone` the shapes and attributes of a pickled module, which another tool may have pruned."""
     inner = module.get_submodule(prefix.rstrip(".")) if prefix else module
     apply_changes(backbone, describe_changes(backbone, inner))

@@ -42,7 +42,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Allows or forbids TF32 on GPUs inside the block, and restores the settings on exit.
+    """Allow or forbid TF32 on GPUs inside the block, and restore the settings on exit.
 
     TF32 rounds the inputs of fp32 convolutions and matrix products to 10 bits of mantissa. torch allows it for
     convolutions by default. It speeds up training, but the scoring of adversarial images must not depend on it.

@@ -104,12 +104,12 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns all parameters and buffers under all of their names."""
+    """Return all parameters and buffers under all of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _plain(value: Any) -> bool:
-    """Returns whether JSON can represent a value, with tuples as lists."""
+    """Return whether JSON can represent a value, with tuples as lists."""
     return isinstance(value, _SCALARS) or (isinstance(value, (tuple, list)) and all(_plain(v) for v in value))
 
 

@@ -84,7 +84,7 @@ def remember(module: nn.Module, arch: str | None = None) -> str:
     """Register a torch module as an architecture until the process ends.
 
     Args:
-        module: the module, which is copied; its weights do not matter.
+        module: the module, which is copied; only its structure is used.
         arch: name under which an earlier process registered it; by default a name from class, structure and weights.
 
     Returns:

@@ -146,7 +146,7 @@ def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Returns the prefix under which most of the wanted names are found; the shortest of several."""
+    """Return the prefix under which most of the wanted names are found; the shortest of several."""
     prefixes = {""}
     for key in tensors:
         parts = key.split(".")[:-1][:_MAX_PREFIX_DEPTH]
@@ -155,7 +155,7 @@ def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
 
 
 def _statistics(tensors: Mapping[str, Tensor], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of a normalization layer, in [0, 1] units, or two empty tuples."""
+    """Return mean and standard deviation of a normalization layer, in [0, 1] units, or two empty tuples."""
     found: dict[str, tuple[float, ...]] = {}
     for key, tensor in tensors.items():
         last = key.rpartition(".")[2]

@@ -55,7 +55,7 @@ def per_channel(model: nn.Module, part: GroupSlice, values: Tensor, channels: in
 
 
 def _per_position(model: nn.Module, part: GroupSlice, values: Tensor) -> Tensor:
-    """Sums over all dimensions except the one of the slice's side."""
+    """Sum over all dimensions except the one of the slice's side."""
     if values.ndim == 1:
         return values
     if part.side == "param":

@@ -29,7 +29,7 @@ def channel_scores(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Scores the channels of every group: higher is more important, mean 1 within each group.
+    """Score the channels of every group: higher is more important, mean 1 within each group.
 
     Args:
         model: on `device`; it is not changed.

@@ -39,7 +39,7 @@ TAYLOR_BATCH = 32
 
 
 def _face(model: nn.Module, group: ChannelGroup, attention: bool) -> list[tuple[GroupSlice, float]]:
-    """Returns slices and factors such that the weighted w·∂R/∂w count the removal of each channel exactly once."""
+    """Return slices and factors such that the weighted w·∂R/∂w count the removal of each channel exactly once."""
     if attention:
         return [(s, 0.5) for s in group.slices if s.side in ("out", "in") and parameters_of(model, s)]
     for sides in (("in",), ("norm", "param"), ("out",)):
@@ -80,7 +80,7 @@ def taylor_scores(asked: Scoring, given: Images) -> dict[str, Tensor]:
 
 
 def _products(model: nn.Module, x: Tensor, y: Tensor, weights: list[nn.Parameter]) -> dict[int, Tensor | None]:
-    """Returns w·∂R/∂w elementwise for each weight, by `id`; None for weights on which the loss does not depend."""
+    """Return w·∂R/∂w elementwise for each weight, by `id`; None for weights on which the loss does not depend."""
     with torch.enable_grad():
         loss = F.cross_entropy(model(x), y)
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -65,7 +65,7 @@ def tradeoff(run: RunReport) -> Markup:
 
 
 def _free_height(left: float, right: float, wanted: float, taken: Sequence[tuple[float, float, float]]) -> float:
-    """Returns the height nearest to `wanted` at which a label from `left` to `right` overlaps no other."""
+    """Return the height nearest to `wanted` at which a label from `left` to `right` overlaps no other."""
     near = [height for a, b, height in taken if a < right and left < b]
     free = [h for h in (wanted + sign * LINE * k for k in range(len(near) + 2) for sign in (-1, 1)) if h > TOP / 2]
     clear = [h for h in free if all(abs(h - other) >= LINE for other in near)]
@@ -152,7 +152,7 @@ def _curves(series: Sequence[Series], title: str, y_title: str) -> Markup:
 def _spread(
     ends: list[tuple[tuple[float, float], Series]], gap: float = 14.0
 ) -> list[tuple[tuple[float, float], Series, float]]:
-    """Returns the heights of the labels at the ends of curves, moved apart where they would overlap."""
+    """Return the heights of the labels at the ends of curves, moved apart where they would overlap."""
     placed: list[tuple[tuple[float, float], Series, float]] = []
     last = -math.inf
     for place, series in sorted(ends, key=lambda end: end[0][1]):

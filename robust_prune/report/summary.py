@@ -90,7 +90,7 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
 
 
 def _further(run: RunReport, model: ModelRow) -> str:
-    """Returns a sentence on a model after the first two, by its own accuracy: another precision or another run."""
+    """Return a sentence on a model after the first two, by its own accuracy: another precision or another run."""
     keys = latency_keys(run)
     row = find_latency(model, keys[0]) if keys else None
     robust = model.onnx_robust or (model.card.robust if model.card else None)

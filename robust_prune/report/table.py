@@ -117,7 +117,7 @@ def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Li
 
 
 def _short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
-    """Returns a short name of the conditions that differ between measurements, e.g. ``b32 t2``."""
+    """Return a short name of the conditions that differ between measurements, e.g. ``b32 t2``."""
     _, kind, batch, threads = key
     many_threads = len({k[3] for k in keys}) > 1
     many_kinds = len({k[1] for k in keys}) > 1

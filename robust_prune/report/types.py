@@ -87,11 +87,11 @@ class RunReport(Shown):
     noise_floor: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def short(self) -> str:
-        """Returns the title and the labels of the models."""
+        """Return the title and the labels of the models."""
         return f"{self.title}: {', '.join(model.label for model in self.models)}"
 
     def table(self) -> Table:
-        """Returns the headline table."""
+        """Return the headline table."""
         from .table import headline_table
 
         return headline_table(self)

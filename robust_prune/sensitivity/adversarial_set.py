@@ -59,7 +59,7 @@ def make_adversarial_set(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AdversarialSet:
-    """Attacks random images with PGD in eval mode.
+    """Attack random images with PGD in eval mode.
 
     Pass the training split: the set decides what is pruned, so it must contain neither validation nor test images.
 

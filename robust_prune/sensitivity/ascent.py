@@ -32,7 +32,7 @@ PLATEAU, PLATEAU_STEPS = 0.002, 2
 def ascend(
     recordings: Recordings, target: Target, starts: Sequence[Tensor], radius: float, steps: int, base: float
 ) -> Tensor:
-    """Maximises R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each initial direction.
+    """Maximise R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each initial direction.
 
     The first iterate is the boundary point along the initial direction. Each later iterate is a projected step along
     the normalised gradient from the best iterate; the step size is `STRIDE` radii and shrinks after steps that do not
@@ -58,7 +58,7 @@ def ascend(
 
 
 def first_step(recordings: Recordings, target: Target, start: Tensor, radius: float) -> tuple[Tensor, float]:
-    """Returns the direction after one step from the boundary point along `start`, and a first-order estimate of R.
+    """Return the direction after one step from the boundary point along `start`, and a first-order estimate of R.
 
     Cost: one forward and one backward pass over the set, partial as in `ascend`.
 
@@ -91,7 +91,7 @@ def _stepped(delta: Tensor, slope: Tensor, stride: float, radius: float) -> Tens
 def _climb(
     recordings: Recordings, target: Target, direction: Tensor, radius: float, steps: int, base: float
 ) -> tuple[Tensor, float]:
-    """Returns the direction of the best iterate, and R there."""
+    """Return the direction of the best iterate, and R there."""
     delta = radius * unit(direction)
     best, best_loss, uphill, idle, stride = delta, -math.inf, None, 0, STRIDE
     for step in range(steps):

@@ -12,7 +12,7 @@ BAR_WIDTH = 16
 
 
 def render_table(profile: SensitivityProfile) -> Table:
-    """Returns a table with one row for each module in order of execution: MRS, rank (1 is the highest) and a bar."""
+    """Return a table with one row for each module in order of execution: MRS, rank (1 is the highest) and a bar."""
     table = Table(
         title=f"Module robustness sensitivity ({profile.estimator}, rho {profile.rho:g}, {profile.images} images)",
         caption=f"robust loss {profile.base_loss:.3f} nats; MRS is its largest rise found",
@@ -39,7 +39,7 @@ def render_table(profile: SensitivityProfile) -> Table:
 
 
 def _log_share(value: float, values: list[float]) -> float:
-    """Maps `value` to [0, 1], log-scaled between a tenth of the smallest and the largest positive value."""
+    """Map `value` to [0, 1], log-scaled between a tenth of the smallest and the largest positive value."""
     positive = [v for v in values if v > 0]
     if value <= 0 or not positive:
         return 0.0

@@ -59,7 +59,7 @@ def measure(
     memory_bytes: int = 2 << 30,
     device: torch.device | str = "cpu",
 ) -> SensitivityProfile:
-    """Measures the MRS of every convolution, linear layer and attention projection.
+    """Measure the MRS of every convolution, linear layer and attention projection.
 
     Estimators and their cost over the adversarial set, for K radii (`rho` included):
 
@@ -158,7 +158,7 @@ def _check(radii: Sequence[float], batch_size: int) -> None:
 
 @contextmanager
 def _plain_passes(model: nn.Module) -> Iterator[None]:
-    """Disables the attention fast path and gradient checkpointing inside the block.
+    """Disable the attention fast path and gradient checkpointing inside the block.
 
     The fast path runs only without gradients and hides inner modules. A checkpointed block runs again during the
     backward pass, when recorded outputs and exchanged weights are no longer in place.
@@ -199,7 +199,7 @@ def _along(
     directions: list[Tensor],
     radii: tuple[float, ...],
 ) -> tuple[float, dict[int, list[float]]]:
-    """Returns R and, for each target, its increase at each radius."""
+    """Return R and, for each target, its increase at each radius."""
     line_searches = [
         LineSearch(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)
     ]

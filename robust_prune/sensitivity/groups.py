@@ -21,7 +21,7 @@ AGGREGATIONS = tuple(_RULES)
 
 
 def check_aggregation(aggregation: str) -> None:
-    """Raises UsageError unless `aggregation` is one of `AGGREGATIONS`."""
+    """Raise UsageError unless `aggregation` is one of `AGGREGATIONS`."""
     if aggregation not in _RULES:
         raise UsageError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
 
@@ -29,7 +29,7 @@ def check_aggregation(aggregation: str) -> None:
 def aggregate_groups(
     profile: SensitivityProfile, groups: Sequence[ChannelGroup], aggregation: str = "sum"
 ) -> SensitivityProfile:
-    """Returns the profile with one MRS and one curve for each of `groups`, replacing those that it had.
+    """Return the profile with one MRS and one curve for each of `groups`, replacing those that it had.
 
     A group's members are its producers, the layers whose output channels it cuts.
 
@@ -54,7 +54,7 @@ def aggregate_groups(
 
 
 def tempered(profile: SensitivityProfile, groups: Sequence[ChannelGroup], exponent: float) -> SensitivityProfile:
-    """Returns the profile with each module's MRS raised to `exponent`, aggregated over `groups` with the same rule.
+    """Return the profile with each module's MRS raised to `exponent`, aggregated over `groups` with the same rule.
 
     Raw MRS spans three orders of magnitude and assumes a worst-case perturbation without repair or fine-tuning. An
     allocation by raw MRS spends the budget on the few most sensitive layers and starves bottlenecks that fine-tuning

@@ -28,7 +28,7 @@ from .losses import RobustLoss
 from .targets import Target, exchanged
 
 JOINT_SHARE = 0.2
-"""Share of its radius by which each weight moves in a joint ascent; larger shares leave what one weight can reach."""
+"""Share of its radius by which each weight moves in a joint ascent; a single weight cannot follow larger shares."""
 
 JOINT_STEPS = 2
 CLASSES = 10
@@ -46,7 +46,7 @@ def shortlist(
     count: int,
     step: Callable[[int, Tensor], tuple[Tensor, float]],
 ) -> list[list[Tensor]]:
-    """Returns the most promising initial directions of each target after one step, best first.
+    """Return the most promising initial directions of each target after one step, best first.
 
     Cost of each initial direction: `JOINT_STEPS` + 1 forward and backward passes over the set and one `step` for each
     target. Memory: `count` + 5 copies of the targets' weights.
@@ -80,12 +80,12 @@ def shortlist(
 
 
 def unit(direction: Tensor) -> Tensor:
-    """Returns `direction`, which is not zero, scaled to unit Frobenius norm."""
+    """Return `direction`, which is not zero, scaled to unit Frobenius norm."""
     return direction / direction.norm()
 
 
 def keep(held: list[tuple[float, Tensor]], value: float, direction: Tensor, count: int) -> None:
-    """Inserts a direction into the `count` best ones, in place; of two similar directions the better one is kept."""
+    """Insert a direction into the `count` best ones, in place; of two similar directions the better one is kept."""
     alike = [float((other * direction).sum()) > ALIKE for _, other in held]
     if any(same and pair[0] >= value for pair, same in zip(held, alike, strict=True)):
         return
@@ -100,7 +100,7 @@ def _joint_climb(
     lengths: Sequence[float],
     label: int | None,
 ) -> list[Tensor]:
-    """Returns a direction for each target from a joint ascent of all, towards class `label` or along the gradients."""
+    """Return a direction for each target from a joint ascent of all, towards class `label` or along the gradients."""
     directions = [unit(gradient) for gradient in gradients]
     if label is not None:
         towards = replace(loss, adv=replace(loss.adv, labels=torch.full_like(loss.adv.labels, label)))
@@ -114,7 +114,7 @@ def _joint_climb(
 def _gradients_at(
     loss: RobustLoss, targets: Sequence[Target], directions: Sequence[Tensor], lengths: Sequence[float]
 ) -> list[Tensor]:
-    """Returns unit gradients at targets moved along their directions, or the direction where a gradient vanishes."""
+    """Return unit gradients at targets moved along their directions, or the direction where a gradient vanishes."""
     with ExitStack() as stack:
         moved = [
             stack.enter_context(exchanged(t, (t.weight.detach() + length * d).requires_grad_(True)))

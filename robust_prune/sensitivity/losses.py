@@ -38,7 +38,7 @@ class RobustLoss:
     bf16: bool = False
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images [B, C, H, W] in the model's precision and labels [B], in order, on the device."""
+        """Yield images [B, C, H, W] in the model's precision and labels [B], in order, on the device."""
         dtype = weights_dtype(self.model)
         for start in range(0, len(self.adv), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -46,14 +46,14 @@ class RobustLoss:
             yield images.contiguous(memory_format=self.layout), self.adv.labels[part].to(self.device)
 
     def part(self, count: int) -> RobustLoss:
-        """Returns the loss over at most `count` images, the middle ones of `count` equal parts of the set."""
+        """Return the loss over at most `count` images, the middle ones of `count` equal parts of the set."""
         if count >= len(self.adv):
             return self
         return self._of((2 * torch.arange(count) + 1) * len(self.adv) // (2 * count))
 
     @torch.no_grad()
     def stratified(self) -> RobustLoss:
-        """Returns the loss over the same images, sorted by class and within each class by loss.
+        """Return the loss over the same images, sorted by class and within each class by loss.
 
         A `part` of it represents the classes and the losses of the set in proportion and does not depend on the order
         of the set (systematic sampling of an ordered population). Cost: one forward pass over the set.
@@ -74,12 +74,12 @@ class RobustLoss:
         return replace(self, adv=replace(self.adv, images=self.adv.images[chosen], labels=self.adv.labels[chosen]))
 
     def fast(self) -> RobustLoss:
-        """Returns the loss computed in bf16 where the hardware supports it and the weights are float32."""
+        """Return the loss computed in bf16 where the hardware supports it and the weights are float32."""
         single = weights_dtype(self.model) == torch.float32
         return replace(self, bf16=single and has_fast_bf16(self.device))
 
     def autocast(self) -> torch.autocast:
-        """Returns the autocast context of forward passes."""
+        """Return the autocast context of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @property
@@ -89,7 +89,7 @@ class RobustLoss:
 
     @torch.no_grad()
     def value(self) -> float:
-        """Returns R at the current weights, in nats; it takes one forward pass over the set.
+        """Return R at the current weights, in nats; it takes one forward pass over the set.
 
         Raises:
             UsageError: the loss is not finite.
@@ -101,7 +101,7 @@ class RobustLoss:
         return total / len(self.adv)
 
     def gradients(self, weights: Sequence[Tensor], tick: Callable[[], None]) -> tuple[float, list[Tensor | None]]:
-        """Returns R and its gradient with respect to each of `weights`, by one forward and backward pass over the set.
+        """Return R and its gradient with respect to each of `weights`, by one forward and backward pass over the set.
 
         Args:
             weights: parameters of the model that require gradients.
@@ -133,13 +133,13 @@ class RobustLoss:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns the cross-entropy [B] of each image, in nats; half-precision logits are converted to float32 first."""
+    """Return the cross-entropy [B] of each image, in nats; half-precision logits are converted to float32 first."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(wide, y, reduction="none")
 
 
 def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns the sum of the cross-entropy over the batch, in nats."""
+    """Return the sum of the cross-entropy over the batch, in nats."""
     return cross_entropy(logits, y).sum()
 
 
@@ -161,7 +161,7 @@ class LineSearch:
 def losses_along(
     loss: RobustLoss, trace: Trace, line_searches: Sequence[LineSearch], tick: Callable[[], None]
 ) -> tuple[float, list[list[float]]]:
-    """Returns R at the unperturbed weights and at every point of every line search, in nats.
+    """Return R at the unperturbed weights and at every point of every line search, in nats.
 
     Each batch is recorded once for all line searches, so memory holds the recorded outputs of one batch, and a
     perturbation costs a forward pass only through the layers behind its weight.
@@ -198,7 +198,7 @@ def losses_along(
 
 
 def finite(value: float, where: str) -> float:
-    """Returns `value`, which must be finite.
+    """Return `value`, which must be finite.
 
     Args:
         value: a robust loss.

@@ -73,14 +73,14 @@ class SensitivityProfile(Shown):
     groups: tuple[GroupSensitivity, ...] = ()
 
     def short(self) -> str:
-        """Returns one sentence: number of modules and groups, estimator, radius, images and threat model."""
+        """Return one sentence: number of modules and groups, estimator, radius, images and threat model."""
         return (
             f"MRS of {len(self.modules)} modules and {len(self.groups)} groups, {self.estimator}, relative radius "
             f"{self.rho:g}, {self.images:,} images under {self.threat}"
         )
 
     def table(self) -> Table:
-        """Returns a table of MRS by module."""
+        """Return a table of MRS by module."""
         from .display import render_table
 
         return render_table(self)

@@ -36,7 +36,7 @@ class Recordings:
         self._bytes = 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Recording]]:
-        """Yields images [B, C, H, W], labels [B] and the recording of each batch."""
+        """Yield images [B, C, H, W], labels [B] and the recording of each batch."""
         for position, (x, y) in enumerate(self.loss.batches()):
             if position not in self._held:
                 self._held[position] = self._record(x)
@@ -54,12 +54,12 @@ class Recordings:
         return Recording()
 
     def replay(self, weight: nn.Parameter, x: Tensor, recording: Recording) -> Tensor:
-        """Returns the logits [B, K] of a batch, with the outputs of layers before `weight` taken from the recording."""
+        """Return the logits [B, K] of a batch, with the outputs of layers before `weight` taken from the recording."""
         return replay(self.loss.model, self._trace, x, recording, self._reuse[id(weight)])
 
 
 def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter]) -> int:
-    """Returns the size of recordings for `weights`, in bytes for each image."""
+    """Return the size of recordings for `weights`, in bytes for each image."""
     few = next(loss.part(FEW).batches())[0]
     keep = frozenset[int]().union(*(trace.frontier(weight) for weight in weights))
     with loss.autocast():
@@ -67,7 +67,7 @@ def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Paramete
 
 
 def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> RobustLoss:
-    """Returns the loss with batches small enough that recordings and saved activations take at most `limit` bytes each.
+    """Return the loss with batches small enough that recordings and saved activations take at most `limit` bytes each.
 
     A batch has at least one image.
     """
@@ -78,7 +78,7 @@ def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], lim
 
 
 def _saved_bytes(loss: RobustLoss, x: Tensor, weights: Sequence[nn.Parameter]) -> int:
-    """Returns the bytes that autograd saves in one forward pass, converted weights included."""
+    """Return the bytes that autograd saves in one forward pass, converted weights included."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Trace:
     first_use: dict[int, int]
 
     def frontier(self, weight: nn.Parameter) -> frozenset[int]:
-        """Returns the indices of the outermost reusable calls that return before the first use of `weight`."""
+        """Return the indices of the outermost reusable calls that return before the first use of `weight`."""
         moment = self.first_use.get(id(weight), 0)
         found: list[int] = []
         index = 0
@@ -84,7 +84,7 @@ class Recording:
     outputs: dict[int, tuple[list[Any], TreeSpec]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        """Returns the size of all outputs in bytes; each storage is counted once."""
+        """Return the size of all outputs in bytes; each storage is counted once."""
         storages = {
             leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
             for leaves, _ in self.outputs.values()
@@ -96,7 +96,7 @@ class Recording:
 
 @contextmanager
 def _intercepted(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Routes every submodule's forward through ``handler(module, forward, *args, **kwargs)``."""
+    """Route every submodule's forward through ``handler(module, forward, *args, **kwargs)``."""
     missing = object()
     saved: list[tuple[nn.Module, Any]] = []
     try:
@@ -168,7 +168,7 @@ def _storage(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def trace_calls(model: nn.Module, x: Tensor, weights: Iterable[nn.Parameter]) -> Trace:
-    """Runs `model` once on a few images and returns the trace of its calls.
+    """Run `model` once on a few images and return the trace of its calls.
 
     Args:
         model: in eval mode.
@@ -220,7 +220,7 @@ def _rebuild(leaves: list[Any], spec: TreeSpec, copy: bool) -> Any:
 
 @torch.no_grad()
 def record(model: nn.Module, trace: Trace, x: Tensor, keep: frozenset[int]) -> tuple[Tensor, Recording]:
-    """Runs a forward pass and records the outputs of the calls with indices `keep`.
+    """Run a forward pass and records the outputs of the calls with indices `keep`.
 
     Memory: the recorded outputs of the batch `x` [B, C, H, W], until the recording is deleted.
 
@@ -233,7 +233,7 @@ def record(model: nn.Module, trace: Trace, x: Tensor, keep: frozenset[int]) -> t
 
 
 def replay(model: nn.Module, trace: Trace, x: Tensor, recording: Recording, reuse: frozenset[int]) -> Tensor:
-    """Runs a forward pass on the recorded batch and takes the outputs of the calls with indices `reuse` from it.
+    """Run a forward pass on the recorded batch and take the outputs of the calls with indices `reuse` from it.
 
     Calls in `reuse` that were not recorded are computed. Gradients do not flow into recorded outputs.
 

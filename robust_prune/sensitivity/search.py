@@ -53,7 +53,7 @@ def find_directions(
     memory_bytes: int,
     others: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Returns for each target the direction of the largest loss found on the ball.
+    """Return for each target the direction of the largest loss found on the ball.
 
     Args:
         loss: robust loss over the full set, sorted so that parts of it are representative (`RobustLoss.stratified`).
@@ -111,7 +111,7 @@ def find_directions(
 def _recorder(
     stage: RobustLoss, trace: Trace, weights: Sequence[nn.Parameter], limit: int
 ) -> Callable[[nn.Parameter], Recordings]:
-    """Returns a function from a weight to its recordings: shared by all weights if they fit, else new for each."""
+    """Return a function from a weight to its recordings: shared by all weights if they fit, else new for each."""
     if bytes_an_image(stage, trace, weights) * len(stage.adv) > limit:
         return lambda weight: Recordings(stage, trace, [weight], limit)
     shared = Recordings(stage, trace, weights, limit)

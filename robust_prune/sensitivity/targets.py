@@ -33,7 +33,7 @@ class Target:
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
-    """Returns the weights of convolutions, linear layers and attention input projections, in registration order.
+    """Return the weights of convolutions, linear layers and attention input projections, in registration order.
 
     The output projection of `nn.MultiheadAttention` is a linear layer of its own. A module that is registered twice
     appears once; two modules that share a parameter both appear, so that it can be found under either name.
@@ -85,7 +85,7 @@ def _weight_names(module: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def exchanged(target: Target, weight: Tensor) -> Iterator[nn.Parameter]:
-    """Replaces the target's parameter by `weight` inside the ``with`` block.
+    """Replace the target's parameter by `weight` inside the ``with`` block.
 
     The original parameter is never written to, so it is restored bit for bit.
 

@@ -201,7 +201,7 @@ def _normalises(module: nn.Module) -> bool:
 
 
 def _classify(model: nn.Module, log: list[_Event], at: int) -> Attention | None:
-    """Returns the attention block of the product at position `at`: the innermost module with layers on both sides."""
+    """Return the attention block of the product at position `at`: the innermost module with layers on both sides."""
     owner = log[at].name
     while True:
         before, after = _own(log[:at], owner, model), _own(log[at + 1 :], owner, model)

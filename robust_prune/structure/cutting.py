@@ -170,7 +170,7 @@ def _require_equal_parts(size: int, parts: int, positions: list[int]) -> None:
 
 
 def _cut_grouped(conv: nn.modules.conv._ConvNd, side: str, positions: list[int]) -> None:
-    """Cuts a grouped convolution; torch-pruning's function would apply the cut of the first group to every group."""
+    """Cut a grouped convolution; torch-pruning's function would apply the cut of the first group to every group."""
     if conv.transposed:
         raise ValueError("a grouped transposed convolution cannot be cut")
     size = conv.out_channels if side == "out" else conv.in_channels

@@ -216,7 +216,7 @@ def _check_range(graph: BoundedGraph, dependency: Any, arrived: list[Any]) -> No
 
 
 def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], number: dict[int, int]) -> GroupSlice | None:
-    """Returns the positions that `node` loses, or None for operations without channels."""
+    """Return the positions that `node` loses, or None for operations without channels."""
     side: Side
     dim = 0
     if node.type in _OPAQUE:
@@ -240,7 +240,7 @@ def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], numbe
 
 
 def _changes_value(graph: BoundedGraph, node: Any, fn: Any) -> bool:
-    """Returns whether cutting `node` with `fn` cuts its output; false for inputs of convolutions and linear layers."""
+    """Return whether cutting `node` with `fn` cuts its output; false for inputs of convolutions and linear layers."""
     if node.type in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR):
         return bool(fn == graph.get_pruner_of_module(node.module).prune_out_channels)
     return True

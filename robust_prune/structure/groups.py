@@ -136,7 +136,7 @@ def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
 
 
 def _remaining(stuck: Sequence[Skipped], ledger: Ledger) -> tuple[Skipped, ...]:
-    """Returns the `stuck` layers that no proved group covers, each with the last reason found for it or its group."""
+    """Return the `stuck` layers that no proved group covers, each with the last reason found for it or its group."""
     covered = {producer for cut in ledger.done for producer in cut.candidate.group.producers}
     reasons = {
         producer: failed.reason
@@ -164,7 +164,7 @@ def bundled(members: Sequence[Candidate]) -> Candidate:
 
 
 def _bundles(lost: Sequence[Candidate]) -> list[Candidate]:
-    """Bundles the groups of equal width among those that cannot be cut alone."""
+    """Bundle the groups of equal width among those that cannot be cut alone."""
     by_width: dict[int, list[Candidate]] = {}
     for candidate in lost:
         by_width.setdefault(candidate.group.channels, []).append(candidate)
@@ -190,7 +190,7 @@ def _add_attention(block: Attention, candidates: list[Candidate], skipped: list[
 def _as_group(
     name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention], blocks: int = 1
 ) -> ChannelGroup:
-    """Returns the coupling as a group with at least `blocks` blocks.
+    """Return the coupling as a group with at least `blocks` blocks.
 
     Raises:
         BrokenMapping: its channels cannot be removed, neither one by one nor block by block.
@@ -213,7 +213,7 @@ def _as_group(
 
 
 def _tied_parameter(model: nn.Module, targets: set[str]) -> str:
-    """Returns the name of a parameter of `targets` that another module shares, or an empty string."""
+    """Return the name of a parameter of `targets` that another module shares, or an empty string."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -227,7 +227,7 @@ def _tied_parameter(model: nn.Module, targets: set[str]) -> str:
 
 
 def _parts(model: nn.Module, part: GroupSlice) -> int:
-    """Returns the number of equal parts (groups) into which the layer divides the positions of `part`."""
+    """Return the number of equal parts (groups) into which the layer divides the positions of `part`."""
     if part.side == "param":
         return 1
     module = model.get_submodule(part.target)
@@ -239,13 +239,13 @@ def _parts(model: nn.Module, part: GroupSlice) -> int:
 
 
 def _spread(part: GroupSlice, count: int, size: int) -> bool:
-    """Returns whether each channel has equally many positions in every part, so that any channel may be removed."""
+    """Return whether each channel has equally many positions in every part, so that any channel may be removed."""
     per_part = Counter((root, position * count // size) for position, root in zip(part.index, part.root, strict=True))
     return len(per_part) == count * len(set(part.root)) and len(set(per_part.values())) == 1
 
 
 def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None:
-    """Raises BrokenMapping unless each part of the layer holds the channels of the same part of the group."""
+    """Raise BrokenMapping unless each part of the layer holds the channels of the same part of the group."""
     if len(part.index) != size or channels % count or size % channels:
         raise BrokenMapping(f"the {count} parts of {part.target} do not hold whole parts of its channels")
     for position, root in zip(part.index, part.root, strict=True):
@@ -254,7 +254,7 @@ def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None
 
 
 def _trial_cut(group: ChannelGroup) -> tuple[int, ...]:
-    """Returns channels to remove for a proof: a random share that differs between groups, equal in each block.
+    """Return channels to remove for a proof: a random share that differs between groups, equal in each block.
 
     With the same share everywhere, groups whose widths the model's code ties would pass together and fail in a plan.
     """

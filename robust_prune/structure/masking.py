@@ -16,7 +16,7 @@ _STATISTICS = (nn.LayerNorm, nn.GroupNorm)
 
 @contextmanager
 def masked(model: nn.Module, removed: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
-    """Sets the given positions of `model` to zero inside the ``with`` block and restores them bit for bit on exit.
+    """Set the given positions of `model` to zero inside the ``with`` block and restore them bit for bit on exit.
 
     Weights, biases and free parameters are zeroed. Layer and group norms compute statistics over channels, in which
     zeroed channels would still count. Such a norm is replaced by one that normalises the remaining channels alone and
@@ -76,7 +76,7 @@ def _zero_inputs(module: Any, index: list[int], undo: list[tuple[Tensor, Tensor]
 
 
 def _remaining_only(norm: Any, index: list[int]) -> Any:
-    """Returns a forward function of `norm` over the remaining channels."""
+    """Return a forward function of `norm` over the remaining channels."""
     size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
     keep = sorted(set(range(size)) - set(index))
     small = cut_copy(norm, "norm", index)
@@ -91,7 +91,7 @@ def _remaining_only(norm: Any, index: list[int]) -> Any:
 
 
 def _channel_dim(norm: Any, x: Tensor) -> int:
-    """Returns the channel dimension of `x`: 1 for group norm and two-dimensional layer norms, else the last."""
+    """Return the channel dimension of `x`: 1 for group norm and two-dimensional layer norms, else the last."""
     if isinstance(norm, nn.GroupNorm):
         return 1
     size = norm.normalized_shape[-1]

@@ -145,7 +145,7 @@ class Probe(TorchFunctionMode):
         return self._again(came)
 
     def _layer(self, function: str, arguments: Iterable[Any]) -> nn.Module | None:
-        """Returns the layer that calls `function`: the owner of a tensor among its arguments, or the running module."""
+        """Return the layer that calls `function`: the owner of a tensor among its arguments, or the running module."""
         owners = [self._owners[id(a)] for a in arguments if isinstance(a, Tensor) and id(a) in self._owners]
         for layer in (*owners, *self._stack[-1:]):
             products = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
@@ -183,18 +183,18 @@ class Probe(TorchFunctionMode):
 
 
 def _moved(now: Tensor, before: Tensor, dim: int) -> Tensor:
-    """Returns which positions along `dim` differ anywhere, as a bool tensor on the CPU."""
+    """Return which positions along `dim` differ anywhere, as a bool tensor on the CPU."""
     return (now != before).movedim(dim, 0).flatten(1).any(1).cpu()
 
 
 def _along(mask: Tensor, dim: int, like: Tensor) -> Tensor:
-    """Returns `mask` shaped to broadcast along `dim` of `like`."""
+    """Return `mask` shaped to broadcast along `dim` of `like`."""
     return mask.to(like.device).view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[Probe]:
-    """Yields a `Probe` of `model` (in eval mode); inside the ``with`` block it replaces the outputs of the layers."""
+    """Yield a `Probe` of `model` (in eval mode); inside the ``with`` block it replaces the outputs of the layers."""
     stack: list[nn.Module] = []
     handles = []
     for module in model.modules():

@@ -98,7 +98,7 @@ class _Components:
 def _probe_sources(
     probe: Probe, sources: list[Place], image: Tensor
 ) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
-    """Yields each source, its perturbed channels in each pass [T, C] and, by call, changed inputs [T, positions]."""
+    """Yield each source, its perturbed channels in each pass [T, C] and, by call, changed inputs [T, positions]."""
     reach: dict[Place, frozenset[int]] = {}
     for source in sources:
         whole = torch.ones(probe.size(source), dtype=torch.bool)
@@ -118,7 +118,7 @@ def _probe_sources(
 
 
 def _apart(reach: Mapping[Place, frozenset[int]]) -> list[list[Place]]:
-    """Partitions the sources into sets that reach no call in common, so that one pass serves a whole set."""
+    """Partition the sources into sets that reach no call in common, so that one pass serves a whole set."""
     colours: list[tuple[set[int], list[Place]]] = []
     for source, calls in reach.items():
         for used, members in colours:
@@ -136,7 +136,7 @@ def _passes(probe: Probe, image: Tensor, members: Mapping[Place, Tensor], count:
 
 
 def _halves(channels: int) -> Tensor:
-    """Returns sets of channels, bool [T, C]: for each binary digit, the channels with it and those without it."""
+    """Return sets of channels, bool [T, C]: for each binary digit, the channels with it and those without it."""
     numbers = torch.arange(channels)
     digits = torch.stack([(numbers >> b) & 1 == 1 for b in range(max(1, math.ceil(math.log2(max(2, channels)))))])
     return torch.cat([digits, ~digits])
@@ -153,7 +153,7 @@ def _is_unclear(members: Tensor, reached: Iterable[int], seen: list[list[Tensor]
 
 
 def _possible(members: Tensor, moved: Tensor) -> Tensor:
-    """Returns the channels that each position may depend on, bool [positions, C].
+    """Return the channels that each position may depend on, bool [positions, C].
 
     A position changes in every pass that perturbs a channel on which it depends.
 
@@ -185,7 +185,7 @@ def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], probe: 
 
 
 def _rows(possible: Tensor) -> list[tuple[list[int], list[int]]]:
-    """Groups the positions by their possible channels; positions without any are left out."""
+    """Group the positions by their possible channels; positions without any are left out."""
     alike: dict[bytes, list[int]] = {}
     for position in possible.any(1).nonzero().flatten().tolist():
         alike.setdefault(possible[position].numpy().tobytes(), []).append(position)
@@ -204,7 +204,7 @@ def _groups(roots: list[Place], classes: list[list[Position]]) -> list[TracedGro
 
 
 def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
-    """Turns classes into the channels of a group: an equally long part for each kind, or the largest kind alone.
+    """Turn classes into the channels of a group: an equally long part for each kind, or the largest kind alone.
 
     Parts of nearly equal length are shortened to the smallest, since the last part of torch.chunk may be smaller.
     """
@@ -236,5 +236,5 @@ def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
 
 
 def _kind(members: list[Position]) -> tuple[tuple[Place, int], ...]:
-    """Returns the places in which a class has positions, and how many."""
+    """Return the places in which a class has positions, and how many."""
     return tuple(sorted(Counter(place for place, _ in members).items()))

@@ -249,7 +249,7 @@ class Ledger:
 
 
 def _kind(cut: Cut) -> str:
-    """Returns the group's name without numbers, which is the same for the corresponding layer of every block."""
+    """Return the group's name without numbers, which is the same for the corresponding layer of every block."""
     return re.sub(r"\d+", "#", cut.candidate.group.name)
 
 
@@ -270,7 +270,7 @@ def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
 
 
 def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adaptation]]:
-    """Yields adaptations of all attention blocks, equal within a class; with several cuts only the likeliest."""
+    """Yield adaptations of all attention blocks, equal within a class; with several cuts only the likeliest."""
     ways: dict[str, list[Adaptation]] = {}
     kind: dict[str, tuple[type, int]] = {}
     for cut in cuts:
@@ -286,7 +286,7 @@ def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adapta
 
 
 def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> Iterator[tuple[Edit, ...]]:
-    """Yields sets of edits of attributes that may be stale: none, each alone, one name on all modules of a class, all.
+    """Yield sets of edits of attributes that may be stale: none, each alone, one name on all modules of a class, all.
 
     The modules searched are the ancestors of the cut layers and the ancestors' other children, nearest to the root
     layer first.
@@ -315,14 +315,14 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
 
 
 def _shared(name: str, other: str) -> int:
-    """Returns the number of leading components that two module names have in common."""
+    """Return the number of leading components that two module names have in common."""
     return sum(
         1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
     )
 
 
 def _mean_repairs(model: nn.Module, group: ChannelGroup, before: dict[Place, int]) -> Iterator[tuple[Edit, ...]]:
-    """Yields edits for a module that divides by a mean over the cut channels, such as global response norm.
+    """Yield edits for a module that divides by a mean over the cut channels, such as global response norm.
 
     If C' of C channels are kept, the masked model averages over C channels including zeros, while the cut model
     averages over C' channels and gets a mean C/C' times as large. Multiplying one of the module's cut parameters by

@@ -89,7 +89,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
 
 
 def _candidates(trial: Trial, plan: PruningPlan) -> dict[str, Candidate]:
-    """Returns the groups of the trial's model by name; traced and bundled ones are found as they were for the plan."""
+    """Return the groups of the trial's model by name; traced and bundled ones are found as they were for the plan."""
     known = {c.group.name: c for c in find_candidates(trial)[0]}
     bundles = [p for p in plan.groups if p.members]
     single = [p for p in plan.groups if not p.members]
@@ -105,7 +105,7 @@ def _candidates(trial: Trial, plan: PruningPlan) -> dict[str, Candidate]:
 
 
 def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
-    """Returns why the planned cut cannot be made, or an empty string."""
+    """Return why the planned cut cannot be made, or an empty string."""
     if candidate is None:
         return "the model has no prunable group of this name"
     group: ChannelGroup = candidate.group
@@ -123,7 +123,7 @@ def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
 
 
 def _replay(small: nn.Module, ledger: Ledger) -> None:
-    """Makes the proved cuts, attention adaptations and attribute repairs in `small`."""
+    """Make the proved cuts, attention adaptations and attribute repairs in `small`."""
     cutter = Cutter(small)
     for cut in ledger.done:
         cutter.cut(cut.candidate.group, cut.removed)
@@ -141,7 +141,7 @@ def _removed(ledger: Ledger) -> dict[Place, frozenset[int]]:
 
 
 def _whole_parity(base: nn.Module, small: nn.Module, removed: Mapping[Place, frozenset[int]], example: Tensor) -> float:
-    """Returns the relative error of the pruned model against the masked one, both with the model's own weights.
+    """Return the relative error of the pruned model against the masked one, both with the model's own weights.
 
     Raises:
         QualityGateError: they differ, or the pruned model cannot be run forward and backward.

@@ -25,7 +25,7 @@ def reestimate_batchnorm(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> int:
-    """Replaces the running statistics of every batch-norm by their average over batches of training images.
+    """Replace the running statistics of every batch-norm by their average over batches of training images.
 
     Removing channels shifts the mean and variance of the remaining activations, so the old statistics no longer fit.
     All layers are re-estimated in the same passes, each with the batch statistics of the layers before it.
@@ -70,7 +70,7 @@ def _batches(items: Tensor, size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Puts only the batch-norms in train mode, with reset statistics and equal weight for all batches."""
+    """Put only the batch-norms in train mode, with reset statistics and equal weight for all batches."""
     momenta = [layer.momentum for layer in layers]
     kept = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]
     try:

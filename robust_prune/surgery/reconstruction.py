@@ -51,7 +51,7 @@ def reconstruct(
     ridge: float = RIDGE,
     batch_size: int = _BATCH,
 ) -> tuple[str, ...]:
-    """Fits the weights of every plain convolution and linear layer of `small` that lost inputs, in place.
+    """Fit the weights of every plain convolution and linear layer of `small` that lost inputs, in place.
 
     Cost: two partial forward passes over `images` for each layer. Memory: at most 256 MiB of unfolded inputs (or those
     of one image), the activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number
@@ -89,7 +89,7 @@ def reconstruct(
 
 
 def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
-    """Returns the layers that lost inputs, each with the positions of its kept outputs."""
+    """Return the layers that lost inputs, each with the positions of its kept outputs."""
     found = {}
     for target, side, _ in removed:
         if side != "in":
@@ -105,7 +105,7 @@ def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[s
 
 
 def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]:
-    """Returns the names of `readers` in the order in which they run, without those that run more than once."""
+    """Return the names of `readers` in the order in which they run, without those that run more than once."""
     calls: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]
 
 
 def _passed(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the input and output of module `name` in a forward pass that ends there."""
+    """Return the input and output of module `name` in a forward pass that ends there."""
     kept: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -176,7 +176,7 @@ def _solve(
 
 
 def _rows(layer: Any, x: Tensor) -> Tensor | None:
-    """Returns one row of inputs for each output position, with a final 1 for the bias, or None for other padding."""
+    """Return one row of inputs for each output position, with a final 1 for the bias, or None for other padding."""
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
     elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):

@@ -21,7 +21,7 @@ def repair(
     device: str,
     adv: AdversarialSet | None = None,
 ) -> None:
-    """Repairs the pruned model in place by the method ``pruning.compensation`` of the recipe, and moves it to `device`.
+    """Repair the pruned model in place by the method ``pruning.compensation`` of the recipe, and move it to `device`.
 
     Args:
         surgery: result of `apply`.

@@ -13,7 +13,7 @@ from ..recipe import TrainSettings
 
 
 def make_accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelerator:
-    """Returns an `Accelerator` for this process, with the trackers of the settings writing to `folder`.
+    """Return an `Accelerator` for this process, with the trackers of the settings writing to `folder`.
 
     Raises:
         EnvironmentProblem: the package of a tracker is not installed.
@@ -31,7 +31,7 @@ def make_accelerator(settings: TrainSettings, device: str, folder: Path) -> Acce
 
 
 def divisible(batch_size: int, count: int) -> int:
-    """Returns the largest batch size up to `batch_size` that is divisible by `count` processes.
+    """Return the largest batch size up to `batch_size` that is divisible by `count` processes.
 
     Raises:
         UsageError: there is less than one image for each process.

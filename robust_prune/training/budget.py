@@ -26,7 +26,7 @@ def affordable(
     device: str = "cpu",
     teacher: nn.Module | None = None,
 ) -> tuple[int, int]:
-    """Returns the smallest number of epochs, and the number of images in each, whose training takes `seconds`.
+    """Return the smallest number of epochs, and the number of images in each, whose training takes `seconds`.
 
     Up to `TIMED_STEPS` steps of a copy are timed. Validation on held-out images is not counted.
 

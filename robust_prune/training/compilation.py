@@ -54,7 +54,7 @@ def pays(
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Returns the seconds of the fastest run, after one for warm-up and compilation."""
+    """Return the seconds of the fastest run, after one for warm-up and compilation."""
     times = []
     for _ in range(1 + repeats):
         _wait(device)

@@ -13,7 +13,7 @@ TINY = 1e-12
 
 @contextmanager
 def perturbed_weights(model: nn.Module, gradients: Mapping[str, Tensor], size: float) -> Iterator[None]:
-    """Moves every matrix and kernel along its gradient by `size` times its norm; restores all exactly on exit.
+    """Move every matrix and kernel along its gradient by `size` times its norm; restore all exactly on exit.
 
     Norm layers and biases are not perturbed, as in the published method. Weights are restored from copies, not by
     subtraction, so that no rounding error remains.

@@ -18,7 +18,7 @@ def generator_at(device: torch.device | str, seed: int, *position: int | str) ->
 
 @contextmanager
 def seeded_layers(device: torch.device, seed: int, *position: int) -> Iterator[None]:
-    """Seeds random layers such as dropout by the position in a run; restores the random state on exit."""
+    """Seed random layers such as dropout by the position in a run; restore the random state on exit."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator_at("cpu", seed, "layers", *position).initial_seed())
         yield

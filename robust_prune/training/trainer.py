@@ -193,7 +193,7 @@ class _Run:
         return torch.randperm(len(self.images), generator=generator_at("cpu", self.seed, "order", epoch))
 
     def _read_figures(self, advance: Advance) -> None:
-        """Accumulates losses and accuracies of the last steps; raises LossNotFinite for a loss that is not finite."""
+        """Accumulate losses and accuracies of the last steps; raise LossNotFinite for a loss that is not finite."""
         state, read = self.state, self.figures.read()
         for step, (loss, accuracy) in enumerate(read, start=state.step - len(read) + 1):
             if not math.isfinite(loss):
@@ -209,7 +209,7 @@ class _Run:
         advance(len(read), note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
 
     def _step(self, indices: Tensor) -> None:
-        """Runs one optimizer step without reading any value, which would synchronise host and device."""
+        """Run one optimizer step without reading any value, which would synchronise host and device."""
         settings, state = self.settings, self.state
         self.scheduler.step_update(self._steps_done)
         awp = settings.awp if self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch else 0.0
@@ -225,7 +225,7 @@ class _Run:
         self.figures.queue(result.loss, result.metrics.get("accuracy"))
 
     def _gradients_of(self, indices: Tensor, generator: torch.Generator, awp: float) -> LossResult:
-        """Attacks a batch and accumulates the gradients of its loss in the parameters."""
+        """Attack a batch and compute the gradients of its loss, in the parameters' ``grad``."""
         state, process = self.state, self.accelerator.process_index
         x, y = self._share(indices, generator)
         self.trained.train()
@@ -238,7 +238,7 @@ class _Run:
             return self._forward_backward(batch)
 
     def _share(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns this process's augmented images of a batch, in [0, 1], and their labels.
+        """Return this process's augmented images of a batch, in [0, 1], and their labels.
 
         Crops are drawn for the full batch, so that they do not depend on the number of processes.
         """
@@ -263,7 +263,7 @@ class _Run:
         return result
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns gradients of the batch at the current weights; batch-norm statistics are not updated."""
+        """Return gradients of the batch at the current weights; batch-norm statistics are not updated."""
         with kept_buffers(self.model):
             self._forward_backward(batch)
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -356,11 +356,11 @@ def train(
     checkpoint: Path | None = None,
     teacher: nn.Module | None = None,
 ) -> TrainResult:
-    """Trains `model` in place and leaves it with the weights of the best epoch.
+    """Train `model` in place and leave it with the weights of the best epoch.
 
     After each epoch the live and the averaged weights are scored under PGD on held-out training images, and the weights
     with the best robust accuracy are selected. With `checkpoint` an interrupted run is resumed and ends with the same
-    weights; the file is written every `CHECKPOINT_SECONDS`.
+    weights; the file is written every `CHECKPOINT_SECONDS` and after every epoch.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K].

@@ -47,7 +47,7 @@ class TrainResult(Shown):
     note: str = ""
 
     def short(self) -> str:
-        """Returns one sentence: the number of epochs, and the held-out accuracies of the selected one."""
+        """Return one sentence: the number of epochs, and the held-out accuracies of the selected one."""
         best = self.history[self.best_epoch - 1] if self.best_epoch else None
         reached = (
             f", best {best.epoch}: held-out {best.val_clean:.1%} clean, {best.val_robust:.1%} robust" if best else ""

@@ -34,7 +34,7 @@ SHARE = 0.85
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Trains the base model from scratch, or from the weights of an earlier job."""
+    """Train the base model from scratch, or from the weights of an earlier job."""
     data = load_data("cifar10")
     settings = TrainSettings(**{key: value for key, value in sizes.base.items() if key != "arch"})
     spec = registry.make_spec(
@@ -73,7 +73,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
 
 
 def _compile_pays(work: Work, deadline: float) -> bool:
-    """Returns whether compilation saves more than 30 seconds, according to the phase `speed`."""
+    """Return whether compilation saves more than 30 seconds, according to the phase `speed`."""
     losses = work.result("speed").get("speed", {}).get("losses", {})
     seconds = losses.get("pgd_at", {}).get("seconds", {})
     if COMPILED not in seconds:
@@ -83,7 +83,7 @@ def _compile_pays(work: Work, deadline: float) -> bool:
 
 
 def _seconds_an_epoch(model: nn.Module, images: ImageSet, settings: TrainSettings, device: str) -> float:
-    """Returns the seconds of an epoch, from a second epoch of a few steps on a copy, after compilation and warm-up."""
+    """Return the seconds of an epoch, from a second epoch of a few steps on a copy, after compilation and warm-up."""
     few = first(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 2, "validation_images": 0})
     result = train(copy.deepcopy(model), few, first(images, 0), THREAT, timed, device=device)
@@ -92,7 +92,7 @@ def _seconds_an_epoch(model: nn.Module, images: ImageSet, settings: TrainSetting
 
 @contextmanager
 def _kept(work: Work, checkpoint: Path, spec: ModelSpec) -> Iterator[None]:
-    """Stores the best weights in half precision every minute, in case the machine becomes unavailable."""
+    """Store the best weights in half precision every minute, in case the machine becomes unavailable."""
     over = threading.Event()
 
     def keep() -> None:

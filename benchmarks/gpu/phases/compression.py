@@ -41,7 +41,7 @@ LATENCY_SECONDS = 40.0
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Runs all arms of one ratio before those of the next; a later job resumes with the missing ones."""
+    """Run all arms of one ratio before those of the next; a later job resumes with the missing ones."""
     base = work.newest_base()
     if base is None:
         reason = "there is no base: run the phase `base`, or pack one"
@@ -77,7 +77,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
 
 
 def _analyses(loaded: Model, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Analysis]:
-    """Returns the analysis of each arm; groups, costs and MRS are measured once."""
+    """Return the analysis of each arm; groups, costs and MRS are measured once."""
     by_criterion = dict(analyses(loaded, data, recipe, device, criteria=[arm.criterion for arm in ARMS]))
     found = {arm.name: by_criterion[arm.criterion] for arm in ARMS}
     return {name: _insensitive(a) if name == "global magnitude" else a for name, a in found.items()}
@@ -97,7 +97,7 @@ def _latency(
     analysis: Analysis,
     ratios: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Measures the dense file and those of new `mrs` cuts on GPU and CPU, since latency does not depend on weights."""
+    """Measure the dense file and those of new `mrs` cuts on GPU and CPU, since latency does not depend on weights."""
     models: dict[str, nn.Module] = {DENSE: loaded.module.cpu()}
     for ratio in ratios:
         plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Measures bandwidth and throughput on random data, and runs the GPU tests."""
+    """Measure bandwidth and throughput on random data, and run the GPU tests."""
     device, large = torch.device(sizes.device), sizes.device == "cuda"
     found: dict[str, Any] = {"environment": snapshot(), "gpus": nvml.gpus(), "before": nvml.states()}
     if large:
@@ -61,7 +61,7 @@ def _median(call: Callable[[], object], device: torch.device, repeats: int = 12)
 
 
 def _gpu_tests(seconds: float) -> str:
-    """Returns the last lines of pytest for the tests that need a GPU; without a GPU they fail."""
+    """Return the last lines of pytest for the tests that need a GPU; without a GPU they fail."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     try:

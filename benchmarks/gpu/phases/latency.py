@@ -20,7 +20,7 @@ from robust_prune.serialization import to_json
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Measures the sets that are missing from earlier jobs, in order, until the deadline."""
+    """Measure the sets that are missing from earlier jobs, in order, until the deadline."""
     found = work.result("latency") or {"tables": [], "failed": []}
     found["environment"] = snapshot()
     found["providers"] = {name: provider_problem(name) or "runs" for name in sizes.providers}
@@ -56,7 +56,7 @@ def _key(provider: str, chosen: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _files(work: Work, chosen: Set) -> list[tuple[str, Path]]:
-    """Returns (label, file) of every filled skeleton of the architecture; the dense fp32 file is first."""
+    """Return (label, file) of every filled skeleton of the architecture; the dense fp32 file is first."""
     folder, filled = work.root / "skeletons" / chosen.arch.replace("/", "-"), work.root / "onnx"
     files = []
     for skeleton in sorted(folder.glob("*.onnx"), key=lambda path: (len(path.stem), path.stem)):

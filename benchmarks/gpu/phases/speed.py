@@ -18,7 +18,7 @@ from robust_prune.recipe import TrainSettings
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Times all loops on images of the embedded sample of CIFAR-10."""
+    """Time all loops on images of the embedded sample of CIFAR-10."""
     chosen, data = sizes.speed, load_data("sample")
     spec = registry.make_spec(
         chosen["arch"], num_classes=10, input_size=data.input_size, mean=data.mean, std=data.std

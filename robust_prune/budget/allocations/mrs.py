@@ -79,13 +79,13 @@ def cut_losses(problem: Problem, profile: SensitivityProfile) -> list[Floats]:
 
 
 def _tangent(sine: Floats) -> Floats:
-    """Converts sizes of cuts relative to all weights into sizes relative to the kept weights."""
+    """Convert sizes of cuts relative to all weights into sizes relative to the kept weights."""
     energy = np.clip(sine, 0.0, 1.0) ** 2
     return np.sqrt(energy / np.maximum(1.0 - energy, _LEAST_KEPT_ENERGY))
 
 
 def _curve_at(sizes: Floats, radii: Floats, curve: Floats) -> Floats:
-    """Returns the loss at `sizes`: the largest function below the MRS curve that grows at least quadratically."""
+    """Return the loss at `sizes`: the largest function below the MRS curve that grows at least quadratically."""
     rising = np.maximum(np.maximum.accumulate(curve), _LEAST_LOSS)
     relative = np.minimum.accumulate((rising / radii**_ORDER)[::-1])[::-1]
     at = np.log(np.maximum(sizes, 1e-12))
@@ -94,7 +94,7 @@ def _curve_at(sizes: Floats, radii: Floats, curve: Floats) -> Floats:
 
 
 def _lower_hull(values: Floats) -> Floats:
-    """Returns the largest convex function of the index that is nowhere above `values`."""
+    """Return the largest convex function of the index that is nowhere above `values`."""
     hull: list[int] = []
     for i in range(len(values)):
         while len(hull) >= 2:
@@ -114,7 +114,7 @@ def _equal_prices(
     costs: Callable[[Floats], float],
     budget: float,
 ) -> Floats:
-    """Returns real-valued widths of equal marginal loss per cost, by bisection on the Lagrange multiplier."""
+    """Return real-valued widths of equal marginal loss per cost, by bisection on the Lagrange multiplier."""
     response = _Response(losses)
     low, high = -80.0, 80.0
     keep = dense.copy()
@@ -143,7 +143,7 @@ class _Response:
     def settle(
         self, price: float, start: Floats, floors: Floats, dense: Floats, gradient: Callable[[Floats], Floats]
     ) -> Floats:
-        """Returns widths consistent with the marginal costs at these widths, by damped iteration in log widths."""
+        """Return widths consistent with the marginal costs at these widths, by damped iteration in log widths."""
         keep = start
         for _ in range(_PRICE_STEPS):
             wanted = np.clip(self._answer(price * np.maximum(gradient(keep), 1e-12)) * dense, floors, dense)
@@ -155,7 +155,7 @@ class _Response:
         return keep
 
     def _answer(self, marginal_cost: Floats) -> Floats:
-        """Returns the kept fraction at which the marginal loss falls below the marginal cost, by interpolation."""
+        """Return the kept fraction at which the marginal loss falls below the marginal cost, by interpolation."""
         bar = np.log(marginal_cost)[:, None]
         above = (self._marginal > bar).sum(axis=1)
         left = np.clip(above - 1, 0, self._GRID - 2)
