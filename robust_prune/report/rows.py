@@ -14,13 +14,7 @@ DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"
 
 
 def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) -> list[ModelRow]:
-    """Return a row for the model with its fp32 file, and one for each file of lower precision.
-
-    Args:
-        label: label of the model.
-        card: accuracy of the model and of its files.
-        files: files by precision.
-    """
+    """A row for the model with its fp32 file, and one for each file of lower precision."""
     return [
         ModelRow(
             label=label if precision == "fp32" else f"{label} {precision}",
