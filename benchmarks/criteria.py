@@ -1,18 +1,19 @@
-"""Does MRS earn its place? Allocations and criteria against what else one could pick, at equal MACs and equal training.
+"""Compares allocations and channel criteria at equal MACs and equal fine-tuning.
 
     python benchmarks/criteria.py runs/cifar10-resnet20x2/model.safetensors --data cifar10
 
-Every arm starts from the same robust base, loses the same share of its MACs, gets the same repair and the same
-adversarial fine-tuning, and is measured twice: right after the cut on held-out training images, and at the end on test
-images that nothing was chosen by. Arms differ in where channels go (allocation) and which ones (criterion). The two
-last arms are the default method with a weaker repair after the cut.
+Every arm starts from the same robust model. The same share of its MACs is removed, with the same repair and the same
+adversarial fine-tuning. It is evaluated after the cut on held-out training images, and after fine-tuning on test images
+that were not used for any selection. Arms differ in the number of channels removed from each group (allocation) and in
+their choice (criterion). The last two arms are the default method with a weaker repair.
 
     python benchmarks/criteria.py runs/cifar10-resnet20x2/model.safetensors --data cifar10 --ablation --ratios 0.9
 
-`--ablation` compares readings of MRS instead (the exponent on it), with held-out training images in place of test
-images, because the default is chosen by it.
+`--ablation` compares exponents of MRS instead. It uses held-out training images in place of test images, since the
+default exponent is selected by it.
 
-Results are written after every arm; the same command goes on with what is missing. `--report` only draws the tables.
+Results are written after every arm, and the same command resumes with the missing arms. `--report` only writes the
+tables.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ REFERENCE = "mrs"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to choose channels."""
+    """A method of selecting channels, with its repair and exponent of MRS."""
 
     name: str
     allocation: str
@@ -91,7 +92,7 @@ ABLATION = (
 def analyses(
     loaded: Model, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
 ) -> Iterator[tuple[str, Analysis]]:
-    """One analysis a criterion, the recipe's first; groups, costs and sensitivity are measured once."""
+    """Yield an analysis for each criterion, that of the recipe first; groups, costs and MRS are measured once."""
     base = analyse(loaded.module, loaded.spec, data.train, recipe, device)
     yield recipe.pruning.criterion, base
     clean = random_images(data.train, recipe.sensitivity.images, recipe.seed)
@@ -115,7 +116,7 @@ def cut_and_recover(
     recipe: Recipe,
     device: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Cuts, repairs, scores on held-out images and fine-tunes: the model, on the CPU in eval mode, and its row."""
+    """Prunes, repairs, evaluates on held-out images and fine-tunes; returns the model (eval, CPU) and its row."""
     changes = {
         "ratio": ratio,
         "allocation": arm.allocation,
@@ -151,7 +152,7 @@ def cut_and_recover(
 
 
 def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
-    """Accuracies of `model` on test images, and which images it gets right, as packed bits."""
+    """Return accuracies of `model` on test images, and which images it classifies correctly, as packed bits."""
     section = recipe.evaluation
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
@@ -174,13 +175,13 @@ def run_arm(
     recipe: Recipe,
     device: str,
 ) -> dict[str, Any]:
-    """Cuts, repairs, scores, fine-tunes and scores again."""
+    """Return the row of one arm, with accuracies after the cut and after fine-tuning."""
     small, row = cut_and_recover(arm, ratio, analysis, adv, loaded, data, recipe, device)
     return {**row, "after": scored(small, f"{arm.name} {ratio:g}", data, recipe, device)}
 
 
 def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[int, float, Arm]]:
-    """What is missing, seed by seed so that an early stop leaves whole tables."""
+    """Return the missing rows, seed by seed, so that the tables are complete after each seed."""
     have = {(row["seed"], row["ratio"], row["name"]) for row in done}
     arms = [arm for arm in (ABLATION if args.ablation else ARMS) if not args.arms or arm.name in args.arms]
     wanted = [(seed, ratio, arm) for seed in args.seeds for ratio in args.ratios for arm in arms]
@@ -188,7 +189,7 @@ def rows_to_do(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tup
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All rows, stored ones first."""
+    """Measure the missing rows, store each, and return all results."""
     overrides = {
         "data.name": args.data,
         "sensitivity.images": args.images,
@@ -245,14 +246,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def outcomes(rows: list[dict[str, Any]], which: str) -> np.ndarray:
-    """Share of seeds in which each image was right, [images]."""
+    """Return the share of seeds in which each image is classified correctly, [images]."""
     total = rows[0]["after"][which]["total"]
     bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in rows]
     return np.mean(bits, axis=0)
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean over images."""
+    """Return the 95 % bootstrap interval of the mean over images."""
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
@@ -260,7 +261,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown: one table a ratio."""
+    """Return Markdown with a summary and a table for each ratio."""
     rows, settings, environment = result["rows"], result["settings"], result["environment"]
     fine = settings["recipe"]["finetune"]
     text = [
@@ -292,7 +293,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """Robust accuracy after fine-tuning alone: the reference's, and the paired differences of the others to it."""
+    """Return a table of robust accuracy after fine-tuning: that of the reference, and paired differences to it."""
     ratios = sorted({row["ratio"] for row in rows})
     text = [
         "| robust accuracy, % | " + " | ".join(f"{ratio:.0%} of the MACs gone" for ratio in ratios) + " |",
@@ -315,7 +316,7 @@ def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
 
 
 def _against(mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    """The difference to the reference's rows of the same seeds, or nothing where those are missing."""
+    """Return the difference to the reference over the same seeds; empty if a seed of the reference is missing."""
     seeds = {row["seed"] for row in mine}
     paired = [row for row in reference if row["seed"] in seeds]
     if not mine or len(paired) != len(mine):

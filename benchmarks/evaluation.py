@@ -1,18 +1,17 @@
-"""Is `aa-fast` the standard's number, and how much sooner? Ours and AutoAttack's on the same images, batch by batch.
+"""Compares the robust accuracy and the time of `aa-fast` with those of AutoAttack, on the same images.
 
     python benchmarks/evaluation.py demo --data cifar10 --images 512
 
-Three methods take turns on every batch, in a new order each time:
+Three methods run on every batch, in a random order:
 
-- `standard`: pyautoattack's standard ensemble as its users run it, in fp32 and contiguous layout, each of its attacks
-  timed on its own;
+- `standard`: the standard version of pyautoattack, in fp32 and contiguous layout, with the time of each attack;
 - `aa-fast`: our tier of this name, with its defaults;
-- `apgd-ce`: our APGD on the cross-entropy alone, to stand beside the ensemble's first attack.
+- `apgd-ce`: our APGD on the cross-entropy alone, for comparison with the first attack of the ensemble.
 
-Accuracies are point-wise worst cases over what a method ran, judged in fp32. Seconds are wall time; processor seconds
-stand beside them, since other work on the machine spoils those less. Ratios are of sums over the batches, with 95 %
-bootstrap intervals over batches. Results are written after every batch and method; the same command goes on with what
-is missing, `--only` takes one method, `--report` draws the table of what is stored.
+Accuracies are point-wise worst cases over the attacks of a method, scored in fp32. Both wall time and processor time
+are reported, since other work on the machine affects processor time less. Ratios are ratios of sums over batches, with
+95 % bootstrap intervals over batches. Results are written after every batch and method, and the same command resumes
+with the missing ones. `--only` runs one method, `--report` writes the table of stored results.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ RESAMPLES = 4000
 
 
 class Stopwatch:
-    """Wall and processor seconds by label."""
+    """Wall time and processor time in seconds by label."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -67,7 +66,7 @@ class Stopwatch:
 
 
 def standard(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, watch: Stopwatch) -> dict[str, list[bool]]:
-    """Survivors after each attack of the ensemble."""
+    """Return which images are classified correctly after each attack of the ensemble."""
     with frozen_eval(model):
         ensemble = StandardEnsemble(model, threat, model(x[:1]).shape[1], 0, x.device)
         right = score(model, x, y)[0] == y
@@ -85,7 +84,7 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, watch:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All batches and methods, stored ones first."""
+    """Run the missing batches and methods, store each, and return all results."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device})
     data = open_data(recipe)
     model = open_model_for(args.model, data, recipe, args.arch).module.eval()
@@ -126,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def run(
     method: str, model: nn.Module, images: Tensor, y: Tensor, threat: ThreatModel, device: torch.device
 ) -> dict[str, Any]:
-    """One method on one batch: who survives, after which attack, and what it cost."""
+    """Run one method on one batch; return the surviving images, also after each attack, and the seconds."""
     watch = Stopwatch()
     if method == "standard":
         survivors = standard(model, images.to(device).float() / 255, y.to(device), threat, watch)
@@ -160,7 +159,7 @@ def run(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of what is stored, over the batches that all methods have."""
+    """Return a Markdown table of the results, over the batches that all methods have completed."""
     settings, environment = result["settings"], result["environment"]
     by_method = {m: {row["batch"]: row for row in result["rows"] if row["method"] == m} for m in METHODS}
     batches = sorted(set.intersection(*(set(rows) for rows in by_method.values())))

@@ -1,18 +1,18 @@
-"""The suite: latency and robust accuracy together, over models, ratios, precisions and providers, in one table.
+"""Latency and robust accuracy over models, ratios, precisions and execution providers, in one table.
 
     python benchmarks/latency_robustness.py demo --data cifar10 --ratios 0.5 0.75 --precisions int8
 
-Every model is compressed at every ratio by the product's own command, `robust-prune compress`, in a process of its own;
-its run folder holds everything, and a run that was killed goes on where it was. The runs are then put into one report:
-a table with a line a file, and a Pareto plot of latency against the robust accuracy of that very file.
+Every model is compressed at every ratio by the command `robust-prune compress`, in a separate process; its run folder
+contains all results, and an interrupted run is resumed. The runs are then combined in one report: a table with a line
+for each file, and a Pareto plot of the latency and the robust accuracy of the files.
 
-How it measures. Within a run the dense file, its copy for the noise floor, and all files of the pruned model are timed
-interleaved, each in a process of its own; a speed-up is always against the dense file of the same run. Each provider
-is a run of its own: files that were cut to one budget are the same, latencies are not. Accuracies are of the files
-themselves, on the adversarial images of their torch model, over the same test images for every row.
+Measurement: in each run the dense file, a second session of it for the noise floor, and all files of the pruned model
+are timed interleaved, each in its own process; speed-ups are relative to the dense file of the same run. Each execution
+provider is a separate run; files cut to the same budget are equal, but their latencies are not. Accuracies are those of
+the files, on the adversarial images of their torch model, over the same test images for every row.
 
-A machine that does something else meanwhile spoils latencies: rows whose noise floor leaves 1 are marked in the runs'
-own reports. Delete the folder `bench` of a run and start the same command again to repeat that alone.
+Other work on the machine distorts latencies: rows whose A/A interval excludes 1 are marked in the reports of the runs.
+To repeat the latency measurement of a run, delete its folder `bench` and start the same command again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAME = "latency_robustness"
 
 
 def runs(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The command of every run, by its name."""
+    """Return the command of every run by its name."""
     common = ["--data", args.data, "--tier", args.tier]
     common += [] if args.recipe is None else ["--recipe", args.recipe]
     common += [] if args.images is None else ["--images", str(args.images)]

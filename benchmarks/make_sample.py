@@ -1,12 +1,12 @@
-"""Draws the embedded sample from the whole of CIFAR-10, and stores the demo model; both go into the package.
+"""Draws the embedded sample from CIFAR-10, and stores the demo model; both are part of the package.
 
     python benchmarks/make_sample.py cifar10.npz
     python benchmarks/make_sample.py --model runs/cifar10-resnet20x2/model.safetensors
 
-The .npz holds x_train, y_train, x_test, y_test in the official order (uint8 NHWC). Training images come from the
-official training split only and test images from the official test split only; the same number of each class is drawn
-under a fixed seed, and the positions are stored beside the images. The model is stored with its matrices and kernels in
-half precision, so that the package stays small; the demo is that rounded model.
+The .npz contains x_train, y_train, x_test, y_test in the official order (uint8 [N, H, W, C]). Training images are from
+the official training split and test images from the official test split; the same number of each class is drawn with a
+fixed seed, and the positions are stored with the images. Matrices and kernels of the model are stored in half precision
+to keep the package small; the demo is the rounded model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PER_CLASS = {"train": 200, "test": 50}
 
 
 def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
-    """Sorted positions of `per_class` images of every class."""
+    """Return the sorted positions of `per_class` random images of every class."""
     chosen = [generator.choice(np.flatnonzero(labels == k), per_class, replace=False) for k in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
 
 
 def store_model(source: Path, target: Path) -> None:
-    """Writes the artifact `source` in half precision."""
+    """Write the model of artifact `source` in half precision."""
     loaded = artifact.load(source)
     artifact.save(
         target, loaded.module, loaded.spec, threat=loaded.threat, provenance=loaded.provenance, store_dtype="float16"
@@ -41,7 +41,7 @@ def store_model(source: Path, target: Path) -> None:
 
 
 def store_images(source: Path, target: Path) -> None:
-    """Draws and codes the images of `source`."""
+    """Draw and compress images of `source`."""
     bundle = load_npz(source.expanduser())
     generator = np.random.default_rng(SEED)
     arrays: dict[str, np.ndarray] = {}

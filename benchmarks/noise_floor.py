@@ -1,13 +1,13 @@
-"""Whether latencies can be believed: a file against itself, its copy and a smaller model, again and again.
+"""Tests latency measurements: repeated ratios of a file to itself, to its copy and to a smaller model.
 
     python benchmarks/noise_floor.py runs/demo/dense.onnx runs/demo/model.onnx
 
-Every repeat is a whole measurement with another seed, as `robust-prune bench` makes it: the first file, a copy of it
-and the second one, interleaved, the first file twice (A/A). With 95 % intervals an A/A ratio leaves 1 in one of twenty
-repeats by chance; more of them say that the intervals are too narrow, or that the machine does something else.
+Every repeat is a full measurement by `robust-prune bench` with another seed: the first file, a copy of it and the
+second file, interleaved, the first file twice (A/A). With 95 % intervals, the interval of an A/A ratio excludes 1 by
+chance in one of twenty repeats. If it happens more often, the intervals are too narrow or the machine is busy.
 
-Results are written after every repeat; the same command goes on with what is missing. Run it on a quiet machine: the
-load before each repeat is written down.
+Results are written after every repeat, and the same command resumes with the missing ones. Run it on a quiet machine;
+the load before each repeat is recorded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from robust_prune.runs.files import file_sha256, write_json, write_text
 
 
 def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One measurement."""
+    """Return the results of one measurement."""
     load = load_average()
     table = run(
         [("dense", dense), ("copy", copy), ("small", small)],
@@ -49,7 +49,7 @@ def repeat(dense: Path, small: Path, copy: Path, args: argparse.Namespace, seed:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All repeats, stored ones first."""
+    """Measure the missing repeats, store each, and return all results."""
     settings = {
         "dense": file_sha256(args.dense),
         "small": file_sha256(args.small),
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of all repeats."""
+    """Return a Markdown table of all repeats."""
     rows, settings = result["rows"], result["settings"]
     outside = sum(not low <= 1 <= high for _, low, high in (row["floor"] for row in rows))
     verdicts = {name: [row[name]["verdict"] for row in rows] for name in ("copy", "small")}

@@ -1,11 +1,11 @@
-"""Adversarial training steps as their authors published them: what our own training loop is timed against.
+"""Adversarial training steps as published by their authors, as baselines of our training loop.
 
-Read off the official repositories, and written anew: N-FGSM (github.com/pdejorge/N-FGSM, train.py), PGD-AT
+They are reimplemented after the official repositories: N-FGSM (github.com/pdejorge/N-FGSM, train.py), PGD-AT
 (github.com/locuslab/robust_overfitting, train_cifar.py, one restart), TRADES (github.com/yaodongyu/TRADES, trades.py).
-Where they differ from each other they differ here: N-FGSM and PGD-AT attack in train mode, TRADES in eval mode; PGD-AT
-takes the gradient of the images with ``loss.backward()``, which also fills those of all weights, the others with
-``torch.autograd.grad``; PGD-AT ends its attack with one more pass that keeps the worst restart; TRADES computes the
-clean distribution again at every step.
+Differences between them are preserved. N-FGSM and PGD-AT attack in train mode, TRADES in eval mode. PGD-AT computes the
+gradient of the images by ``loss.backward()``, which also computes those of all weights; the others use
+``torch.autograd.grad``. PGD-AT ends its attack with an additional forward pass that keeps the worst restart. TRADES
+computes the clean distribution again in every step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, ThreatModel, 
 def n_fgsm_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, _: TrainSettings
 ) -> None:
-    """Two forwards and backwards."""
+    """Run an N-FGSM step: two forward and backward passes."""
     model.train()
     noise = torch.empty_like(x).uniform_(-2 * threat.epsilon, 2 * threat.epsilon)
     noise.requires_grad_(True)
@@ -40,7 +40,7 @@ def n_fgsm_step(
 def pgd_at_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, s: TrainSettings
 ) -> None:
-    """`steps` + 2 forwards and `steps` + 1 backwards."""
+    """Run a PGD-AT step: `steps` + 2 forward and `steps` + 1 backward passes."""
     model.train()
     worst, worst_loss = torch.zeros_like(x), torch.zeros(len(y), device=x.device)
     delta = torch.empty_like(x).uniform_(-threat.epsilon, threat.epsilon)
@@ -64,7 +64,7 @@ def pgd_at_step(
 def trades_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, threat: ThreatModel, s: TrainSettings
 ) -> None:
-    """2 x `steps` + 2 forwards and `steps` + 2 backwards."""
+    """Run a TRADES step: 2 x `steps` + 2 forward and `steps` + 2 backward passes."""
     model.eval()
     x_adv = x.detach() + 0.001 * torch.randn_like(x)
     for _ in range(s.steps):

@@ -1,7 +1,7 @@
-"""torch-pruning's own pruner on one model, as its documentation shows it: the baseline of `zoo.py`.
+"""torch-pruning's own pruner, used as in its documentation; the baseline of `zoo.py`.
 
-Half of the channels of every layer but the classifier, L2 magnitude over groups, one call. What it cut is written down
-in coordinates of the dense model, so that its result can be compared with the masked dense model like ours.
+One call removes half of the channels of every layer but the classifier, by L2 magnitude over groups. The removed
+channels are recorded as positions in the dense model, so that the result can be compared with the masked dense model.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _CONV_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Untold(Exception):
-    """A cut that cannot be told as zeroed positions of known layers."""
+    """Raised for a cut that cannot be expressed as zeroed positions of known layers."""
 
 
 def prune_plain(dense: nn.Module, classes: int, images: Tensor) -> tuple[nn.Module | None, dict[str, Any]]:
-    """Cuts a copy of `dense` and compares it with `dense` masked.
+    """Prune a copy of `dense` and compare it with the masked `dense`.
 
     Args:
-        dense: in eval mode, every parameter requiring gradients.
-        classes: number of logits; layers with that many outputs are left alone, as its examples do.
-        images: [N, C, H, W] in the model's precision.
+        dense: in eval mode, with every parameter requiring gradients.
+        classes: number of logits; layers with this number of outputs are ignored, as in torch-pruning's examples.
+        images: images [N, C, H, W] in the model's precision.
 
     Returns:
-        The cut model, or None where it does not run, and what happened: ``groups``, ``runs``, ``parity`` (relative
-        error, or None with a reason) and ``reason``.
+        The pruned model, or None if it does not run, and a dict of ``groups``, ``runs``, ``parity`` (relative error, or
+        None with a reason) and ``reason``.
     """
     small = copy.deepcopy(dense)
     found: dict[str, Any] = {"groups": None, "runs": False, "parity": None, "reason": ""}
@@ -64,7 +64,7 @@ def prune_plain(dense: nn.Module, classes: int, images: Tensor) -> tuple[nn.Modu
             found["parity"] = relative_error(got, dense(images))
     except Untold as error:
         found["reason"] = str(error)
-    except Exception as error:  # whatever its tracing and pruning functions raise is the result
+    except Exception as error:  # any error of its tracing and pruning functions is a result
         found["reason"] = f"{type(error).__name__}: {first_line(error)}"
     return (small if found["runs"] else None), found
 
@@ -74,7 +74,7 @@ def _outputs(layer: Any) -> int:
 
 
 class _Tracker:
-    """What groups remove, in coordinates of the dense model."""
+    """Records the channels that groups remove, as positions in the dense model."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
@@ -83,7 +83,7 @@ class _Tracker:
         self._unknown = ""
 
     def note(self, group: Any) -> None:
-        """Must be called before the group is pruned."""
+        """Record a group; must be called before the group is pruned."""
         for dependency, positions in group:
             place = self._place(dependency)
             if place is None:
@@ -94,10 +94,10 @@ class _Tracker:
             self._alive[place] = [c for p, c in enumerate(alive) if p not in drop]
 
     def told(self) -> dict[Place, set[int]]:
-        """Positions by place.
+        """Return the removed positions by place.
 
         Raises:
-            Untold: something else than layers that masking knows was cut.
+            Untold: a layer was cut that cannot be masked.
         """
         if self._unknown:
             raise Untold(f"a cut {self._unknown} cannot be compared with a masked one")

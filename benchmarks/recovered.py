@@ -1,4 +1,4 @@
-"""What the benchmarks of recovery share: the cut model, its training, and which images it gets right."""
+"""Common parts of the recovery benchmarks: the pruned model, its training, and its correct predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Base:
-    """The cut model that every way begins with, its dense parent and what names it, the images and the device."""
+    """The pruned model from which every method starts, its dense model and specification, the data and the device."""
 
     cut: nn.Module
     dense: nn.Module
@@ -41,13 +41,13 @@ class Base:
     device: str
 
     def fresh(self, seed: int) -> Base:
-        """The same with fresh weights in place of those that the cut left."""
+        """Return the base with fresh weights in the pruned model."""
         return replace(self, cut=fresh_like(self.spec, self.cut.cpu(), seed))
 
     def trained(
         self, settings: TrainSettings, recipe: Recipe, count: int, chosen_on: ImageSet
     ) -> tuple[nn.Module, float]:
-        """A copy, trained on `count` images, and the seconds that the epochs themselves took."""
+        """Return a copy trained on `count` images, and the seconds of its training steps."""
         small = copy.deepcopy(self.cut)
         result = train(
             small, random_subset(self.data.train, count, recipe.seed), chosen_on, recipe.threat_model, settings,
@@ -57,7 +57,7 @@ class Base:
 
 
 def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
-    """The model cut and repaired as the recipe says."""
+    """Return the base, pruned and repaired by the settings of the recipe."""
     device, dense = choose_device(recipe.device), loaded.module
     analysis = analyse(dense, loaded.spec, data.train, recipe, device)
     surgery = apply(dense.cpu(), make_plan(analysis, recipe.pruning), loaded.spec.blank_image())
@@ -68,10 +68,10 @@ def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
 def images_seen(
     stored: dict[str, Any], base: Base, settings: TrainSettings, recipe: Recipe, minutes: float
 ) -> tuple[int, int]:
-    """Epochs, and images in each, of `minutes` of training, as few epochs as the data allow.
+    """Return the smallest number of epochs, and the number of images in each, of `minutes` of training.
 
-    Steps of each kind are timed once, and kept in `stored["steps_a_minute"]`: ways whose steps cost the same see as
-    many images, whatever else the machine does meanwhile.
+    Steps of each kind are timed once, and the result is stored in `stored["steps_a_minute"]`. Methods whose steps cost
+    the same thus see the same number of images, whatever the load of the machine.
     """
     kind = f"{recipe.pruning.ratio:g} {settings.loss} {settings.steps if settings.loss != 'n_fgsm' else 1}"
     kind += f"{' distilled' if settings.distillation else ''}{' awp' if settings.awp else ''} {settings.batch_size}"
@@ -87,7 +87,7 @@ def images_seen(
 
 
 def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
-    """Which images are right, clean and attacked, by split; as packed bits."""
+    """Return which images are classified correctly, clean and attacked, by split, as packed bits."""
     splits = {"held-out": data.validation, "test": first(data.test, recipe.evaluation.images)}
     return {split: score_on(small, images, split, data, recipe, device) for split, images in splits.items()}
 
@@ -95,7 +95,7 @@ def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> d
 def score_on(
     small: nn.Module, images: ImageSet, split: str, data: DataBundle, recipe: Recipe, device: str
 ) -> dict[str, Any]:
-    """Which of `images` are right, clean and under PGD-20 from one start, as packed bits."""
+    """Return which images are classified correctly, clean and under PGD-20 with one start, as packed bits."""
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         evaluate(
@@ -108,31 +108,31 @@ def score_on(
 
 
 def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
-    """One for each image that is right, of what `score_on` found."""
+    """Return 1.0 for each image that is classified correctly in a result of `score_on`, else 0.0."""
     bits = np.frombuffer(bytes.fromhex(scored[which]), np.uint8)
     return np.unpackbits(bits)[: scored["images"]].astype(float)
 
 
 def machine(part: dict[str, Any], environment: dict[str, Any]) -> str:
-    """Threads, processor and device of a measurement, for a sentence."""
+    """Return threads, processor and device of a measurement as text."""
     threads = part["threads"]
     return f"{threads} thread{'' if threads == 1 else 's'} of {environment['cpu']} ({environment['device']})"
 
 
 def paired(mine: np.ndarray, theirs: np.ndarray) -> str:
-    """The difference in points with its 95 % interval over images."""
+    """Return the paired difference in points and its 95 % interval over images."""
     each = 100 * (mine - theirs)
     half = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
     return f"{each.mean():+.1f} [{each.mean() - half:+.1f}, {each.mean() + half:+.1f}]"
 
 
 def by_seed(rows: Sequence[dict[str, Any]], split: str, which: str = "robust") -> dict[int, np.ndarray]:
-    """Right images of each seed's row."""
+    """Return the correctly classified images of each seed."""
     return {row["seed"]: right_images(row[split], which) for row in rows}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of `values` [seeds, images]: both are resampled, since both were drawn."""
+    """Return the 95 % bootstrap interval of the mean of `values` [seeds, images], over seeds and images."""
     generator = np.random.default_rng(0)
     seeds, images = values.shape
     means = []
@@ -144,7 +144,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def difference(mine: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> str:
-    """Mean difference in points over the seeds that both have, with its 95 % interval over seeds and images."""
+    """Return the mean difference in points over common seeds, and its 95 % interval over seeds and images."""
     shared = sorted(mine.keys() & theirs.keys())
     if not shared:
         return ""

@@ -1,16 +1,17 @@
-"""What fine-tuning recovers after a cut: as a curve over time, by method in equal time, and by preset.
+"""Accuracy after fine-tuning a pruned model: over time, by method in equal time, and by preset.
 
     python benchmarks/recovery.py curve demo --data cifar10 --minutes 0.5 2 5 20 --seeds 0 1 2
     python benchmarks/recovery.py methods demo --data cifar10 --minutes 4
     python benchmarks/recovery.py presets demo --data cifar10 --train-images 10000
 
-The model is cut once (`--ratio`, a quarter of the MACs left by default), and every way begins with that, but for `from
-scratch`, which trains the cut architecture from fresh weights as the recipe's `training` says, without random crops and
-with a short weight average, which suit runs of so few epochs. `curve` and `methods` give each way the same training
-time: steps of each kind are timed once, and every way trains on as many images as fit, in equal epochs as few as the
-data allow, with its schedule ending there; so every point of a curve is a run of its own. Scoring the epochs on
-held-out images is not counted. `presets` trains as the presets say. Accuracy is PGD-20's on held-out training images
-and on test images. Results are written after every way and seed; the same command goes on with what is missing.
+The model is pruned once (`--ratio`; by default a quarter of the MACs is kept), and every method starts from it. The
+exception is `from scratch`, which trains the pruned architecture from fresh weights with the settings of the recipe's
+`training`, but without random crops and with a short weight average, since these suit runs of few epochs. `curve` and
+`methods` give each method the same training time: steps of each kind are timed once, and every method trains on as many
+images as fit, in as few equal epochs as possible, with its learning-rate schedule ending there. Every point of a curve
+is therefore a separate run. Validation on held-out images is not counted. `presets` trains with the presets. Accuracy
+is measured under PGD-20 on held-out training images and on test images. Results are written after every method and
+seed, and the same command resumes with the missing ones.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SCRATCH = "from scratch"
 FORMER = "former default"
-"""As fine-tuning was before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
+"""Default of fine-tuning before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
 CURVE: dict[str, dict[str, Any]] = {
     "default": {},
     FORMER: {"loss": "n_fgsm", "lr": 0.02, "warmup": 0.2, "ema_decay": 0.99, "crop_padding": 4},
@@ -61,7 +62,7 @@ CURVE: dict[str, dict[str, Any]] = {
     "PGD-AT, 3 steps": {"loss": "pgd_at", "steps": 3},
     SCRATCH: {"crop_padding": 0, "ema_decay": 0.99},
 }
-"""Changes of the recipe's `finetune`; from scratch, of its `training`."""
+"""Changes of the recipe section `finetune` or, for training from scratch, `training`."""
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "curve": CURVE,
     "methods": METHODS,
@@ -71,7 +72,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
 
 @contextmanager
 def schedule_of(name: str) -> Iterator[None]:
-    """Trains `FORMER` on the schedule of its time: its cosine was cut short and left a twentieth of the peak rate."""
+    """Train `FORMER` with its former schedule, whose truncated cosine ended at a twentieth of the peak rate."""
     if name != FORMER:
         yield
         return
@@ -88,7 +89,7 @@ def schedule_of(name: str) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
-    """All ways, budgets and seeds, stored ones first."""
+    """Train the missing methods, budgets and seeds, store each, and return all results."""
     changes = {
         "data.name": args.data, "device": args.device, "pruning.ratio": args.ratio,
         "evaluation.images": args.test_images,
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve_table(result: dict[str, Any]) -> str:
-    """Markdown: a column a budget, a line a way; then what every way differs from the default by."""
+    """Return a Markdown table with a column for each budget and two lines for each method: accuracy, difference."""
     value, environment = result["curve"], result["environment"]
     budgets = sorted({row["minutes"] for row in value["rows"]})
     first = value["rows"][0]["test"]
@@ -158,7 +159,7 @@ def curve_table(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any], part: str) -> str:
-    """Markdown of one part."""
+    """Return a Markdown table of one part."""
     value, environment = result[part], result["environment"]
     title = f"Methods, {value['rows'][0]['minutes']:g} minutes each" if part == "methods" else "Presets"
     text = [

@@ -1,14 +1,15 @@
-"""Which settings of fine-tuning suit a cut network, by budget of time; no test image is read.
+"""Settings of fine-tuning for pruned networks, by time budget; no test images are used.
 
     python benchmarks/recovery_settings.py demo --data cifar10 --ratio 0.75 --minutes 0.5 2 5 --knobs lr ema_decay
 
-The model is cut once by the recipe's method. Each setting then gets the same training time: steps are timed first, and
-it trains on as many images as fit, in equal epochs as few as the data allow, with its schedule ending there. Of 3,000
-training images that are held out, the first 500 choose among epochs and the others score the settings, by PGD-20.
+The model is pruned once by the method of the recipe. Each setting gets the same training time: steps are timed first,
+and training uses as many images as fit, in as few equal epochs as possible, with the learning-rate schedule ending
+there. Of 3,000 held-out training images, the first 500 select the epoch, and the others score the settings under
+PGD-20.
 
-Written down before the first run: seeds 0 and 1; one setting at a time is moved away from `CENTRE`, the rate first, at
-every budget; another value is taken where both seeds agree and the paired interval over seeds and images leaves 0 out;
-one pass over the settings, and no second. The centre itself comes from a pilot (`benchmarks/README.md`).
+The protocol was fixed before the first run: seeds 0 and 1; at every budget, one setting at a time is changed from
+`CENTRE`, the learning rate first; another value is adopted if both seeds agree and the paired interval over seeds and
+images excludes 0; there is one pass over the settings. The centre is from a pilot (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ KNOBS: dict[str, tuple[Any, ...]] = {
     "distillation": (0.5,),
     "compensation": ("batchnorm", "none"),
 }
-"""Settings of fine-tuning, and the values tried beside that of `CENTRE`; `compensation` is the repair before it."""
+"""Settings of fine-tuning and their alternative values; `compensation` is the repair before fine-tuning."""
 CHOOSE_IMAGES, HELD_OUT_IMAGES = 500, 3000
 
 
 def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The centre, and each setting moved away from it alone: repair and fine-tuning, by a name for tables."""
+    """Return repair and fine-tuning settings by name: the centre, and each setting changed alone."""
     found: dict[str, tuple[str, dict[str, Any]]] = {"centre": ("least_squares", CENTRE)}
     for knob in knobs:
         for value in KNOBS[knob]:
@@ -64,7 +65,7 @@ def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
-    """All rows, stored ones first."""
+    """Train the missing settings, store each, and return all results."""
     changes = {
         "data.name": args.data, "data.validation": HELD_OUT_IMAGES, "device": args.device,
         "pruning.ratio": args.ratio, "finetune.validation_images": CHOOSE_IMAGES,
@@ -105,7 +106,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: the centre and what each other value changes, by ratio and budget."""
+    """Return a Markdown table of the centre and of the change by each value, by ratio and budget."""
     value, environment = result["tune"], result["environment"]
     images = value["rows"][0]["held-out"]["images"]
     text = [

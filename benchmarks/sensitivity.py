@@ -1,17 +1,17 @@
-"""How fast and how faithful the MRS estimators are, against the published way of measuring it.
+"""Time and accuracy of the MRS estimators, compared with the published procedure.
 
     python benchmarks/sensitivity.py demo --data sample
 
-The reference is a plain re-creation of Module Robust Criticality as RiFT (arXiv 2308.02533) describes it: for every
-convolution and linear weight, ten epochs of SGD ascent at learning rate 1 over the fixed adversarial set in batches of
-512, projected to the ball of relative radius ρ after each epoch; the largest loss that was seen counts. Only that
-weight takes gradients; nothing is cached between steps or modules. Its time is the same in every epoch: with
-`--reference-epochs` below ten it is measured over so many and scaled up, and its MRS is left out.
+The reference is a plain reimplementation of Module Robust Criticality as described by RiFT (arXiv 2308.02533): for
+every convolution and linear weight, ten epochs of SGD ascent with learning rate 1 over the fixed adversarial set in
+batches of 512, projected to the ball of relative radius ρ after each epoch; the result is the largest loss found. Only
+this weight requires gradients, and nothing is cached between steps or modules. Every epoch takes the same time: with
+`--reference-epochs` below ten, the time is measured over so many epochs and extrapolated, and its MRS is not reported.
 
-All methods see the same adversarial set and take turns, in a new order each round, the reference in the first one
-only; times are medians over the rounds, ratios their quotients (of processor seconds on a CPU, which other work on the
-machine spoils less) with the smallest and largest over the rounds. Agreement is Spearman's rank correlation over
-modules. Results are written after every method; the same command goes on with what is missing.
+All methods use the same adversarial set and run in a random order in each round; the reference runs only in the first
+round. Times are medians over rounds; ratios are quotients of medians, with the smallest and largest over rounds. On a
+CPU they are based on processor time, which other work on the machine affects less. Agreement is Spearman's rank
+correlation over modules. Results are written after every method, and the same command resumes with the missing ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCH = 512
 
 
 def reference(model: nn.Module, adv: AdversarialSet, rho: float, epochs: int, device: str) -> dict[str, float]:
-    """MRS by module name, by the published procedure."""
+    """Return MRS by module name, by the published procedure."""
     found = {}
     x, y = adv.images.to(device), adv.labels.to(device)
     with frozen_eval(model):
@@ -94,7 +94,7 @@ def _ascend(model: nn.Module, weight: nn.Parameter, x: torch.Tensor, y: torch.Te
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times and values of every method; what `args.out` holds is not measured again."""
+    """Return times and MRS of every method; results in `args.out` are not measured again."""
     recipe = load(args.recipe, {"data.name": args.data, "device": args.device, "sensitivity.images": args.images})
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, args.arch)
@@ -162,11 +162,11 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one result."""
+    """Return the Markdown of one result."""
     names = list(result["mrs"]["ascent"])
     mrs = {method: np.array([found[name] for name in names]) for method, found in result["mrs"].items()}
     environment = result["environment"]
-    # Other work on the machine makes a method wait; on a CPU that is left out.
+    # On a CPU, processor time excludes waiting for other work on the machine.
     clock = "processor_seconds" if result["device"] == "cpu" else "seconds"
     slow = np.array(result[clock][REFERENCE])
     rounds = len(result[clock]["ascent"])

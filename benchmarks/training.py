@@ -1,22 +1,22 @@
-"""How fast the training loop is, whether it trains as well as the plain one, and what an image of training costs.
+"""Speed and accuracy of the training loop compared with the published ones, and its cost for each image.
 
     python benchmarks/training.py speed demo --data cifar10
     python benchmarks/training.py accuracy demo --data cifar10
     python benchmarks/training.py cost demo --data cifar10
 
-`speed` takes optimisation steps on real images in several ways, in turn and in a new order each round: ours (the
-format and layout that `train` would choose here, parameters frozen in the attack, input gradients alone, the clean
-distribution once; on a GPU also behind `torch.compile`), and the loops as their authors published them
-(`plain_loops.py`): once in fp32 and contiguous, once with channels_last and, on a GPU, TF32 allowed, so that the ratio
-to the second is what ours does beyond two switches that anybody can set. Images per second are medians over rounds; the
-ratio has a 95 % bootstrap interval over rounds.
+`speed` times optimisation steps of several loops on real images, in a random order in each round. Ours uses the
+precision and layout that `train` selects on this machine, frozen parameters and input gradients alone in the attack,
+and one computation of the clean distribution; on a GPU it also runs with `torch.compile`. The published loops
+(`plain_loops.py`) run in fp32 and contiguous layout, and again with channels_last and, on a GPU, with TF32. The ratio
+to the latter excludes these two simple settings. Images per second are medians over rounds; ratios have 95 % bootstrap
+intervals over rounds.
 
-`accuracy` trains a model that is cut to a quarter of its MACs (uniformly, by magnitude, unrepaired: much to recover)
-with both loops on the same batches in the same order, learning rate falling to zero, and compares robust accuracy on
-test images, image by image.
+`accuracy` prunes a model to a quarter of its MACs (uniformly, by magnitude, without repair) and trains it with both
+loops on the same batches in the same order, with a learning rate that decays to zero. It compares robust accuracy on
+test images, paired by image.
 
-`cost` takes optimisation steps of PGD-AT with other numbers of attack steps, of a model cut to less, and of other batch
-sizes, all in turn and in a new order each round: what one image of training costs, by what it is spent on.
+`cost` times optimisation steps of PGD-AT for several numbers of attack steps, shares of the MACs and batch sizes, in a
+random order in each round.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Setting = TypeVar("Setting")
 
 @dataclass(frozen=True)
 class Loop:
-    """A model, its optimizer, and one optimisation step on a batch."""
+    """A model, its optimizer, and a function that takes one optimisation step on a batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -81,7 +81,7 @@ class Loop:
 def our_loop(
     dense: nn.Module, x: Tensor, threat: ThreatModel, settings: TrainSettings, compiled: bool = False
 ) -> tuple[Loop, Precision]:
-    """A step as `train` takes it on batches like `x` (without augmentation and average), with a copy of `dense`."""
+    """Return the loop of `train` for batches like `x`, without augmentation and averaging, on a copy of `dense`."""
     model = copy.deepcopy(dense).to(x.device)
     optimizer = make_optimizer(model, settings, FULL_RATE_STEPS, x.device)
     loss, precision = make_loss(settings), choose_precision(model, x)
@@ -102,7 +102,7 @@ def our_loop(
 
 
 def plain_loop(dense: nn.Module, x: Tensor, threat: ThreatModel, settings: TrainSettings, tuned: bool = False) -> Loop:
-    """The published step, with a copy of `dense`; `tuned` allows TF32 and channels_last."""
+    """Return the published loop on a copy of `dense`; `tuned` uses TF32 and channels_last."""
     model = copy.deepcopy(dense).to(x.device)
     layout = torch.channels_last if tuned else torch.contiguous_format
     to: Any = model.to
@@ -120,7 +120,7 @@ def plain_loop(dense: nn.Module, x: Tensor, threat: ThreatModel, settings: Train
 def in_turn(
     loops: dict[Setting, Callable[[], None]], rounds: int, shuffler: random.Random, device: str
 ) -> dict[Setting, list[float]]:
-    """Seconds of each loop in each round, in a new order every round; one round before them warms up."""
+    """Return the seconds of each loop in each round, in random order, after one round of warm-up."""
     seconds: dict[Setting, list[float]] = {setting: [] for setting in loops}
     for round_number in range(rounds + 1):
         order = list(loops)
@@ -144,7 +144,7 @@ def speed(
     rounds: int,
     with_compiled: bool = False,
 ) -> dict[str, Any]:
-    """Seconds of every round by loop, for the loss of `settings`, on one batch [N, C, H, W] on its device."""
+    """Return the seconds of every round by loop, for the loss of `settings`, on one batch [N, C, H, W]."""
     settings = settings.model_copy(update={"lr": 0.001})
     ours, precision = our_loop(dense, x, threat, settings)
     loops = {"ours": ours, "plain": plain_loop(dense, x, threat, settings)}
@@ -159,7 +159,7 @@ def speed(
 def measure_speed(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, device: str
 ) -> dict[str, Any]:
-    """`speed` of every published loss."""
+    """Return `speed` for every published loss."""
     threat, found = recipe.threat_model, {}
     x, y = data.train.get(torch.arange(args.batch_size))
     x, y = x.to(device).float() / 255, y.to(device)
@@ -172,7 +172,7 @@ def measure_speed(
 
 
 def speed_table(result: dict[str, Any]) -> str:
-    """Markdown of what `measure_speed` found."""
+    """Return a Markdown table of the result of `measure_speed`."""
     value, environment = result["speed"], result["environment"]
     text = [
         f"## Speed\n\n{result['arch']}, batches of {value['batch']} images of {result['data']}, {value['steps']} "
@@ -201,13 +201,13 @@ def _ratio(base: np.ndarray, arm: np.ndarray) -> str:
 
 # --- accuracy ----------------------------------------------------------------------------------------------------
 
-PEAK, WARMUP = 0.02, 0.15  # learning rate, and the share of the steps until it is reached
+PEAK, WARMUP = 0.02, 0.15  # peak learning rate, and share of the steps for warm-up
 
 
 def accuracy(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
-    """Which test images each loop's model gets right, by loss."""
+    """Return which test images the model of each loop classifies correctly, by loss."""
     example = spec.blank_image()
     search = find_groups(dense.cpu(), example)
     cost, magnitudes = cost_model(dense, example, search.groups), channel_scores(dense, search.groups, "magnitude")
@@ -266,7 +266,7 @@ ATTACK_STEPS, RATIOS, BATCHES = (0, 1, 3, 10), (0.5, 0.75, 0.9), (32, 128, 512)
 def cost(
     args: argparse.Namespace, recipe: Recipe, data: DataBundle, dense: nn.Module, spec: Any, device: str
 ) -> dict[str, Any]:
-    """Seconds of every round by setting: attack steps (0 is clean training), share of the MACs left, batch size."""
+    """Return the seconds of every round by attack steps (0 is clean training), kept MACs and batch size."""
     if len(data.train) < max(BATCHES):
         raise SystemExit(f"cost takes batches of up to {max(BATCHES)} images, {data.name} has {len(data.train)}.")
     threat = recipe.threat_model

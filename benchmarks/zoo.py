@@ -1,14 +1,14 @@
-"""Which architectures go through: every model of a list cut to half its MACs, proven, reloaded and exported.
+"""Supported architectures: prunes each model of a list to half of its MACs, proves, reloads and exports it.
 
     python benchmarks/zoo.py
 
-Each model is measured in a process of its own with a time limit, ours and torch-pruning's own pruner (see
-`plain_pruning.py`) one after the other. Weights are random but not fresh: batch-norms, norms, layer scales and linear
-layers are drawn so that nothing is zero or one and no softmax is uniform, or every check would pass by itself. Inputs
-are real images at the size in the list. Widths are uniform shares by magnitude, since nothing here is about accuracy.
+Each model is pruned by robust-prune and by torch-pruning's own pruner (`plain_pruning.py`), each in a separate process
+with a time limit. Weights are random, but not those of a fresh model: norms, layer scales and linear layers are drawn
+such that no weight is zero or one and no softmax is uniform, since checks would pass trivially otherwise. Inputs are
+real images of the size in the list. Widths are uniform shares by magnitude, since accuracy is not measured.
 
-Results are written after every model; the same command goes on with what is missing. `--report` only draws the table,
-`--docs` puts the short one into the documentation, and `--only` measures some models again.
+Results are written after every model, and the same command resumes with the missing ones. `--report` only writes the
+table, `--docs` inserts the short table into the documentation, and `--only` measures some models again.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ _CIFAR = (
 
 
 def models() -> dict[str, int]:
-    """Input size by architecture."""
+    """Return the input size in pixels by architecture."""
     found = {f"timm/{name}": size for size, names in _TIMM.items() for name in names.split()}
     found |= {f"torchvision/{name}": size for size, names in _TORCHVISION.items() for name in names.split()}
     return found | {f"cifar/{name}": 32 for name in _CIFAR.split()}
 
 
 def measure(arch: str, size: int, arm: str) -> dict[str, Any]:
-    """One row's half, in this process."""
+    """Measure one model with one pruner, in this process."""
     import torch
     import torch.nn.functional as F
 
@@ -148,7 +148,7 @@ def _plain(model: Any, classes: int, images: Any, dtype: Any) -> dict[str, Any]:
 
 
 def _trains(model: Any, images: Any) -> bool:
-    """Whether a training step's backward pass reaches every parameter with finite gradients."""
+    """Return whether a backward pass in train mode gives finite gradients; parameters without one are skipped."""
     import torch
 
     from robust_prune.structure.reference import copy_model
@@ -170,7 +170,7 @@ def _export(model: Any, images: Any, folder: Path) -> dict[str, Any]:
 
 
 def measure_apart(arch: str, size: int, arm: str, limit: float) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a separate process with a time limit in seconds."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--one", arch, "--size", str(size), "--arm", arm, "--out", str(out)]
@@ -185,7 +185,7 @@ def measure_apart(arch: str, size: int, arm: str, limit: float) -> dict[str, Any
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All rows, stored ones first."""
+    """Measure the missing models, store each, and return all results."""
     stored = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"rows": {}}
     rows: dict[str, Any] = stored["rows"]
     wanted = {arch: size for arch, size in models().items() if not args.only or arch in args.only}
@@ -213,7 +213,7 @@ def _summary(half: dict[str, Any]) -> str:
 
 
 def support(result: dict[str, Any]) -> str:
-    """The short table that the documentation shows."""
+    """Return the short table of the documentation."""
     lines = [
         "| architecture | groups cut | MACs kept | params kept | equal to masked | ONNX | torch-pruning alone |",
         "| --- | ---: | ---: | ---: | --- | --- | --- |",
@@ -228,7 +228,7 @@ def support(result: dict[str, Any]) -> str:
 
 
 def in_page(page: str, result: dict[str, Any]) -> str:
-    """`page` with its table and the count above it made anew."""
+    """Return `page` with the table and its summary replaced."""
     rows = result["rows"].values()
     ours = sum(_kept_whole(row["ours"]) for row in rows)
     plain = sum(_sound(row["plain"]) for row in rows)
@@ -250,7 +250,7 @@ def _sound(plain: dict[str, Any]) -> bool:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of every column, and the reasons below."""
+    """Return Markdown tables with all columns, and the reasons."""
     environment = result["environment"]
     lines = [
         "# Architectures: half of the MACs\n",

@@ -1,7 +1,7 @@
-"""robust-prune: makes adversarially trained vision models physically smaller and measures what is left.
+"""robust-prune: structured pruning of adversarially trained vision models, with measured latency and robust accuracy.
 
-The functions below are imported when they are first used, so that ``import robust_prune`` costs nothing. See
-`robust_prune.api` for the whole story in a few lines.
+The public functions are imported when they are first used, so that ``import robust_prune`` is fast. See
+`robust_prune.api` for a short example.
 """
 
 from __future__ import annotations

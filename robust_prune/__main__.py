@@ -1,4 +1,4 @@
-"""``python -m robust_prune``: what launchers of several processes start."""
+"""``python -m robust_prune``, which distributed launchers start in each process."""
 
 from .cli import main
 

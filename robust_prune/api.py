@@ -1,4 +1,4 @@
-"""The front door for Python: what ``import robust_prune as rp`` gives.
+"""The Python interface, ``import robust_prune as rp``.
 
     import robust_prune as rp
     model, data = rp.load("demo"), rp.load_data("sample")
@@ -12,7 +12,7 @@ or step by step:
     card = rp.evaluate(small, data, tier="aa-fast")
     rp.export(small, "small.onnx", data)
 
-Every function takes the values of its section of a recipe as keywords; `robust_prune.recipe` says what they are.
+Every function takes the values of its recipe section as keyword arguments; `robust_prune.recipe` documents them.
 """
 
 from __future__ import annotations
@@ -68,17 +68,18 @@ def load(
     like: nn.Module | None = None,
     trust_pickle: bool = False,
 ) -> Model:
-    """Opens a model.
+    """Open a model, in eval mode on the CPU.
 
     Args:
-        source: ``"demo"`` for the embedded robust model, or a file: one that `save` or a run wrote, or weights.
+        source: ``"demo"`` for the embedded robust model, a file written by `save` or by a run, or a file of weights.
         arch: for weights, ``timm/NAME``, ``torchvision/NAME``, ``cifar/NAME`` or ``file.py:function``.
-        data: for weights, what they were trained on: gives classes, image size and normalization.
-        like: for a file of a model that was given as a Python object: the same object, built again.
-        trust_pickle: open a pickled module, which runs code from the file.
+        data: for weights, the data set from which classes, image size and normalization are taken.
+        like: for the file of a model that was given as a Python object, the same object, built again.
+        trust_pickle: whether to open a pickled module, which runs code from the file.
 
     Raises:
-        UsageError: a wrong path, kind of file or architecture, or data that do not fit.
+        UsageError: the path, kind of file or architecture is wrong, or the data do not fit the model.
+        EnvironmentProblem: the embedded model or a named data set is not available.
     """
     if like is not None:
         return artifact.load(source, arch=arch, like=like)
@@ -87,16 +88,17 @@ def load(
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:
-    """Groups of channels, their MRS and the channels' scores, from training images.
+    """Find the groups of channels and measure MRS, channel scores and cost, on training images.
 
     Args:
-        model: `Model`, module of [0, 1] images, ``"demo"`` or a file.
-        data: see `load_data`.
-        recipe: a recipe file, or the name of a shipped one.
-        settings: dotted values of the recipe with ``__`` for the dot, e.g. ``sensitivity__images=256``.
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file; it is moved to the device
+            of the recipe.
+        data: data set; see `load_data`.
+        recipe: a recipe file, or the name of a shipped recipe.
+        settings: values of the recipe, with ``__`` in place of the dot, e.g. ``sensitivity__images=256``.
 
     Raises:
-        UsageError: nothing can be cut, or a setting is wrong.
+        UsageError: the model has no group that can be cut, or a setting is wrong.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
@@ -105,15 +107,15 @@ def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, 
 
 
 def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPlan:
-    """Which channels to remove.
+    """Plan which channels to remove.
 
     Args:
-        analysis: of the model.
-        ratio: share of the MACs to remove, in (0, 1).
-        pruning: values of the recipe's section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
+        analysis: analysis of the model.
+        ratio: share of the MACs, or of another ``metric``, to remove, in (0, 1).
+        pruning: values of the recipe section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: a value is out of range, or the metric is ``latency``, for which `compress` is needed.
     """
     section = make_section(PruningSection, ratio=ratio, **pruning)
     if section.metric == "latency":
@@ -122,16 +124,21 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
 
 
 def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: Any) -> Model:
-    """A smaller model: channels removed, every group proved against the masked model, readers repaired.
+    """Remove the planned channels, prove every cut against the masked model, and repair the layers behind the cuts.
 
     Args:
-        model: that the plan was made for; it stays as it is.
-        plan: see `plan`.
-        data: training images for the repair.
-        settings: see `analyse`; ``pruning__compensation="none"`` leaves the repair out.
+        model: the model of the plan; its weights are not changed, but it may be moved to another device.
+        plan: result of `plan`.
+        data: data set, whose training images are used for the repair.
+        settings: values of the recipe, as in `analyse`; ``pruning__compensation="none"`` skips the repair.
 
     Returns:
-        The pruned model. Groups that could not be cut stay whole; ``provenance["rolled_back"]`` names them.
+        The pruned model, in eval mode on the CPU. Groups whose cut failed its proof are not cut;
+        ``provenance["rolled_back"]`` gives the reasons.
+
+    Raises:
+        UsageError: a setting is wrong, or the model does not fit the data or cannot be traced.
+        QualityGateError: the pruned model differs from the masked model.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
@@ -147,17 +154,18 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
 def finetune(
     model: Model, data: DataSource, *, teacher: ModelSource | None = None, threat: Threat = None, **training: Any
 ) -> TrainResult:
-    """Adversarial fine-tuning of `model`, in place.
+    """Fine-tune `model` adversarially, in place.
 
     Args:
-        model: a `Model`, e.g. what `prune` returned.
-        data: trained on its training images, selected on its held-out ones.
-        teacher: the dense parent, where ``distillation`` is above 0.
-        threat: what to train against; a number is a radius of the Linf ball. The model's own by default.
-        training: values of the recipe's section ``finetune``, such as ``epochs=2`` or ``loss="pgd_at"``.
+        model: a `Model`, e.g. the result of `prune`.
+        data: data set, whose training images are used for training and whose held-out images for selection.
+        teacher: the dense model, required if ``distillation`` is above 0.
+        threat: threat model of the training; a number is the radius of an Linf ball. By default that of the model.
+        training: values of the recipe section ``finetune``, such as ``epochs=2`` or ``loss="pgd_at"``.
 
     Raises:
-        UsageError: a value out of range, or another kind of model.
+        UsageError: a value is out of range, or `model` is not a `Model`.
+        QualityGateError: training diverged before an epoch was better than the start.
     """
     if not isinstance(model, Model):
         raise UsageError(f"finetune trains a Model in place, as load and prune return it; got {_kind(model)}.")
@@ -175,18 +183,18 @@ def finetune(
 def evaluate(
     model: ModelSource, data: DataSource, threat: Threat = None, *, seed: int = 0, **evaluation: Any
 ) -> ResultCard:
-    """Clean and robust accuracy on test images.
+    """Measure clean and robust accuracy on test images.
 
     Args:
-        model: `Model`, module of [0, 1] images, ``"demo"`` or a file.
-        data: see `load_data`.
-        threat: what the attacker may do; a number such as 8/255 is a radius of the Linf ball. The model's own by
-            default.
-        seed: of the attacks' random starts.
-        evaluation: values of the recipe's section ``evaluation``, such as ``tier="aa-fast"`` or ``images=1000``.
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
+        data: data set; see `load_data`.
+        threat: threat model; a number such as 8/255 is the radius of an Linf ball. By default that of the model.
+        seed: random seed of the attacks.
+        evaluation: values of the recipe section ``evaluation``, such as ``tier="aa-fast"`` or ``images=1000``.
 
     Raises:
-        UsageError: a value out of range, or a model that does not fit the data.
+        UsageError: a value is out of range, or the model does not fit the data.
+        QualityGateError: an attack returned a point outside the threat model.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
@@ -202,16 +210,19 @@ def evaluate(
 
 
 def export(model: ModelSource, path: str | Path, data: DataSource, **settings: Any) -> OnnxArtifact:
-    """Writes one ONNX file, checked against float64 on training images.
+    """Write one ONNX file, after a parity check against a float64 reference on training images.
 
     Args:
-        model: `Model`, module of [0, 1] images, ``"demo"`` or a file.
-        path: of the file; its input is ``images``, float32 [batch, C, H, W] in [0, 1], its output ``logits``.
-        data: images for the check.
-        settings: values of the recipe's section ``export``, such as ``opset=20``.
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
+        path: path of the file; its input is ``images``, float32 [batch, C, H, W] in [0, 1], its output ``logits``
+            [batch, K].
+        data: data set, with at least 9 training images for the check.
+        settings: values of the recipe section ``export``, such as ``opset=20``.
 
     Raises:
-        QualityGateError: the file does not compute what the model does.
+        UsageError: a setting is wrong, or the exporter does not support the model.
+        QualityGateError: the outputs of the file differ from those of the model.
+        EnvironmentProblem: the file cannot be written.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
@@ -219,12 +230,16 @@ def export(model: ModelSource, path: str | Path, data: DataSource, **settings: A
 
 
 def benchmark(files: Mapping[str, str | Path], *, seed: int = 0, **bench: Any) -> LatencyTable:
-    """Latency of ONNX files side by side, with intervals and a noise floor.
+    """Measure the latency of ONNX files side by side, with confidence intervals and a noise floor.
 
     Args:
-        files: by label; the first is what the others are compared with.
-        seed: of the visiting order and the input images.
-        bench: values of the recipe's section ``bench``, such as ``batches=(1, 32)``.
+        files: files by label; the first one is the baseline.
+        seed: random seed of the order and of the input images.
+        bench: values of the recipe section ``bench``, such as ``batches=(1, 32)``.
+
+    Raises:
+        UsageError: a value is out of range, or a file is missing or is not an image classifier.
+        EnvironmentProblem: the execution provider does not run on this machine.
     """
     return run_section(list(files.items()), make_section(BenchSection, **bench), seed)
 
@@ -240,26 +255,28 @@ def compress(
     name: str = "model",
     **settings: Any,
 ) -> Compressed:
-    """The whole job: a smaller robust model, its ONNX file, and one table with latency and robust accuracy.
+    """Prune and fine-tune a model, export it, and measure its latency and robust accuracy.
 
-    Run again with the same inputs, it goes on where it was.
+    A call with the same inputs resumes an interrupted run.
 
     Args:
-        model: `Model`, module of [0, 1] images, ``"demo"`` or a file.
-        data: see `load_data`.
-        ratio: share of the MACs to remove, in (0, 1); the recipe's (0.5) by default.
-        out: the run folder; ``runs/NAME-...`` by default.
-        recipe: a recipe file, or the name of a shipped one.
-        threat: what to be robust against; a number is a radius of the Linf ball. The model's own by default.
-        name: of the model, in tables and folder names.
-        settings: dotted values of the recipe with ``__`` for the dot, e.g. ``finetune__epochs=2``.
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
+        data: data set; see `load_data`.
+        ratio: share of the MACs (or of the recipe's metric) to remove, in (0, 1); by default that of the recipe (0.5).
+        out: run folder; by default ``runs/NAME-...``.
+        recipe: a recipe file, or the name of a shipped recipe.
+        threat: threat model; a number is the radius of an Linf ball. By default that of the recipe, or of the model
+            without a recipe.
+        name: name of the model in tables and folder names.
+        settings: values of the recipe, with ``__`` in place of the dot, e.g. ``finetune__epochs=2``.
 
     Returns:
-        The report and the folder. Under a distributed launcher only the first process returns.
+        The report and the folder. Under a distributed launcher only the first process returns; the others exit.
 
     Raises:
-        UsageError: a wrong setting, or a folder that holds another run.
-        QualityGateError: surgery or export made something that is not equal to what it should be.
+        UsageError: a setting is wrong, or the folder contains another run.
+        QualityGateError: the pruned model or an exported file differs from its reference, or training diverged.
+        EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
@@ -273,10 +290,10 @@ def compress(
 
 
 def save(model: Model, path: str | Path) -> None:
-    """Writes a model as one ``.safetensors`` or ``.pt`` file, which `load` opens bit for bit.
+    """Write a model as one ``.safetensors`` or ``.pt`` file, from which `load` rebuilds it bit for bit.
 
     Raises:
-        UsageError: another suffix, or another kind of model.
+        UsageError: the suffix is another one, or `model` is not a `Model`.
         EnvironmentProblem: the file cannot be written.
     """
     if not isinstance(model, Model):

@@ -1,6 +1,6 @@
-"""Named choices of one kind, such as channel criteria: one Python file each, found without being run.
+"""Catalogues of named choices, such as channel criteria; each choice is a Python file that is found without running it.
 
-Recipes, help texts and documentation read names and help lines from here; torch is imported only when a choice is used.
+Recipes, help texts and documentation take names and help lines from here; torch is imported only if a choice is used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ _ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The choices of one kind.
+    """Choices of one kind.
 
-    A choice of ours is a file of `folder`: its name is the choice's, its docstring's first line the help line, and its
-    function called `function` does the work. A package that is installed beside this one adds choices as entry points
-    ``name = "module:function"`` of the group ``robust_prune.<folder>``, and a user's ``file.py:function`` is one, too.
+    Each choice of this package is a file in `folder`. The name of the file is the name of the choice, the first line of
+    its docstring is the help line, and its function `function` implements it. Other packages add choices by entry
+    points ``name = "module:function"`` of the group ``robust_prune.<folder>``. A user's ``file.py:function`` is a
+    choice, too.
 
     Attributes:
-        kind: in messages, e.g. ``criterion``.
-        folder: of this package, with dots, e.g. ``ranking.criteria``.
+        kind: name of the kind in messages, e.g. ``criterion``.
+        folder: sub-package of the choices, e.g. ``ranking.criteria``.
         function: name of the function in each file.
-        separator: what stands in names for the underscores of files.
+        separator: character that replaces the underscores of file names.
     """
 
     kind: str
@@ -40,34 +41,34 @@ class Catalogue:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """Help line by name: ours in alphabetical order, then those of other packages."""
+        """Help line of each choice by name: choices of this package in alphabetical order, then of other packages."""
         ours = {name: _first_line(file) for name, file in self._files.items()}
         return ours | {name: f"from {point.value}" for name, point in sorted(self._plugins.items()) if name not in ours}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the choices, without users' files."""
+        """Names of all choices, without users' files."""
         return tuple(self.choices)
 
     def help(self) -> str:
-        """All names in a sentence's form, for the help of a flag."""
+        """Return all names as one text, for help texts."""
         return f"{', '.join(self.names)}, or file.py:function"
 
     def check(self, name: str) -> str:
-        """`name`, if it is a choice or has the form of a user's.
+        """Return `name` if it is a choice or the form of a user's file.
 
         Raises:
-            ValueError: it is neither; the message lists what there is.
+            ValueError: it is neither; the message lists all names.
         """
         if name not in self.choices and ".py" not in name:
             raise ValueError(f"must be one of {self.help()}")
         return name
 
     def load(self, name: str) -> Any:
-        """The function of a choice.
+        """Return the function of a choice.
 
         Raises:
-            UsageError: no such choice, or a user's file that cannot be run.
+            UsageError: there is no such choice, or the user's file cannot be run.
         """
         from .models import user_file
 
@@ -80,7 +81,7 @@ class Catalogue:
         return getattr(importlib.import_module(f"robust_prune.{self.folder}.{self._files[name].stem}"), self.function)
 
     def _name(self, file: Path) -> str:
-        # `global_.py` is "global", which no module of Python may be called.
+        # `global_.py` is "global", which is a keyword and cannot be the name of a module.
         return file.stem.rstrip("_").replace("_", self.separator)
 
     @cached_property

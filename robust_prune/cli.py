@@ -1,4 +1,4 @@
-"""The command line: commands are named here and imported only when they run, so that help answers at once."""
+"""The command line; commands are imported only when they run, so that help is fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = App(
     version=__version__,
     help="Prunes adversarially trained vision models and reports the robust accuracy and the latency that are left, in "
     "one table.\n\nStart with: robust-prune compress demo --ratio 0.5",
-    # The process ends in `main` alone: tests and Python callers go on after a command, and Ctrl-C says how to resume.
+    # Only `main` ends the process, so that tests and Python callers can continue and Ctrl-C can explain how to resume.
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
@@ -35,10 +35,13 @@ app.command("robust_prune.commands.recipes:app", name="recipes", help="List, sho
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line and ends the process with its exit code.
+    """Run a command line; errors end the process with an exit code.
 
-    Exit codes: 0 success, 2 usage, 3 environment, 4 a quality gate failed, 130 interrupted. A traceback is shown only
+    Exit codes: 0 success, 2 usage, 3 environment, 4 failed quality gate, 130 interrupted. A traceback is shown only
     with ``--debug``.
+
+    Args:
+        arguments: the command line; by default ``sys.argv[1:]``.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens

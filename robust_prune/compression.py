@@ -1,7 +1,7 @@
-"""The main job: a dense robust model in; a smaller one, its ONNX file and one table out.
+"""Compression of a robust model: pruning, fine-tuning, export, evaluation, latency and report.
 
-`compress` names the stages in their order. Each takes values and gives values; the run folder keeps them, so that a run
-which was killed goes on where it was.
+`compress` calls the stages in order. Each stage maps values to values, which the run folder stores, so that an
+interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels", "latenc
 
 
 def compress(job: Compression) -> Compressed | None:
-    """Runs the whole job, or what is left of it.
+    """Run all stages of a compression, or those that an interrupted run has not completed.
 
-    Of several processes (see `distributed`) the first one returns what was made; the others leave with None as soon as
-    nothing is left to share, so that latency is measured on a machine that is otherwise idle.
+    In a distributed run the first process returns the result. The others return None when no shared work is left, so
+    that latency is measured on an otherwise idle machine.
 
     Raises:
-        UsageError: the folder holds a run with other inputs, or the job cannot be done as it is asked for.
-        QualityGateError: surgery or export produced something that is not equal to what it should be.
-        EnvironmentProblem: the machine lacks something.
+        UsageError: the folder contains a run with other inputs, or a setting does not fit the model, data or machine.
+        QualityGateError: the pruned model or an exported file differs from its reference, or training diverged.
+        EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
@@ -104,17 +104,18 @@ def compress(job: Compression) -> Compressed | None:
 
 
 def plan_only(job: Compression) -> PruningPlan:
-    """Measures sensitivity and plans the (first) cut; nothing is written and the model stays as it is."""
+    """Measure sensitivity and print and return the plan of the (first) cut; no files are written."""
     plan = next_cut(job, job.dense.module, ()).plan
     say_plan(plan)
     return plan
 
 
 def open_run(job: Compression) -> Run:
-    """The run's folder, refused when another run's results lie there.
+    """Claim the run folder.
 
     Raises:
-        UsageError: the folder belongs to other inputs, or is a file.
+        UsageError: the folder belongs to a run with other inputs, or is a file.
+        EnvironmentProblem: the folder cannot be written.
     """
     recipe, data = job.recipe, job.data
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
@@ -131,19 +132,27 @@ def open_run(job: Compression) -> Run:
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:
-    """A model that this run has written."""
+    """Load a model that this run has written."""
     return artifact.load(file, arch=job.arch, trust_source=True).module
 
 
 def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, before: Sequence[Cut]) -> Planned:
-    """The plan of the next cut, shown."""
+    """Run the stage that analyses the model and plans the next cut, and print the plan.
+
+    Args:
+        job: the compression.
+        run: its run folder.
+        at: suffix of the cut's stage names.
+        model: the model to cut.
+        before: previous cuts.
+    """
     planned = run.stage(f"plan{at}", Planned, [models_hash(model)], partial(next_cut, job, model, before))
     say_plan(planned.plan)
     return planned
 
 
 def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Planned:
-    """Sensitivities and channel scores of the model as it is now, and the plan of the next cut."""
+    """Analyse the current model and plan the next cut."""
     recipe, section = job.recipe, job.recipe.pruning
     plans = [cut.plan for cut in before]
     analysis = analyse(model, job.dense.spec, job.data.train, recipe, job.device, dense_widths(plans))
@@ -156,7 +165,7 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
 
 
 def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted: float) -> PruningPlan:
-    """The plan that keeps `wanted` of the dense model's latency, as candidates measure it."""
+    """Return the plan whose measured latency is nearest to `wanted`, in (0, 1), times that of the dense model."""
     dense, spec, recipe = job.dense.module, job.dense.spec, job.recipe
     with CandidateClock.open(dense, spec, job.data.train, recipe) as clock:
 
@@ -168,7 +177,7 @@ def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted
 
 
 def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, plan: PruningPlan) -> Pruned:
-    """Cuts, repairs without training, and scores what that leaves; the model goes into its file."""
+    """Run the stage that removes channels, repairs the model, measures its accuracy and writes it to a file."""
     recipe, spec, file = job.recipe, job.dense.spec, pruned_file(run, at)
 
     def make() -> Pruned:
@@ -186,7 +195,7 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
 
 
 def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) -> ResultCard:
-    """Accuracy right after the cut, on held-out training images: the test split waits for the final figures."""
+    """Measure accuracy after the cut on up to 500 held-out training images; test images are for final results only."""
     section = recipe.evaluation.model_copy(update={"tier": "pgd", "restarts": 1, "sweep": (), "precision": "fp32"})
     subject = Subject("pruned, before fine-tuning", data.name, "validation")
     held_out = first(data.validation, BEFORE_FINETUNE_IMAGES)
@@ -194,7 +203,7 @@ def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) ->
 
 
 def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainResult:
-    """Adversarial fine-tuning of the repaired model; the recovered one goes into its file."""
+    """Run the stage that fine-tunes the repaired model; the result is written to a file."""
     recipe, data, file = job.recipe, job.data, recovered_file(run, at)
     settings: TrainSettings = recipe.finetune
     if at:
@@ -216,7 +225,7 @@ def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainRes
 
 
 def save(job: Compression, model: nn.Module, file: Path) -> None:
-    """Writes a model of this run."""
+    """Write a model of this run with its provenance."""
     provenance = {
         "command": job.command, "parent": models_hash(job.dense.module), "recipe": digest(job.recipe.model_dump()),
     }  # fmt: skip
@@ -224,13 +233,13 @@ def save(job: Compression, model: nn.Module, file: Path) -> None:
 
 
 def what_was_cut(plan: PruningPlan, pruned: Pruned, job: Compression, model: nn.Module) -> PruningPlan:
-    """The plan without the groups that stayed whole, with the costs of the model that came out."""
+    """Return the plan as carried out: without rolled-back groups, and with the costs of the pruned model."""
     whole = {group.name for group in pruned.rolled_back}
     return realised(plan, whole, count_macs(model, job.dense.spec.blank_image()), count_params(model))
 
 
 def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequence[Cut]) -> tuple[nn.Module, str]:
-    """The pruned architecture trained from fresh weights, as its artifact holds it, and a sentence on its training."""
+    """Train the pruned architecture from fresh weights; return the model and a sentence on its training."""
     recipe, spec, file = job.recipe, job.dense.spec, run.folder / f"{SCRATCH}.safetensors"
     recovery = sum(record.seconds for cut in cuts for record in cut.tuned.history)
     minutes, identity = recipe.baseline.minutes, models_hash(pruned)
@@ -241,7 +250,7 @@ def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequ
         settings, threat = recipe.training, recipe.threat_model
         return Length(*affordable(model, job.data.train, threat, settings, seconds, device=job.device))
 
-    # A stage of its own: a run that is killed and resumed must not time the machine again and train for another length.
+    # A separate stage, so that a resumed run does not time the machine again and train for another length.
     length = run.stage(f"{SCRATCH}-length", Length, [identity, seconds], measure_length, shared=True)
 
     def make() -> TrainResult:
@@ -265,7 +274,7 @@ def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequ
 
 
 def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str, OnnxArtifact]:
-    """The checked ONNX files of one model by precision; lower ones of the pruned model only."""
+    """Run the stages that export a model; return its files by precision (below fp32 for the pruned model only)."""
     path = run.folder / ("model.onnx" if label == PRUNED else f"{label}.onnx")
     section, identity, spec = job.recipe.export, models_hash(model), job.dense.spec
 
@@ -273,7 +282,7 @@ def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str
         console.print(f"Exporting {path.name} and checking it against float64")
         return export_model(model, spec, job.data.train, path, section, job.recipe.seed)
 
-    # Paths are those of now: the folder may have been moved since the files were made.
+    # The folder may have been moved since the files were written, so paths are set anew.
     stored = run.stage(f"export-{label}", OnnxArtifact, [identity], make, files=[path])
     files = {"fp32": replace(stored, path=str(path))}
     if label != PRUNED or not section.precisions:
@@ -293,7 +302,7 @@ def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str
 def evaluate_on_test(
     job: Compression, run: Run, label: str, model: nn.Module, files: Mapping[str, OnnxArtifact]
 ) -> ResultCard:
-    """Clean and robust accuracy of a model and of its files on test images."""
+    """Run the stage that measures clean and robust accuracy of a model and its files on test images."""
     recipe, data, name = job.recipe, job.data, f"evaluate-{label}"
 
     def make() -> ResultCard:
@@ -310,7 +319,7 @@ def evaluate_on_test(
 
 
 def benchmark(job: Compression, run: Run, rows: Sequence[ModelRow]) -> LatencyTable:
-    """Latency of all files, measured together."""
+    """Run the stage that measures the latency of all files together."""
     files = [(row.label, row.onnx) for row in rows if row.onnx is not None]
     paths = [(label, Path(file.path)) for label, file in files]
     measure = partial(run_section, paths, job.recipe.bench, job.recipe.seed)
@@ -326,7 +335,7 @@ def report(
     table: LatencyTable,
     notes: Sequence[str],
 ) -> RunReport:
-    """Writes and shows what was found."""
+    """Write the report to the run folder, print its headline table, and return it."""
     recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
     whole = compose([cut.plan for cut in cuts], section.ratio)
     late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
@@ -360,6 +369,6 @@ def report(
 
 
 def say_plan(plan: PruningPlan) -> None:
-    """Prints a plan."""
+    """Print a plan and its note."""
     console.print(render_plan(plan))
     warn(plan.note)

@@ -1,4 +1,4 @@
-"""Terminal output: one shared console, and progress that degrades to plain lines when nobody watches."""
+"""Terminal output: a shared console, and progress bars, which are plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PLAIN_INTERVAL_SECONDS = 15.0
 
 @contextmanager
 def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Shows the progress of a stage.
+    """Show the progress of a stage.
 
     Args:
-        description: what is being done, e.g. ``"PGD-20, 2 restarts"``.
+        description: description of the stage, e.g. ``"PGD-20, 2 restarts"``.
         total: number of units.
-        done: units finished by an earlier, interrupted run.
+        done: number of units completed by an interrupted run.
 
     Yields:
-        ``advance(count=1, note="")``: call it after each unit; `note` replaces the text beside the bar.
+        ``advance(count=1, note=None)``, to be called after each unit; `note` replaces the text next to the bar.
     """
     if console.is_terminal:
         with _bar() as bar:
@@ -58,7 +58,7 @@ def _bar() -> Progress:
 
 
 def warn(text: str) -> None:
-    """Prints a note that the user must not miss, if there is one."""
+    """Print a note that the user must not miss, unless `text` is empty."""
     if text:
         console.print(f"Note: {text}", markup=False)
 

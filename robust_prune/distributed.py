@@ -1,7 +1,7 @@
-"""One command in several processes, as torchrun and accelerate start them: who writes, and how results reach all.
+"""Distributed runs, started by torchrun or accelerate: one command in several processes.
 
-Every process runs the same program. Work that all of them share (training, attacks) is divided; the rest is done by
-the first process while the others wait for its outcome. Only the first one writes files and talks to the terminal.
+Every process runs the same program. Training and attacks are divided among all processes; other work is done by the
+first process, while the others wait for its result. Only the first process writes files and prints to the terminal.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# Waiting is normal: the first process may measure or export for hours before the others are needed again.
+# The first process may measure or export for hours while the others wait.
 PATIENCE = timedelta(days=30)
 
 
 def launched() -> int:
-    """Number of processes that a launcher started; 1 without one."""
+    """Return the number of processes started by a launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: str) -> None:
-    """Meets the other processes, if a launcher started any; a second call does nothing.
+    """Initialise the process group if a launcher started several processes; further calls do nothing.
 
     Args:
-        device: ``cpu``, ``cuda`` or ``auto``. On GPUs each process takes its own.
+        device: ``cpu``, ``cuda`` or ``auto``; each process uses its own GPU.
     """
     if launched() > 1:
         import torch
@@ -42,24 +42,24 @@ def join(device: str) -> None:
 
 
 def count() -> int:
-    """Processes that have met."""
+    """Return the number of processes in the process group; 1 without one."""
     group = _group()
     return group.get_world_size() if group else 1
 
 
 def index() -> int:
-    """This process among them, from 0."""
+    """Return the rank of this process in the process group, from 0."""
     group = _group()
     return group.get_rank() if group else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes; known from the launcher before the processes have met."""
+    """Return whether this is the first process, which writes files; it works before the process group exists."""
     return int(os.environ.get("RANK", "0")) == 0 or launched() == 1
 
 
 def broadcast(value: Value) -> Value:
-    """The first process's `value`, in all of them; it must be picklable."""
+    """Return the first process's `value` in all processes; it must be picklable."""
     group = _group()
     if not group:
         return value
@@ -69,7 +69,7 @@ def broadcast(value: Value) -> Value:
 
 
 def all_gather(value: Value) -> list[Value]:
-    """Every process's `value`, in order, in all of them."""
+    """Return the `value` of every process, in order of rank, in all processes."""
     group = _group()
     if not group:
         return [value]
@@ -79,7 +79,7 @@ def all_gather(value: Value) -> list[Value]:
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
-    """Replaces floating-point tensors of one device by their mean over the processes, in place."""
+    """Replace floating-point tensors on one device by their mean over all processes, in place."""
     group = _group()
     if not group or not tensors:
         return
@@ -94,7 +94,7 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def one_at_a_time_per_node() -> Iterator[None]:
-    """Lets the first process of each machine go before the others, so that a download is made once."""
+    """Run the block in the first process of each machine before the others, so that downloads happen only once."""
     if count() == 1:
         yield
         return
@@ -105,14 +105,14 @@ def one_at_a_time_per_node() -> Iterator[None]:
 
 
 def leave_group() -> bool:
-    """Ends the sharing: from here on the processes no longer wait for each other.
+    """Destroy the process group; afterwards the processes do not wait for each other.
 
     Returns:
-        Whether this is the first process, which goes on alone.
+        Whether this is the first process, which continues alone.
     """
     group = _group()
     if group:
-        # What still refers to the group, or a peer that is not done, would abort the process when it ends.
+        # Remaining references to the group, or unfinished peers, would abort the process at its end.
         gc.collect()
         group.barrier()
         group.destroy_process_group()
@@ -120,14 +120,14 @@ def leave_group() -> bool:
 
 
 def launch_command() -> str:
-    """The words that start a command in as many processes on one machine, or nothing."""
+    """Return the launcher and its arguments for as many processes on one machine; empty for one process."""
     if launched() == 1:
         return ""
     return shlex.join(["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(launched()))])
 
 
 def _group() -> Any:
-    """`torch.distributed` once the processes have met, else None. Without a launcher torch is not imported."""
+    """Return `torch.distributed` if the process group exists, else None; without a launcher torch is not imported."""
     if launched() == 1:
         return None
     import torch.distributed as group

@@ -1,4 +1,4 @@
-"""What a compression is asked for, what its stages leave, and where their files lie."""
+"""Inputs of a compression, results of its stages, and paths of their files."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .training.types import TrainResult
 
 @dataclass(frozen=True)
 class Compression:
-    """What to compress, on which data, how, and where to.
+    """Inputs of a compression.
 
     Attributes:
-        name: how the model is called in tables and folder names.
-        dense: the model.
-        data: its data set.
-        recipe: everything else.
-        out: the run folder; None derives one from name, ratio and inputs.
-        command: the command line that repeats the run.
-        arch: where the user's ``file.py:function`` lies, if that is the architecture.
+        name: name of the model in tables and folder names.
+        dense: the dense model.
+        data: data set.
+        recipe: all settings.
+        out: run folder; None derives it from name, metric, ratio and inputs.
+        command: command line that reproduces the run.
+        arch: location of the user's ``file.py:function``, if that is the architecture.
     """
 
     name: str
@@ -46,29 +46,29 @@ class Compression:
 
     @property
     def device(self) -> str:
-        """Where torch computes, ``cpu`` or ``cuda``."""
+        """Device of torch, ``cpu`` or ``cuda``."""
         return choose_device(self.recipe.device)
 
 
 @dataclass(frozen=True, repr=False)
 class Compressed(Shown):
-    """What a finished run left behind: the report's values and where the files are."""
+    """Result of a compression: its report and its run folder."""
 
     report: RunReport
     folder: Path
 
     def short(self) -> str:
-        """What was made, and where it lies."""
+        """Return the title of the report, the models and the folder."""
         return f"{self.report.short()}, in {self.folder}"
 
     def table(self) -> RenderableType | None:
-        """The headline table."""
+        """Return the headline table."""
         return self.report.table()
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Outcome of analysis and planning."""
+    """Result of analysis and planning: the sensitivity profile and the plan."""
 
     profile: SensitivityProfile
     plan: PruningPlan
@@ -76,12 +76,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class Pruned:
-    """Outcome of surgery and repair, beside the model's file.
+    """Result of surgery and repair, in addition to the model file.
 
     Attributes:
-        rolled_back: groups that stayed whole, and why.
-        parity: largest relative error between the cut model and the masked dense one.
-        before_finetune: accuracy on held-out images.
+        rolled_back: groups that were not cut, with the reasons.
+        parity: largest relative error between the pruned model and the masked dense model.
+        before_finetune: accuracy on held-out images after the repair.
     """
 
     rolled_back: tuple[Skipped, ...]
@@ -91,7 +91,14 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut, from its plan to the recovered model; `plan` is what surgery made of it."""
+    """Results of one cut, from the plan to the fine-tuned model.
+
+    Attributes:
+        planned: profile and plan.
+        pruned: result of surgery and repair.
+        tuned: result of fine-tuning.
+        plan: the plan as surgery carried it out.
+    """
 
     planned: Planned
     pruned: Pruned
@@ -101,7 +108,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a network from scratch is trained: epochs, and images in each."""
+    """Length of training from scratch: number of epochs and of images in each epoch."""
 
     epochs: int
     images: int
@@ -109,21 +116,21 @@ class Length:
 
 @dataclass(frozen=True)
 class LowerPrecisions:
-    """The files of lower precision of one model, by precision."""
+    """Files of lower precision of a model, by precision."""
 
     files: dict[str, OnnxArtifact]
 
 
 def cut_names(steps: int) -> tuple[str, ...]:
-    """What is added to the names of each cut's stages; the last has the plain names, however many came before."""
+    """Return the suffix of the stage names of each cut; that of the last cut is empty."""
     return (*(f"-{step}" for step in range(1, steps)), "")
 
 
 def pruned_file(run: Run, at: str) -> Path:
-    """Where the model lies that surgery and repair leave."""
+    """Return the path of the model after surgery and repair; `at` is the suffix of the cut."""
     return run.folder / f"prune{at}" / "model.safetensors"
 
 
 def recovered_file(run: Run, at: str) -> Path:
-    """Where the fine-tuned model lies: that of the last cut is the run's."""
+    """Return the path of the fine-tuned model; that of the last cut is in the run folder itself."""
     return (run.folder / f"finetune{at}" if at else run.folder) / "model.safetensors"

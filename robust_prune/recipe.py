@@ -1,4 +1,4 @@
-"""Recipes: the one description of a run, read from YAML and checked; unknown keys are refused."""
+"""Recipes: the complete settings of a run, read from YAML and validated; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _number(value: Any) -> Any:
-    """Lets a recipe say 8/255, as papers do."""
+    """Convert fractions such as 8/255, as papers write them."""
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
@@ -25,7 +25,7 @@ def _number(value: Any) -> Any:
 
 
 def _switch(value: Any) -> Any:
-    """Takes back what YAML makes of an unquoted on or off."""
+    """Convert the booleans that YAML makes of unquoted on and off back to text."""
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
@@ -34,41 +34,42 @@ AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
 LossName = Annotated[str, AfterValidator(LOSSES.check)]
 TierName = Annotated[str, AfterValidator(TIERS.check)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
-"""Loggers that accelerate writes to."""
+"""Experiment trackers that accelerate supports."""
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(_number)]
 
 
 class Section(BaseModel):
-    """Base of all recipe sections: frozen, and strict about names."""
+    """Base class of recipe sections: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
-    """Which images."""
+    """Data set."""
 
     name: str | None = None
     """cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder, or an .npz file."""
     root: str | None = None
-    """Where downloaded data sets lie; the user's cache folder by default."""
+    """Folder of downloaded data sets; the user's cache folder by default."""
     validation: int | None = Field(None, ge=1)
-    """Training images held out for selection, never trained on; a tenth, at most 1000, by default."""
+    """Number of training images held out for model selection and never used for training; a tenth, at most 1000, by
+    default."""
     image_size: int | None = Field(None, ge=1)
-    """Side in pixels that images of a folder are brought to; the folder's own default otherwise."""
+    """Height and width in pixels to which images of a folder are resized; their common size, or 224, by default."""
 
 
 class ThreatSection(Section):
-    """What the attacker may do."""
+    """Threat model."""
 
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the perturbation."""
     epsilon: FractionNumber = Field(8 / 255, ge=0)
-    """Radius in units of [0, 1] pixels; fractions such as 8/255 are welcome."""
+    """Radius in units of the [0, 1] pixel range; fractions such as 8/255 are allowed."""
 
 
 class ModelSection(Section):
-    """Which model, for `train` and for checkpoints that hold only weights."""
+    """Model of `train`, and of checkpoints that contain only weights."""
 
     arch: str | None = None
     """timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function."""
@@ -77,148 +78,149 @@ class ModelSection(Section):
 
 
 class SensitivitySection(Section):
-    """How Module Robustness Sensitivity is measured."""
+    """Measurement of Module Robustness Sensitivity (MRS)."""
 
     estimator: Literal["gradient", "boundary", "ascent"] = "boundary"
-    """Estimator of MRS: first order, measured at the boundary of the ball, or by ascent (slow, the reference)."""
+    """Estimator of MRS: first order (`gradient`), the loss at the boundary of the ball after a search on few images
+    (`boundary`), or projected gradient ascent (`ascent`, slow, the reference)."""
     images: int = Field(1024, ge=1)
-    """Training images in the adversarial set."""
+    """Number of training images in the adversarial set."""
     steps: int = Field(10, ge=1)
-    """PGD steps that make the adversarial set."""
+    """Number of PGD steps for the adversarial set."""
     rho: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Relative radius of the weight perturbation."""
+    """Radius of the weight perturbation relative to the norm of the weights."""
     ascent_steps: int = Field(10, ge=1)
-    """Steps on the whole set that the estimator `ascent` ends with."""
+    """Largest number of ascent steps on the full adversarial set at the end of the estimator `ascent`."""
     aggregation: Literal["sum", "mean", "max", "quadrature"] = "sum"
-    """How the modules of a coupled group make the group's value."""
+    """Aggregation of MRS over the layers of a coupled group."""
 
 
 class PruningSection(Section):
-    """How much is cut, and how channels are chosen."""
+    """Amount of pruning, and selection of channels."""
 
     ratio: FractionNumber = Field(0.5, gt=0, lt=1)
-    """Share of `metric` to remove."""
+    """Share of `metric` to remove, in (0, 1)."""
     metric: Literal["macs", "params", "channels", "latency"] = "macs"
-    """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
-    and `bench.threads`: candidates are timed until one lands within 5 %."""
+    """Cost to which the ratio refers. `latency` is that of the exported file on this machine, at the first value of
+    `bench.batches` and the first value of `bench.threads`; candidates are timed until one is within 5 % of it."""
     allocation: AllocationName = "mrs"
-    """How the budget is spread over groups; `robust-prune compress --help` lists what there is."""
+    """Allocation of the budget over groups; `robust-prune compress --help` lists all."""
     criterion: CriterionName = "adversarial_taylor"
-    """Channel score inside a group; `robust-prune compress --help` lists what there is."""
+    """Criterion that ranks the channels of a group; `robust-prune compress --help` lists all."""
     round_to: int = Field(8, ge=1)
-    """Widths are rounded to multiples of this where the budget allows."""
+    """Number to whose multiples widths are rounded where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
-    """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone. With 90 % of the MACs
-    removed, 0.25 was better than either on held-out images, and not told apart from 0.5."""
+    """Exponent of MRS in the allocation `mrs`: 1 uses MRS in nats, 0 ignores MRS. With 90 % of the MACs removed, 0.25
+    was better than either on held-out images, and could not be distinguished from 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
-    """Smallest share of a group's channels that stays; one channel always does."""
+    """Smallest share of a group's channels to keep; at least one channel is always kept."""
     cuts: int = Field(1, ge=1, le=100)
-    """Cuts that the ratio is spread over; before each, sensitivities are measured anew on what the one before left."""
+    """Number of cuts over which the ratio is spread; before each cut MRS is measured again on the current model."""
     epochs_between: int = Field(1, ge=0)
-    """Fine-tuning epochs between two cuts."""
+    """Number of fine-tuning epochs between two cuts."""
     compensation: Literal["none", "batchnorm", "least_squares"] = "least_squares"
-    """Repair after the cut, without training: `least_squares` solves the layers behind the cut so that their outputs
-    stay what they were, `batchnorm` re-estimates statistics."""
+    """Repair after the cut, before any training: `least_squares` fits the layers behind the cut to the outputs of the
+    dense model, `batchnorm` re-estimates batch-norm statistics."""
     compensation_images: int = Field(512, ge=2)
-    """Training images for it; least squares takes each of them clean and attacked."""
+    """Number of training images for the repair; least squares uses each of them clean and attacked."""
 
 
 class TrainSettings(Section):
-    """One adversarial training or fine-tuning run."""
+    """Adversarial training or fine-tuning."""
 
     loss: LossName = "n_fgsm"
-    """Training loss; `robust-prune train --help` lists what there is."""
+    """Training loss; `robust-prune train --help` lists all."""
     epochs: int = Field(30, ge=0)
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch_size: int = Field(128, ge=1)
-    """Images a step, over all processes."""
+    """Number of images in each step, over all processes."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate (SGD with Nesterov momentum). By default 0.1; in a run of fewer than 600 steps 0.1 times
     sqrt(steps / 600)."""
     warmup: float = Field(0.15, ge=0, lt=1)
-    """Share of all steps in which the rate grows linearly to its peak; a cosine then takes it to zero."""
+    """Share of all steps during which the learning rate grows linearly to its peak; cosine decay to zero follows."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Of SGD; norms and biases are not decayed."""
+    """Weight decay of SGD; norms and biases are not decayed."""
     steps: int = Field(10, ge=1)
-    """Gradient steps of the inner attack (pgd_at, trades, mart)."""
+    """Number of gradient steps of the inner attack (pgd_at, trades, mart)."""
     beta: float = Field(6.0, ge=0)
-    """Weight of the divergence in trades and mart."""
+    """Weight of the KL divergence in trades and mart."""
     distillation: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that is adversarial distillation from the dense parent (`compress` only)."""
+    """Weight in [0, 1] of adversarial distillation from the dense model in the loss (`compress` only)."""
     temperature: float = Field(1.0, gt=0)
-    """Of both distributions in the distillation."""
+    """Temperature of both distributions in the distillation."""
     awp: float = Field(0.0, ge=0, lt=1)
-    """Adversarial weight perturbation: relative size of the step that weights take uphill before each gradient; 0
-    takes none, 0.005 is usual. One forward and backward more."""
+    """Adversarial weight perturbation (AWP): size of the perturbation relative to the weights, before each gradient; 0
+    disables it, 0.005 is usual. It costs one more forward and backward pass."""
     awp_warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of all steps before it begins."""
+    """Share of all steps before AWP begins."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Of the outer cross-entropy only."""
+    """Label smoothing of the outer cross-entropy; the attack has none."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Final decay of the weight average, ramped up from 0; 0 keeps no average."""
+    """Final decay of the exponential moving average of weights, ramped up from 0; 0 disables the average."""
     clip_grad: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 does not clip."""
+    """Largest gradient norm; 0 disables clipping."""
     crop_padding: int = Field(4, ge=0)
-    """Pixels of the random crop."""
+    """Padding of the random crop in pixels."""
     flip: bool = True
-    """Random horizontal mirror."""
+    """Random horizontal flip."""
     validation_images: int = Field(500, ge=0)
-    """Held-out images scored after each epoch."""
+    """Number of held-out images that are scored after each epoch."""
     validation_steps: int = Field(10, ge=1)
-    """PGD steps of that score."""
+    """Number of PGD steps of this score."""
     precision: Literal["auto", "fp32"] = "auto"
-    """`auto` times formats and layouts and takes the fastest, which may differ from run to run; `fp32` is single
-    precision in plain layout, so that on one machine the same command gives the same bits."""
+    """`auto` times precisions and memory layouts and uses the fastest, which may differ between runs; `fp32` is single
+    precision in contiguous layout, so that the same command gives bit-identical results on one machine."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
-    """`torch.compile` of the model for attack and step: `auto` times it on a GPU where the run is longer than five
-    minutes and takes it if it is faster; `on` takes it wherever the model compiles. In one process only."""
+    """`torch.compile` of the model for attack and training step: `auto` times it on a GPU if the run takes more than
+    five minutes, and uses it if it is faster; `on` uses it whenever the model compiles. In one process only."""
     trackers: tuple[Tracker, ...] = ()
-    """Where the figures of each epoch are logged as well; the logger's package must be installed."""
+    """Experiment trackers to which each epoch is logged; their packages must be installed."""
 
 
 class FinetuneSettings(TrainSettings):
-    """Adversarial fine-tuning after a cut: the model knows the images' translations already, and time is short."""
+    """Adversarial fine-tuning after a cut, with defaults for short runs."""
 
     epochs: int = Field(4, ge=0)
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     crop_padding: int = Field(0, ge=0)
-    """Pixels of the random crop; none by default, since the dense parent has learnt from shifted images and short runs
-    do better without (`benchmarks/README.md` has the pilot)."""
+    """Padding of the random crop in pixels; 0 by default, since the dense model was trained on shifted images and short
+    runs are better without crops (`benchmarks/README.md` has the pilot)."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
-    """Final decay of the weight average, ramped up from 0; 0 keeps no average."""
+    """Final decay of the exponential moving average of weights, ramped up from 0; 0 disables the average."""
 
 
 class EvaluationSection(Section):
-    """How robust accuracy is measured."""
+    """Measurement of robust accuracy."""
 
     tier: TierName = "pgd"
-    """Strength of the attack, printed next to every number; `robust-prune evaluate --help` lists all."""
+    """Strength of the attack, printed next to every result; `robust-prune evaluate --help` lists all."""
     steps: int = Field(20, ge=1)
-    """PGD steps."""
+    """Number of PGD steps."""
     restarts: int = Field(2, ge=1)
-    """Random restarts of PGD; an image is robust only if it survives all of them."""
+    """Number of random restarts of PGD; an image is robust only if it survives all of them."""
     sweep: tuple[Annotated[FractionNumber, Field(ge=0)], ...] = ()
-    """Other radii to measure by PGD on the first 256 images; fractions such as 4/255 are welcome."""
+    """Further radii at which the first 256 images are attacked by PGD; fractions such as 4/255 are allowed."""
     images: int | None = Field(None, ge=1)
-    """Test images; all of them by default."""
+    """Number of test images; all of them by default."""
     batch_size: int | None = Field(None, ge=1)
-    """Images a pass; by default 250, fewer if they are larger than 64x64 pixels."""
+    """Number of images in a batch; by default 250, fewer above 64x64 pixels."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the attacks' gradients: `auto` is bf16 where the hardware is fast at it. What an attack found is always scored
-    in fp32."""
+    """Precision of the attacks' gradients: `auto` is bf16 where the hardware supports it. Results of attacks are always
+    scored in fp32."""
 
 
 class ExportSection(Section):
-    """The ONNX file."""
+    """Export of ONNX files."""
 
     opset: int = Field(18, ge=18)
     """ONNX operator set version, 18 or newer."""
     precisions: tuple[Literal["fp16", "int8"], ...] = ()
-    """Files of the smaller model to write beside the fp32 one; each is scored and timed as well."""
+    """Lower precisions in which the pruned model is also exported; each file is evaluated and timed."""
     calibration_images: int = Field(128, ge=9)
-    """Training images that int8 takes the ranges of its activations from, and that both are checked on."""
+    """Number of training images for the calibration of int8 and for the checks of fp16 and int8."""
 
 
 class BenchSection(Section):
@@ -227,23 +229,23 @@ class BenchSection(Section):
     batches: tuple[Count, ...] = Field((1, 32), min_length=1)
     """Batch sizes."""
     threads: tuple[Count, ...] = Field((1,), min_length=1)
-    """Threads of one session."""
+    """Numbers of intra-op threads."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    """ONNX Runtime execution provider; a silent fallback to another is refused."""
+    """ONNX Runtime execution provider; a fallback to another provider is an error."""
     kinds: tuple[Literal["host", "device", "graph"], ...] = Field(("host",), min_length=1)
-    """How inputs and outputs travel: arrays, the device's memory, or that with a CUDA graph (on a GPU provider)."""
+    """Transfer of inputs and outputs: arrays (`host`), device memory (`device`), or device memory and a CUDA graph
+    (`graph`, on GPU providers)."""
     seconds: float = Field(20.0, gt=0)
-    """Measuring time for each row's set of files."""
+    """Seconds of timed runs, over all files, for each combination of batch size, threads and kind."""
 
 
 class BaselineSection(Section):
-    """A network to stand beside the pruned one."""
+    """Baseline of the pruned model."""
 
     kind: Literal["none", "scratch"] = "none"
-    """`scratch` trains the architecture that the plan leaves from fresh weights, as `training` says except for its
-    length."""
+    """`scratch` trains the pruned architecture from fresh weights as `training` says except for its length."""
     minutes: float | None = Field(None, gt=0)
-    """Time of that training; by default what fine-tuning took."""
+    """Minutes of this training; by default the time of fine-tuning."""
 
 
 Recovery = Literal["quick", "standard", "best"]
@@ -252,17 +254,17 @@ RECOVERIES: dict[Recovery, dict[str, Any]] = {
     "standard": {"loss": "n_fgsm", "epochs": 4, "crop_padding": 0, "awp": 0.0, "distillation": 0.0},
     "best": {"loss": "pgd_at", "epochs": 12, "crop_padding": 4, "steps": 10, "awp": 0.005, "distillation": 0.0},
 }
-"""Presets of fine-tuning after the cut: method and length, in place of a recipe's. `benchmarks/results/recovery.md` has
-what methods recover in equal time."""
+"""Presets of fine-tuning after the cut, which replace method and length of a recipe. `benchmarks/results/recovery.md`
+compares what methods recover in equal time."""
 
 
 class Recipe(Section):
-    """A whole run."""
+    """Settings of a run."""
 
     seed: int = 0
-    """Seed of everything random."""
+    """Random seed of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where torch computes."""
+    """Device of torch; `auto` is `cuda` if torch finds a GPU."""
     data: DataSection = DataSection()
     threat: ThreatSection = ThreatSection()
     model: ModelSection = ModelSection()
@@ -273,18 +275,18 @@ class Recipe(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     """Adversarial fine-tuning after the cut (`compress`)."""
     baseline: BaselineSection = BaselineSection()
-    """A small network from scratch beside the pruned one (`compress`)."""
+    """Baseline of the pruned model (`compress`)."""
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
 
     @property
     def threat_model(self) -> ThreatModel:
-        """What the attacker may do, as attacks take it."""
+        """Threat model of the section ``threat``."""
         from .attacks.threat import ThreatModel
 
         return ThreatModel(self.threat.norm, self.threat.epsilon)
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every value written out."""
+        """Return the resolved recipe as YAML, with all values."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

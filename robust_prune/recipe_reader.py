@@ -1,4 +1,4 @@
-"""Recipes from YAML files, command lines and Python, with errors that say what is wrong and where."""
+"""Reading of recipes from YAML files, command lines and Python; errors name key, file and line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 def shipped() -> dict[str, Path]:
-    """Names and files of the recipes that come with the package."""
+    """Return the files of the recipes that are shipped with the package, by name."""
     for folder in RECIPE_FOLDERS:
         if folder.is_dir():
             return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -26,10 +26,10 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """The file of a recipe given by path or by shipped name.
+    """Return the file of a recipe, given by its path or by the name of a shipped recipe.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: `name` is neither.
     """
     path = Path(name)
     if path.is_file():
@@ -43,10 +43,15 @@ def find(name: str) -> Path:
 
 
 def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe and puts dotted `overrides` (``{"pruning.ratio": 0.3}``) over it; None values are left out.
+    """Read a recipe and apply overrides.
+
+    Args:
+        source: a recipe file or the name of a shipped recipe; None for the defaults.
+        overrides: values by dotted key, e.g. ``{"pruning.ratio": 0.3}``; None values are ignored.
 
     Raises:
-        UsageError: not YAML, an unknown key, or a value out of range; the message names file and line.
+        UsageError: the file is not valid YAML, a key is unknown, or a value is out of range; the message names file and
+            line.
     """
     path = find(source) if source is not None else None
     text = path.read_text(encoding="utf-8") if path else ""
@@ -63,10 +68,10 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
 
 
 def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
-    """A section of a recipe from Python, with the errors that a recipe's reader gives.
+    """Return a recipe section with the given values, and defaults for the others.
 
     Raises:
-        UsageError: an unknown key, or a value out of range.
+        UsageError: a key is unknown, or a value is out of range.
     """
     try:
         return kind.model_validate(values)

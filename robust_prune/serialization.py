@@ -1,4 +1,4 @@
-"""Values as JSON and back, by their types: pydantic does both."""
+"""Conversion of dataclasses to and from JSON values, by pydantic."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def to_json(value: Any) -> Any:
-    """The plain JSON value (dicts, lists, strings, numbers) of an instance of a dataclass."""
+    """Return the plain JSON value (dicts, lists, strings, numbers) of a dataclass instance."""
     return _adapter(cast(Hashable, type(value))).dump_python(value, mode="json")
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """The instance of `kind` that `to_json` made `value` of; fields that it lacks take their defaults.
+    """Return the instance of `kind` with the JSON value `value`; missing fields have their defaults.
 
     Raises:
-        ValueError: `value` is not of that kind; one line that names the first field that is wrong.
+        ValueError: `value` is not of this kind; the message names the first wrong field.
     """
     try:
         found: T = _adapter(cast(Hashable, kind)).validate_python(value)

@@ -1,4 +1,4 @@
-"""How values look in a terminal and in a notebook."""
+"""Display of values in terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ HTML_WIDTH = 100
 
 
 class Shown(ABC):
-    """Base of values with a short `repr`, and a table where notebooks show them."""
+    """Base class of values with a short `repr` and a table in notebooks."""
 
     @abstractmethod
     def short(self) -> str:
-        """What is inside the brackets of the `repr`."""
+        """Return the text inside the parentheses of the `repr`."""
 
     def table(self) -> RenderableType | None:
-        """What a notebook shows; None: the `repr`."""
+        """Return what a notebook shows; None for the `repr`."""
         return None
 
     def __repr__(self) -> str:
@@ -32,7 +32,7 @@ class Shown(ABC):
 
 
 def as_html(renderable: RenderableType) -> str:
-    """A rich renderable as HTML with inline styles."""
+    """Return a rich renderable as HTML with inline styles."""
     from rich.console import Console
 
     console = Console(record=True, width=HTML_WIDTH, file=io.StringIO(), force_terminal=True)

@@ -1,4 +1,4 @@
-"""Near matches of a mistyped name."""
+"""Suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``" Did you mean a, b or c?"`` (with a leading space), or an empty string when nothing is near.
+    """Return ``" Did you mean a, b or c?"`` (with a leading space), or an empty string without similar names.
 
     Args:
-        name: what was asked for.
-        known: what exists.
-        prefix: put before each suggestion.
+        name: the requested name.
+        known: existing names.
+        prefix: prefix of each suggestion.
     """
     near = [prefix + match for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
     if not near:

@@ -1,4 +1,4 @@
-"""`train`: a robust model from scratch, evaluated on the test split, with a report."""
+"""Adversarial training from scratch, evaluation on test images, and a report."""
 
 from __future__ import annotations
 
@@ -32,17 +32,25 @@ from .training.trainer import train
 from .training.types import TrainResult
 
 _SECTIONS = {"seed", "data", "threat", "model", "training", "evaluation"}
-"""Of a recipe, what training depends on."""
+"""Sections of a recipe on which training depends."""
 
 
 def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport | None:
-    """Trains, evaluates and reports; what an earlier, killed run did is not done again.
+    """Train and evaluate a model and write the report; an interrupted run is resumed.
 
-    Of several processes (see `distributed`) only the first one returns the report.
+    In a distributed run only the first process returns the report; the others return None.
+
+    Args:
+        name: name of the model in tables.
+        data: data set.
+        recipe: recipe with architecture, threat model and the sections ``training`` and ``evaluation``.
+        folder: run folder.
+        command: command line that reproduces the run.
 
     Raises:
-        UsageError: an unknown architecture, or a folder that holds another run.
-        QualityGateError: training diverged.
+        UsageError: the architecture is missing or unknown, or the folder contains another run.
+        QualityGateError: training diverged, or an attack returned a point outside the threat model.
+        EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
     spec = _spec(data, recipe)
     torch.manual_seed(recipe.seed)

@@ -1,4 +1,4 @@
-"""CIFAR-10 as sheets of lossless WebP, which is two thirds of its size in .npz: packed here, unpacked over there."""
+"""CIFAR-10 as sheets of lossless WebP, which have two thirds of the size of an .npz; packing and unpacking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "test")
 
 
 def pack(source: Path, target: Path) -> None:
-    """Writes the images of an .npz (x_train, y_train, x_test, y_test; uint8 NHWC) to `target`, a zip of sheets."""
+    """Write the images of an .npz (x_train, y_train, x_test, y_test; uint8 [N, H, W, C]) to `target`, a zip file."""
     with np.load(source) as stored, zipfile.ZipFile(target, "w") as archive:
         shapes = {}
         for split in SPLITS:
@@ -34,7 +34,7 @@ def pack(source: Path, target: Path) -> None:
 
 
 def unpack(source: Path, folder: Path) -> Path:
-    """Writes ``<name>.npz`` into `folder` from what `pack` wrote as ``<name>.zip``."""
+    """Write ``<name>.npz`` to `folder` from ``<name>.zip`` written by `pack`, and return its path."""
     arrays = {}
     with zipfile.ZipFile(source) as archive:
         for split, (count, height, width, channels) in json.loads(archive.read("shapes.json")).items():
@@ -54,7 +54,7 @@ def unpack(source: Path, folder: Path) -> Path:
 
 
 def _tiled(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] -> one picture of `ACROSS` images a row, black where there is none."""
+    """Return images [N, H, W, 3] as one picture with `ACROSS` images in each row, padded with black."""
     count, height, width, channels = images.shape
     rows = -(-count // ACROSS)
     padded = np.zeros((rows * ACROSS, height, width, channels), np.uint8)

@@ -1,12 +1,12 @@
-"""The job on the GPU machine: takes parcels, runs its phases in the background, and hands out what they found.
+"""Job on the GPU machine: unpacks parcels, runs its phases in the background, and copies their results.
 
-    python3 benchmarks/gpu/job.py take PARCEL                    # once a parcel, in any order
-    python3 benchmarks/gpu/job.py run --out OUT --seconds 560    # again and again, until it says that all is done
+    python3 benchmarks/gpu/job.py take PARCEL                    # once for each parcel, in any order
+    python3 benchmarks/gpu/job.py run --out OUT --seconds 560    # repeatedly, until it reports that all is done
 
-`run` starts the phases in a process group of their own and watches them; when `--seconds` are over it copies what there
-is to OUT and returns, and the phases go on. The same command watches them further. Each phase runs in its own process
-with a budget of time, writes what it has as it goes, and is not repeated once it is done, here or in
-`benchmarks/results/gpu/`. A phase that dies takes only itself along. README.md has the phases and their times.
+`run` starts the phases in a separate process group and watches them. After `--seconds` it copies the results so far to
+OUT and returns, while the phases continue; the same command watches them again. Each phase runs in its own process with
+a time budget and stores its results as it proceeds. It is not repeated once it is done, here or in
+`benchmarks/results/gpu/`. A phase that fails does not affect the others. README.md lists the phases and their times.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from work import Work  # noqa: E402
 PHASES = ("facts", "latency", "speed", "base", "compression")
 MOST_FILES, MOST_BYTES = 8, 15 * 2**20
 GRACE = 1.25
-"""A phase ends by itself when its budget is over; one that hangs is killed after this many times its budget."""
+"""Factor of its time budget after which a phase that does not end by itself is killed."""
 
 
 def take(folder: Path, work: Work) -> None:
-    """Takes one parcel in, and installs, unpacks or decodes what is whole and was not before."""
+    """Copy one parcel, and install or unpack the files that are newly complete."""
     parcels.take(folder, work.root)
     marks = work.root / "installed"
     marks.mkdir(exist_ok=True)
@@ -72,17 +72,17 @@ def _checked(command: list[str], problem: str) -> None:
 
 
 def environment(work: Work) -> dict[str, str]:
-    """Variables under which a phase finds the wheels, this checkout and the images."""
+    """Return the environment variables with which a phase finds the wheels, this checkout and the images."""
     paths = [str(work.root / "site"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     data = {} if not work.data.exists() else {"ROBUST_PRUNE_DATA": str(work.data)}
     return {**os.environ, **data, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
 def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
-    """Runs the phases that are not done, each in a process group of its own; started in the background by `watch`.
+    """Run the phases that are not done, each in its own process group; `watch` starts it in the background.
 
-    `lock` is the open file whose lock says that this job runs. Phases hold it too: one that outlives the driver is not
-    started a second time.
+    `lock` is the descriptor of the lock file, which is locked while this job runs. Phases inherit it, so that a phase
+    that outlives the driver is not started again.
     """
     sizes = _sizes(toy)
     for phase in phases:
@@ -104,7 +104,7 @@ def drive(work: Work, phases: list[str], toy: bool, lock: int) -> None:
 
 
 def run_phase(work: Work, phase: str, toy: bool) -> None:
-    """Runs one phase in this process."""
+    """Run one phase in this process."""
     begin, sizes = time.monotonic(), _sizes(toy)
     importlib.import_module(f"phases.{phase}").run(work, sizes, begin + sizes.seconds[phase])
 
@@ -114,7 +114,7 @@ def _sizes(toy: bool) -> Sizes:
 
 
 def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
-    """Starts the driver unless it runs, and watches it for so long; whether it has ended."""
+    """Start the driver unless it runs, watch it for at most `seconds`, and return whether it has ended."""
     work.root.mkdir(parents=True, exist_ok=True)
     path, end = work.root / "lock", time.monotonic() + seconds
     with path.open("w") as lock, (work.root / "log.txt").open("ab") as log:
@@ -135,7 +135,7 @@ def watch(work: Work, phases: list[str], toy: bool, seconds: float) -> bool:
 
 
 def _free(lock: IO[str]) -> bool:
-    """Takes the lock, unless another process holds it; it is held until the last process that inherits it has ended."""
+    """Take the lock if it is free, and return whether it was; the last process that inherits it releases it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -144,7 +144,7 @@ def _free(lock: IO[str]) -> bool:
 
 
 def deliver(work: Work, out: Path) -> list[str]:
-    """Copies what there is to `out`: a JSON file a phase, the log, and the base in parts."""
+    """Copy the results to `out`: a JSON file for each phase, the log, and the base model in parts."""
     out.mkdir(parents=True, exist_ok=True)
     files = sorted((work.root / "results").glob("*.json"))
     for path in files:
@@ -164,7 +164,7 @@ def deliver(work: Work, out: Path) -> list[str]:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["take", "run", "drive", "phase"])
     parser.add_argument("what", nargs="*", help="take: parcels; phase: its name")

@@ -1,11 +1,11 @@
-"""Packs what the GPU machine lacks into parcels, and prints the calls that use them, in order.
+"""Packs files that the GPU machine lacks into parcels, and prints the commands that use them, in order.
 
     python benchmarks/gpu/pack.py gpu-parcels
 
-The machine is described in `machine.json`: its Python and the packages of its image. Into the parcels go wheels of what
-robust-prune needs beyond those (in the versions installed here), onnxruntime-gpu among them; graphs of dense and cut
-models without weights; CIFAR-10; and with `--base` the model that an earlier occasion brought back. The folder should
-be one that git ignores: copy one parcel after the other together with the checkout, and give its command there.
+`machine.json` describes the machine: its Python and its installed packages. The parcels contain wheels of the other
+requirements of robust-prune (in the versions installed here), onnxruntime-gpu among them; graphs of dense and pruned
+models without weights; CIFAR-10; and with `--base` the model of an earlier job. Git should ignore the folder. Copy one
+parcel after the other together with the checkout, and run its command there.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from robust_prune.structure.groups import find_groups  # noqa: E402
 from robust_prune.surgery.apply import apply  # noqa: E402
 
 LIMIT_MIB = 52
-"""A copy may hold 64 MiB, the checkout among them."""
+"""Largest size of a parcel in MiB; a copy may have 64 MiB, including the checkout."""
 CUTS = {"50 %": 0.5, "25 %": 0.75}
-"""MACs kept, and the ratio that leaves them."""
+"""Kept share of the MACs, and the ratio to remove."""
 START_SECONDS, COPY_SECONDS = 60, 8
-"""What a machine takes to start, and a parcel to arrive."""
+"""Seconds to start a machine, and to copy a parcel."""
 
 
 def wanted_wheels(machine: dict[str, Any]) -> dict[str, str]:
-    """Name and version (as installed here) of every package that robust-prune needs and the machine lacks."""
+    """Return name and installed version of every package that robust-prune needs and the machine lacks."""
     there = {canonicalize_name(name) for name in (*machine["packages"], *machine["left_out"])}
     marks = {
         "python_version": machine["python"], "python_full_version": f"{machine['python']}.0", "sys_platform": "linux",
@@ -76,7 +76,7 @@ def wanted_wheels(machine: dict[str, Any]) -> dict[str, str]:
 
 
 def download(wheels: dict[str, str], machine: dict[str, Any], folder: Path) -> list[Path]:
-    """Fetches the wheels from the package index, for the machine's Python; what is in `folder` already is not."""
+    """Download missing wheels for the machine's Python to `folder`, and return all of them, smallest first."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, version in wheels.items():
         stem = f"{name.replace('-', '_')}-{version}-"
@@ -88,7 +88,7 @@ def download(wheels: dict[str, str], machine: dict[str, Any], folder: Path) -> l
         if subprocess.run([*command, f"{name}=={version}"]).returncode:
             raise SystemExit(f"no wheel of {name} {version} for Python {machine['python']}: see above.")
     chosen = [path for path in folder.glob("*.whl") if _fits(path, machine)]
-    # The large one last: what is small is whole with the first parcel.
+    # The largest wheel is last, so that the first parcel completes the small ones.
     return sorted(chosen, key=lambda path: path.stat().st_size)
 
 
@@ -98,7 +98,7 @@ def _fits(wheel: Path, machine: dict[str, Any]) -> bool:
 
 
 def make_skeletons(sizes: Sizes, folder: Path) -> Path:
-    """Exports every architecture dense and cut, in fp32 and fp16, without weights: one zip."""
+    """Export every architecture, dense and pruned, in fp32 and fp16, without weights, to one zip."""
     for arch, side in sizes.architectures:
         target = folder / arch.replace("/", "-")
         labels = [f"{cut}{half}" for cut in ("dense", *CUTS) for half in ("", " fp16")]
@@ -136,7 +136,7 @@ def make_skeletons(sizes: Sizes, folder: Path) -> Path:
 
 
 def pack_images(source: Path, folder: Path) -> Path:
-    """The zip of CIFAR-10's sheets, proved to hold the very images."""
+    """Write the zip of CIFAR-10 sheets, after checking that it contains the same images."""
     target = folder / f"{source.stem}.zip"
     try:
         images.pack(source, target)
@@ -153,7 +153,7 @@ def pack_images(source: Path, folder: Path) -> Path:
 
 
 def toy_images(folder: Path) -> Path:
-    """The embedded sample as ``cifar10.npz``: what the rehearsal trains on."""
+    """Write the embedded sample as ``cifar10.npz``, on which the rehearsal trains."""
     data = load_data("sample")
     arrays = {}
     for split, part in (("train", data.train), ("test", data.test)):
@@ -164,7 +164,7 @@ def toy_images(folder: Path) -> Path:
 
 
 def calls(folder: Path, items: list[parcels.Item], sizes: Sizes, toy: bool) -> list[tuple[str, float, str]]:
-    """What to copy, seconds that it takes, and the command for it, in order."""
+    """Returns, in order, the folder to copy, the planned seconds, and the command to run."""
     last = {
         kind: max((p for i in items if i.kind == kind for p in i.pieces), default=0) for kind in ("wheel", "images")
     }
@@ -185,7 +185,7 @@ def calls(folder: Path, items: list[parcels.Item], sizes: Sizes, toy: bool) -> l
 
 
 def main() -> None:
-    """Reads the command line, packs and prints."""
+    """Pack the parcels and print the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the parcels")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz; by default where robust-prune keeps its data")

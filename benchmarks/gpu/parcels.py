@@ -1,8 +1,8 @@
-"""Parcels: what a machine without a network needs, cut into folders that are small enough to be copied one by one.
+"""Parcels: files for a machine without a network, split into folders that are small enough to be copied one by one.
 
-A parcel is a folder with pieces of files and, in `parcel.json`, the list of all files of the whole set. Pieces may
-arrive in any order and twice; a file is put together when its last piece is there, and checked. Only the standard
-library is used: this also runs where nothing has been installed yet.
+A parcel is a folder with pieces of files and, in `parcel.json`, the list of all files of the set. Pieces may arrive in
+any order and more than once; a file is joined and checked when all of its pieces are there. Only the standard library
+is used, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ MANIFEST = "parcel.json"
 
 @dataclass(frozen=True)
 class Item:
-    """A file to carry: `kind` is ``wheel``, ``skeletons``, ``images`` or ``base``; `pieces` are its bytes by parcel."""
+    """A file to carry.
+
+    Attributes:
+        name: name of the file.
+        kind: ``wheel``, ``skeletons``, ``images`` or ``base``.
+        bytes: size in bytes.
+        sha256: SHA-256 of the file.
+        pieces: for each piece of the file, the number of its parcel.
+    """
 
     name: str
     kind: str
@@ -28,16 +36,16 @@ class Item:
 
 
 def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) -> list[Item]:
-    """Writes `files` (kind, path), in this order, to ``folder/parcel-1``, ``parcel-2``, ...
+    """Write `files` (kind, path), in this order, to ``folder/parcel-1``, ``parcel-2``, ...
 
     Args:
-        files: each name once.
-        folder: emptied of former parcels.
-        limit: most bytes of pieces a parcel.
-        commit: of the checkout that the parcels go with.
+        files: files with distinct names.
+        folder: folder of the parcels; former parcels are removed.
+        limit: largest number of bytes of pieces in a parcel.
+        commit: commit of the checkout to which the parcels belong.
 
     Returns:
-        The items; piece n of an item lies in parcel ``pieces[n]``.
+        The items; piece n of an item is in parcel ``pieces[n]``.
     """
     for old in folder.glob("parcel-*"):
         shutil.rmtree(old)
@@ -61,10 +69,10 @@ def split(files: list[tuple[str, Path]], folder: Path, limit: int, commit: str) 
 
 
 def read(parcel: Path) -> tuple[str, list[Item]]:
-    """The commit that a parcel goes with, and all items of its set.
+    """Return the commit to which a parcel belongs, and all items of its set.
 
     Raises:
-        SystemExit: the folder is no parcel.
+        SystemExit: the folder is not a parcel.
     """
     try:
         listed = json.loads((parcel / MANIFEST).read_text(encoding="utf-8"))
@@ -77,12 +85,12 @@ def read(parcel: Path) -> tuple[str, list[Item]]:
 
 
 def take(parcel: Path, store: Path) -> None:
-    """Copies a parcel's pieces into `store` and puts together what is complete, in ``store/items``.
+    """Copy the pieces of a parcel to `store`, and join complete files in ``store/items``.
 
-    A file of another set under the same name is replaced.
+    A file of another set with the same name is replaced.
 
     Raises:
-        SystemExit: the folder is no parcel, or a file came out with other bytes than were packed.
+        SystemExit: the folder is not a parcel, or the hash of a joined file differs.
     """
     commit, items = read(parcel)
     pieces, whole = store / "pieces", store / "items"
@@ -116,7 +124,7 @@ def take(parcel: Path, store: Path) -> None:
 
 
 def missing(parcel: Path, store: Path) -> list[str]:
-    """Names of the set's files that are not whole in `store` yet."""
+    """Return the names of the set's files that are not complete in `store`."""
     return [item.name for item in read(parcel)[1] if not (store / "items" / item.name).exists()]
 
 

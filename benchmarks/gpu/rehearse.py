@@ -1,11 +1,11 @@
-"""The GPU job on this CPU, with toy sizes: from packed parcels in an empty folder to what comes back.
+"""Rehearsal of the GPU job on this CPU with toy sizes, from packing the parcels to the returned results.
 
     python benchmarks/gpu/rehearse.py [--kill] [--work FOLDER]
 
-It packs for the Python that runs it, copies the checkout's files and then one parcel after the other into an empty
-folder, and gives there the very commands that `pack.py` prints, under an environment that holds only the packages that
-the GPU machine has (`machine.json`; linked from this one, so in this one's versions). With `--kill` each phase is
-killed once in its middle: the phases before it must not run again, and it must go on to its end.
+It packs for the current Python, copies the files of the checkout and then one parcel after the other to an empty
+folder, and runs the commands printed by `pack.py` there. The environment has only the packages of the GPU machine
+(`machine.json`), linked from this environment and therefore in its versions. With `--kill` each phase is killed once;
+the phases before it must not run again, and it must be resumed and complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from work import Work  # noqa: E402
 
 
 def bare_environment(folder: Path, carried: set[str]) -> Path:
-    """An interpreter that imports the packages of `machine.json` and none that are `carried`; its ``bin`` folder."""
+    """Create an environment with the packages of `machine.json` and without those `carried`; return its ``bin``."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next((folder / "lib").glob("python*")) / "site-packages"
     packages = json.loads((HERE / "machine.json").read_text(encoding="utf-8"))["packages"]
@@ -53,7 +53,7 @@ def bare_environment(folder: Path, carried: set[str]) -> Path:
 
 
 def _with_needs(names: set[str]) -> set[str]:
-    """`names` and what they need in the versions installed here, which may be more than in the machine's own."""
+    """Return `names` and their requirements in the versions installed here, which may differ from the machine's."""
     found, queue = set(names), list(names)
     while queue:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -67,7 +67,7 @@ def _with_needs(names: set[str]) -> set[str]:
 
 
 def checkout(target: Path) -> None:
-    """The files of this working tree that git knows, and no others."""
+    """Copy the files of this working tree to `target`, without those that git ignores."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=True,
@@ -80,7 +80,7 @@ def checkout(target: Path) -> None:
 
 
 def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> str:
-    """Gives a command as `pack.py` printed it, in the copy of the checkout; returns what it printed."""
+    """Run a command printed by `pack.py` in the copy of the checkout, and return its output."""
     print(f"\n$ {command}", flush=True)
     done = subprocess.run(
         command.replace("OUT", str(out)), shell=True, cwd=folder, env=environment, capture_output=True, text=True
@@ -92,7 +92,7 @@ def give(command: str, folder: Path, out: Path, environment: dict[str, str]) -> 
 
 
 def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dict[str, str], work: Work) -> None:
-    """Gives a command once a phase, and kills that phase in its middle, driver and all."""
+    """Run a command once for each phase, and kill the phase and its driver while the phase runs."""
     for phase in PHASES:
         if work.done(phase) or ("--phases" in command and phase not in command):
             continue
@@ -116,7 +116,7 @@ def killed_in_each_phase(command: str, folder: Path, out: Path, environment: dic
 
 
 def _running(verb: str, word: str, process: subprocess.Popen[bytes]) -> int:
-    """The process of the job with these words in its command, once it is there; `process` started the job."""
+    """Wait for the process with these words in its command, and return its id; `process` started the job."""
     while process.poll() is None:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -130,7 +130,7 @@ def _running(verb: str, word: str, process: subprocess.Popen[bytes]) -> int:
 
 
 def main() -> None:
-    """Reads the command line and rehearses."""
+    """Run the rehearsal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kill", action="store_true", help="kill each phase once")
     parser.add_argument("--work", type=Path, help="an empty folder; by default a temporary one, removed at the end")

@@ -1,4 +1,4 @@
-"""Writes `benchmarks/results/gpu/README.md` from the results that a GPU machine brought back.
+"""Writes `benchmarks/results/gpu/README.md` from the results of GPU jobs.
 
 python benchmarks/gpu/report.py
 """
@@ -21,7 +21,7 @@ from robust_prune.runs.files import write_text  # noqa: E402
 
 
 def main() -> None:
-    """Reads what there is, in the order of the phases."""
+    """Write the report of all results, in the order of the phases."""
     work = Work(COMMITTED / "nothing")
     parts = {"facts": facts, "latency": latency, "speed": speed, "base": base, "compression": compression}
     texts = []
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Card and rates."""
+    """Return the section on the GPU and its measured rates."""
     card, versions = found.get("card", {"name": found["environment"]["device"]}), found["environment"]["versions"]
     return (
         f"## Machine\n\n{card['name']}, torch {versions['torch']}, onnxruntime-gpu "
@@ -53,7 +53,7 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def latency(found: dict[str, Any]) -> str:
-    """A row for each file of each set."""
+    """Return the latency table, with a row for each file of each set."""
     text = [
         "## Latency\n\nMedians of ONNX Runtime, and how many times faster than the dense fp32 file of the same set, "
         "with 95 % intervals; A/A is the dense file's ratio to itself. ONNX Runtime allows TF32 in fp32.\n",
@@ -81,12 +81,12 @@ def latency(found: dict[str, Any]) -> str:
 
 
 def speed(found: dict[str, Any]) -> str:
-    """The table of `training.py`."""
+    """Return the speed table of `training.py`."""
     return speed_table(found)
 
 
 def base(found: dict[str, Any]) -> str:
-    """Length and held-out accuracies of the base."""
+    """Return the section on the training and the held-out accuracies of the base model."""
     history, done = found.get("history", []), found.get("status") == "done"
     best = next((record for record in history if record["epoch"] == found.get("best_epoch")), None)
     reached = (
@@ -106,7 +106,7 @@ def base(found: dict[str, Any]) -> str:
 
 
 def compression(found: dict[str, Any]) -> str:
-    """Accuracies of every arm, paired with `mrs`."""
+    """Return the table of the accuracies of all arms, paired with `mrs`."""
     rows = found.get("rows", [])
     if not rows:
         return f"## Compression\n\nNot run: {found.get('reason', 'no row is done')}.\n"

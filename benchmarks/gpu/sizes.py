@@ -1,4 +1,4 @@
-"""How much each phase does: on a GPU, and in the rehearsal on a CPU."""
+"""Amount of work of each phase, on a GPU and in the rehearsal on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Set:
-    """One measurement of latency: files of `arch` at a batch size, with inputs and outputs as `kind` says."""
+    """One latency measurement: the files of `arch` at a batch size and a kind (``host``, ``device`` or ``graph``)."""
 
     arch: str
     batch: int
@@ -17,21 +17,21 @@ class Set:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Work of a whole job.
+    """Amount of work of a job.
 
     Attributes:
         device: ``cuda`` or ``cpu``.
-        providers: ONNX Runtime's, in the order in which they are measured; those that do not run here are left out.
-        architectures: (name, image size) of the models whose latency is measured.
-        sets: of latency, the most telling first: what is left when time is up goes on another time.
-        latency_seconds: timed work a set.
-        speed: architecture, batch, attack steps and rounds of the training loops, and which losses are also compiled.
-        base: architecture and settings of the dense base; its epochs follow from the time there is.
-        most_epochs: of the base.
-        train_images: None for all.
-        ratios: of compression, the first ones first.
+        providers: execution providers in the order of measurement; those that do not run on the machine are skipped.
+        architectures: (name, image size in pixels) of the models whose latency is measured.
+        sets: latency measurements, the most informative first; a later job resumes with those left at the deadline.
+        latency_seconds: seconds of timed runs for each set.
+        speed: architecture, batch size, attack steps and rounds of the training loops, and losses to compile.
+        base: architecture and settings of the dense base model; its epochs depend on the available time.
+        most_epochs: largest number of epochs of the base model.
+        train_images: number of training images; None for all.
+        ratios: ratios of compression, in order.
         compression: overrides of the recipe.
-        seconds: budget of each phase, in the order in which they run.
+        seconds: time budget of each phase in seconds, in order.
     """
 
     device: str
@@ -56,7 +56,7 @@ _MODELS = (
     ("cifar/vgg16_bn", 32),
     ("timm/vit_tiny_patch16_224", 224),
 )
-# One image answered from a CUDA graph and a full batch, for every model, before all other rows of any.
+# For every model a single image with a CUDA graph and a full batch come before all other rows.
 _FIRST = {32: ((1, "graph"), (256, "device")), 224: ((1, "graph"), (64, "device"))}
 _ROWS = tuple((batch, kind) for kind in ("host", "device", "graph") for batch in (1, 8, 64, 256))
 

@@ -1,7 +1,8 @@
-"""ONNX files without their weights, small enough to carry, and filled with random ones where they are timed.
+"""ONNX files without weights, which are small to copy and are filled with random weights where they are timed.
 
-Tracing, cutting and exporting a model takes half a minute on one core, and time does not see what weights are, as long
-as none are subnormal. So the graphs travel as they were exported and checked; matrices and kernels are drawn anew.
+Tracing, pruning and exporting a model takes half a minute on one core, and latency does not depend on the weights as
+long as none are subnormal. Therefore graphs are copied as they were exported and checked, and matrices and kernels are
+drawn again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.floa
 
 
 def strip(source: Path, target: Path) -> None:
-    """Writes `source` to `target` without the values of its large float matrices and kernels; vectors stay."""
+    """Write `source` to `target` without the values of large float matrices and kernels; vectors are kept."""
     model = onnx.load(source)
     emptied = []
     for tensor in model.graph.initializer:
@@ -34,7 +35,7 @@ def strip(source: Path, target: Path) -> None:
 
 
 def fill(source: Path, target: Path, seed: int = 0) -> None:
-    """Writes the skeleton `source` to `target` with normal weights of He et al. (2015): activations keep their size."""
+    """Write the skeleton `source` to `target` with the normal initialisation of He et al. (2015)."""
     model = onnx.load(source)
     generator = np.random.default_rng(seed)
     emptied = set(json.loads(next(entry.value for entry in model.metadata_props if entry.key == KEY)))

@@ -1,4 +1,4 @@
-"""The folder on the GPU machine in which a job keeps what it was given, what it makes and what it found."""
+"""Folder of a job on the GPU machine, with its inputs, models and results."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from pathlib import Path
 from typing import Any
 
 COMMITTED = Path(__file__).parents[1] / "results" / "gpu"
-"""Results that an earlier occasion brought back."""
+"""Results of earlier jobs."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """``items`` came in parcels, ``site`` holds installed wheels, ``data`` images, ``results`` a JSON file a phase."""
+    """Folder of a job: ``items`` from parcels, wheels in ``site``, images in ``data``, JSON by phase in ``results``."""
 
     root: Path
 
     @property
     def items(self) -> Path:
-        """Files that came in parcels."""
+        """Folder of the files from parcels."""
         return self.root / "items"
 
     @property
     def data(self) -> Path:
-        """Data sets, as ``ROBUST_PRUNE_DATA`` wants them."""
+        """Folder of data sets, for ``ROBUST_PRUNE_DATA``."""
         return self.root / "data"
 
     @property
     def base(self) -> Path:
-        """The dense base model."""
+        """Path of the dense base model."""
         return self.root / "base.safetensors"
 
     @property
     def partial(self) -> Path:
-        """The best weights of a base whose training has not ended."""
+        """Path of the best weights of a base model whose training has not ended."""
         return self.root / "base-partial.safetensors"
 
     def newest_base(self) -> Path | None:
-        """The finished or brought base, or the best weights of a training that has not ended, if they are newer."""
+        """Return the newer of the complete base model and the best weights of an unfinished training, or None."""
         there = [path for path in (self.base, self.partial) if path.exists()]
         return max(there, key=lambda path: path.stat().st_mtime, default=None)
 
     def result(self, phase: str) -> dict[str, Any]:
-        """What a phase has found so far, here or on an earlier occasion; empty if nothing."""
+        """Return the results of a phase so far, from this or an earlier job; empty without any."""
         for folder in (self.root / "results", COMMITTED):
             path = folder / f"{phase}.json"
             if path.exists():
@@ -61,11 +61,11 @@ class Work:
         return {}
 
     def done(self, phase: str) -> bool:
-        """Whether a phase has nothing left to do."""
+        """Return whether a phase is complete."""
         return self.result(phase).get("status") == "done"
 
     def save(self, phase: str, content: dict[str, Any], status: str = "partial") -> None:
-        """Stores the findings of a phase: whole or not at all."""
+        """Store the results of a phase atomically."""
         path = self.root / "results" / f"{phase}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         commit, now = self.root / "commit", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein, 2020, arXiv 2003.01690): projected gradient ascent whose step size looks after itself."""
+"""Auto-PGD (Croce & Hein, 2020, arXiv 2003.01690): projected gradient ascent with adaptive step size."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ MOMENTUM = 0.75
 LEAST_RISES = 0.75
 FIRST_WINDOW, SHORTENING, LEAST_WINDOW = 0.22, 0.03, 0.06
 BUCKETS = 8
-"""Into so many sizes a batch shrinks while images fall: few shapes to compile or to tune for."""
+"""Number of batch sizes that occur as attacked images leave the batch; few shapes need compiling and autotuning."""
 
 
-# Ten parameters: those of `pgd` that apply, and the loss; callers set three or four.
 def apgd(
     model: nn.Module,
     x: Tensor,
@@ -49,32 +48,33 @@ def apgd(
     generator: torch.Generator | None = None,
     judge: Judge | None = None,
 ) -> Tensor:
-    """Adversarial images by APGD, with the parameters of the paper.
+    """Return adversarial images found by APGD with the hyperparameters of the paper.
 
     An image leaves the attack as soon as it is misclassified. Cost per image: at most ``restarts * (steps + 1)``
-    forwards and backwards; one more forward by `judge`, if there is one, for each iterate that looks misclassified.
-    The caller chooses eval mode and freezes parameters (`frozen_eval`).
+    forward and backward passes, and one more forward pass of `judge`, if given, for each iterate that `model`
+    misclassifies. The caller sets eval mode and freezes the parameters (`frozen_eval`).
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K]; may run in lower precision.
-        x: images in [0, 1].
+        x: images [N, C, H, W] in [0, 1].
         y: labels [N].
         threat: norm and radius.
-        loss: ``ce``, cross-entropy, or ``dlr``, the difference of logits ratio (three classes or more).
-        target: classes [N] to attack towards, with ``dlr`` only; the plain difference of the two logits takes the
-            ratio's place with fewer than four classes.
-        steps: gradient steps of each restart.
-        restarts: independent random starts.
-        generator: source of the random starts.
-        judge: logits that decide whether an image is misclassified, in full precision where `model` is not; `model`
-            itself by default.
+        loss: ``ce`` (cross-entropy) or ``dlr`` (difference of logits ratio; needs three classes).
+        target: target classes [N] of the targeted DLR loss; requires ``dlr``. With fewer than four classes the
+            difference of the two logits replaces the ratio.
+        steps: gradient steps of each restart, at least 1.
+        restarts: number of random restarts, at least 1.
+        generator: random number generator of the restarts.
+        judge: model in full precision that confirms each misclassification by `model`, images to logits [N, K]; by
+            default `model` decides alone.
 
     Returns:
-        Images [N, C, H, W] inside the epsilon-ball around `x` and inside [0, 1]: misclassified ones where the attack
-        succeeded, the iterates of the highest loss elsewhere.
+        Images [N, C, H, W] in the epsilon-ball around `x` and in [0, 1]: the misclassified iterate where the attack
+        succeeded, the iterate with the highest loss elsewhere.
 
     Raises:
-        UsageError: an unknown loss, a target with ``ce``, too few classes, or a count below 1.
+        UsageError: the loss is unknown, a target is given with ``ce``, untargeted ``dlr`` has fewer than three
+            classes, or `steps` or `restarts` is below 1.
     """
     if loss not in ("ce", "dlr") or (loss == "ce" and target is not None):
         raise UsageError(f"APGD knows the losses ce, dlr and dlr with a target, got {loss!r}")
@@ -98,7 +98,7 @@ def apgd(
 
 @dataclass
 class _Outcome:
-    """What one run found: a point an image, its loss, and whether it is misclassified."""
+    """Result of one restart; for each image a point, its loss and whether it is misclassified."""
 
     point: Tensor
     value: Tensor
@@ -107,19 +107,19 @@ class _Outcome:
 
 @dataclass
 class _Climb:
-    """One run's state, a row an image that is still in it.
+    """State of one APGD restart; one row for each image that is still being attacked.
 
     Attributes:
-        row: position in the batch.
-        x, y, target: what is attacked; the target is the label where there is none.
-        here, before: this iterate and the last one.
-        slope, value: gradient and loss at `here`.
-        best, best_slope, best_value: at the best iterate.
+        row: position of the image in the batch.
+        x, y, target: image, label and target class; for an untargeted attack the target equals the label.
+        here, before: current and previous iterate.
+        slope, value: gradient and loss at the current iterate.
+        best, best_slope, best_value: the iterate with the highest loss so far, its gradient and its loss.
         step: step size in pixel units, [N, 1, 1, 1].
-        rises: in how many steps since the last checkpoint the loss rose.
+        rises: number of steps since the last checkpoint that increased the loss.
         best_then: `best_value` at the last checkpoint.
-        halved: whether the step size was halved there.
-        fallen: misclassified.
+        halved: whether the last checkpoint halved the step size.
+        fallen: whether an iterate has been misclassified.
     """
 
     row: Tensor
@@ -140,7 +140,7 @@ class _Climb:
     fallen: Tensor
 
     def take(self, rows: Tensor) -> _Climb:
-        """The state of some of the images."""
+        """Return the state of the given rows."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
@@ -167,7 +167,7 @@ def _one_run(
         if judge is not None and len(suspects):
             with torch.no_grad():
                 wrong[suspects] = misclassified(judge(here[suspects]), y[suspects])
-        # A loss that is not a number would lose every comparison, although the model fails there.
+        # NaN compares false with every loss, so the iterate where the model breaks down would never count as the best.
         return slope.nan_to_num(nan=0.0), value.nan_to_num(nan=torch.inf), wrong
 
     goal = y if target is None else target
@@ -212,7 +212,7 @@ def _value(logits: Tensor, y: Tensor, target: Tensor | None, loss: Loss) -> Tens
 
 
 def _note(state: _Climb, result: _Outcome, wrong: Tensor) -> None:
-    """Keeps the best iterates, and the first misclassified one of each image."""
+    """Update the best iterate and records the first misclassified iterate of each image."""
     better = state.value > state.best_value
     mask = per_sample(better, state.here)
     state.best = torch.where(mask, state.here, state.best)
@@ -227,7 +227,7 @@ def _note(state: _Climb, result: _Outcome, wrong: Tensor) -> None:
 
 
 def _checkpoint(state: _Climb, window: int) -> None:
-    """Halves the step where the loss rose too rarely or the best has not moved, and goes back to the best iterate."""
+    """Halve the step size where the loss rose too rarely or stagnated, and restart there from the best iterate."""
     stuck = ~state.halved & (state.best_then >= state.best_value)
     halve = (state.rises <= LEAST_RISES * window) | stuck
     mask = per_sample(halve, state.here)
@@ -240,7 +240,7 @@ def _checkpoint(state: _Climb, window: int) -> None:
 
 
 def _smaller(state: _Climb, full: int) -> _Climb:
-    """Without the images that have fallen, filled up with some of them to a multiple of an eighth of the batch."""
+    """Drop misclassified images, keeping just enough of them for a multiple of an eighth of the batch."""
     bucket = math.ceil(full / BUCKETS)
     wanted = bucket * math.ceil(int((~state.fallen).sum()) / bucket)
     if wanted >= len(state.row):

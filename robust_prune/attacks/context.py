@@ -1,4 +1,4 @@
-"""Attacking a model without leaving a trace in it."""
+"""Context managers that restore the model after an attack."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..introspect.modes import eval_mode
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
-    """Puts `model` in eval mode with frozen parameters, and undoes both module by module, parameter by parameter.
+    """Put `model` in eval mode and freeze its parameters; restore every mode and `requires_grad` flag on exit.
 
-    Frozen parameters make input gradients cheaper, since autograd then skips every weight gradient.
+    With frozen parameters autograd skips the weight gradients, which makes input gradients faster.
 
     Args:
-        model: any module; under DDP pass the unwrapped one.
+        model: any module; under DDP, the unwrapped one.
 
     Yields:
         The same model.
@@ -36,7 +36,7 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, batch-norm statistics among them, leave as they came."""
+    """Restore the values of all buffers of `model`, batch-norm statistics among them, on exit."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield

@@ -11,28 +11,29 @@ from .threat import ThreatModel
 
 
 def default_step_size(threat: ThreatModel, steps: int) -> float:
-    """Step size in pixel units: epsilon / 4, more when `steps` of that length could not cross the ball."""
+    """Return the step size in pixel units: epsilon / 4, or 2.5 epsilon / steps if that is larger; at most epsilon."""
     return min(threat.epsilon, max(threat.epsilon / 4, 2.5 * threat.epsilon / max(steps, 1)))
 
 
 def input_gradient(model: nn.Module, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed per-sample objective with respect to the images.
+    """Return the gradient of the summed per-sample objective with respect to the images.
 
-    The sum, not the mean, keeps gradients of half-precision passes from underflowing. One forward, one backward.
+    The sum, unlike the mean, keeps gradients of half-precision passes from underflowing. Cost: one forward and one
+    backward pass.
 
     Returns:
-        The gradient ([N, C, H, W]) and the objective at `x` ([N], detached).
+        The gradient [N, C, H, W], with NaN replaced by 0 and infinities by ±1, and the objective at `x` [N], detached.
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         values = objective(model(x).float())
         (gradient,) = torch.autograd.grad(values.sum(), x)
-    # A square root of a black pixel has an infinite slope; let through, it would make the image NaN.
+    # The square root of a black pixel has an infinite derivative, which would turn the image into NaN.
     return gradient.nan_to_num(0.0, 1.0, -1.0), values.detach()
 
 
 def cross_entropy_objective(y: Tensor) -> Objective:
-    """Per-sample cross-entropy to labels `y`, in nats."""
+    """Return the objective that maps logits [N, K] to their cross-entropy [N], in nats, to labels `y` [N]."""
 
     def objective(logits: Tensor) -> Tensor:
         return cross_entropy(logits, y)
@@ -40,7 +41,6 @@ def cross_entropy_objective(y: Tensor) -> Objective:
     return objective
 
 
-# Eleven parameters: an attack's own knobs, as other libraries of attacks name them; callers set two or three.
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -55,27 +55,28 @@ def pgd(
     objective: Objective | None = None,
     keep_best: bool = True,
 ) -> Tensor:
-    """Adversarial images that maximise `objective` inside the threat model.
+    """Return adversarial images that maximise `objective` within the threat model.
 
-    The caller chooses eval mode and freezes parameters (`frozen_eval`), which makes the attack faster. Cost per
-    restart: `steps` forwards and backwards, and one more forward with `keep_best`.
+    The caller sets eval mode and freezes the parameters (`frozen_eval`), which makes the attack faster. Cost of each
+    restart: `steps` forward and backward passes, and one more forward pass with `keep_best`.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K].
-        x: images in [0, 1].
+        x: images [N, C, H, W] in [0, 1].
         y: labels [N].
         threat: norm and radius.
         steps: gradient steps of each restart.
-        step_size: in pixel units; see `default_step_size`.
-        restarts: independent random starts; the best is kept per image.
-        start_random: start in a random point of the ball rather than at `x`.
-        generator: source of the random starts.
-        objective: logits -> [N]; cross-entropy to `y` by default.
-        keep_best: return the iterate of highest objective rather than the last, so that the objective never ends
-            below its value at the start of the attack.
+        step_size: step size in pixel units; by default `default_step_size`.
+        restarts: number of random restarts; with `keep_best` the best iterate of all is returned, otherwise the last
+            iterate of the last restart.
+        start_random: start at a random point of the ball rather than at `x`.
+        generator: random number generator of the restarts.
+        objective: maps logits [N, K] to values [N]; by default the cross-entropy to `y`.
+        keep_best: return for each image the iterate with the highest objective rather than the last one, so that the
+            objective never ends below its value at the starting point.
 
     Returns:
-        Images [N, C, H, W] inside the epsilon-ball around `x` and inside [0, 1].
+        Images [N, C, H, W] in the epsilon-ball around `x` and in [0, 1].
     """
     objective = objective or cross_entropy_objective(y)
     step = default_step_size(threat, steps) if step_size is None else step_size

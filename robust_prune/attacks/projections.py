@@ -1,4 +1,4 @@
-"""Geometry of the threat model: starts, ascent steps and projections, per sample."""
+"""Geometry of the threat model: random starts, ascent steps and projections, all per sample."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TINY = 1e-12
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values [N] shaped so that they broadcast over samples [N, ...]."""
+    """Reshape values [N] to [N, 1, ...] so that they broadcast over `like` [N, ...]."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def l2_norm(delta: Tensor) -> Tensor:
-    """Euclidean norm of each sample ([N, ...] -> [N, 1, ...])."""
+    """Return the Euclidean norm of each sample of [N, ...], shaped [N, 1, ...]."""
     return per_sample(delta.flatten(1).norm(dim=1), delta)
 
 
 def project(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
-    """The nearest point to `x_adv` in the epsilon-ball around `x`, then clipped to [0, 1]."""
+    """Project `x_adv` [N, C, H, W] onto the epsilon-ball around `x`, then clip it to [0, 1]."""
     if threat.norm == "linf":
         low, high = (x - threat.epsilon).clamp_(min=0), (x + threat.epsilon).clamp_(max=1)
         return torch.minimum(torch.maximum(x_adv, low), high)
@@ -39,10 +39,11 @@ _share: ContextVar[tuple[int, int]] = ContextVar("share", default=(0, 1))
 
 @contextmanager
 def share_of_batch(index: int, count: int) -> Iterator[None]:
-    """Within it the images at hand are those at `index`, `index + count`, ... of a batch divided among `count`.
+    """Make random starts independent of how many processes share a batch.
 
-    Random starts are then the ones that those images have in the whole batch: how many processes share a batch does
-    not change what they find. All shares must be of one size.
+    Inside the context the images at hand are those at positions `index`, `index + count`, `index + 2 * count`, ... of a
+    batch that is divided among `count` processes. Each image gets the random start that it has in the full batch. All
+    shares must be of equal size.
     """
     token = _share.set((index, count))
     try:
@@ -61,9 +62,9 @@ def _draw(
 
 
 def random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
-    """A uniformly random point of the epsilon-ball around `x`, clipped to [0, 1].
+    """Return uniformly random points of the epsilon-ball around `x` [N, C, H, W], clipped to [0, 1].
 
-    Random numbers are drawn on the generator's device, so that a CPU generator gives the same start on every device.
+    Random numbers are drawn on the generator's device, so that a CPU generator gives the same points on every device.
     """
     if threat.norm == "linf":
         noise = _draw(torch.rand, x, x.shape, generator) * 2 - 1
@@ -75,7 +76,7 @@ def random_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | No
 
 
 def ascent_step(x_adv: Tensor, gradient: Tensor, step_size: float | Tensor, threat: ThreatModel) -> Tensor:
-    """One steepest-ascent step of length `step_size` in the threat's norm, not yet projected."""
+    """Return `x_adv` after one steepest-ascent step of length `step_size` in the threat model's norm, not projected."""
     if threat.norm == "linf":
         return x_adv + step_size * gradient.sign()
     return x_adv + step_size * gradient / l2_norm(gradient).clamp_min(TINY)

@@ -20,19 +20,19 @@ def n_fgsm(
     alpha: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """N-FGSM (de Jorge et al., 2022, arXiv 2202.01181): strong noise, one step, and no projection back to the ball.
+    """Return N-FGSM examples (de Jorge et al., 2022, arXiv 2202.01181): strong noise, one step and no projection.
 
-    Training examples only: they may lie up to ``(noise + alpha) * epsilon`` away, which is what prevents catastrophic
-    overfitting. One forward and one backward.
+    They are meant for training only: they may lie up to ``(noise + alpha) * epsilon`` away from `x`, which prevents
+    catastrophic overfitting. Cost: one forward and one backward pass.
 
     Args:
-        model: maps [0, 1] images to logits.
-        x: images in [0, 1], [N, C, H, W].
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K].
+        x: images [N, C, H, W] in [0, 1].
         y: labels [N].
         threat: norm and radius.
-        noise: radius of the uniform noise, in epsilons.
-        alpha: length of the step, in epsilons.
-        generator: source of the noise.
+        noise: radius of the uniform noise, in multiples of epsilon.
+        alpha: step size, in multiples of epsilon.
+        generator: random number generator of the noise.
 
     Returns:
         Images [N, C, H, W] in [0, 1].

@@ -1,6 +1,6 @@
 """The Square Attack (Andriushchenko et al., 2020, arXiv 1912.00049): random search with square patches, no gradients.
 
-It needs only answers of the model, so that it runs against an exported file just as well as against the torch model.
+It needs only the logits, so it runs against an exported ONNX file as well as against the torch model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .threat import ThreatModel
 
 Predict = Callable[[Tensor], Tensor]
 FIRST_SHARE = 0.8
-"""Share of the image's area that the first patches cover."""
+"""Share in [0, 1] of the image area that the first patches cover."""
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-"""Shares of the queries after which that share is halved."""
+"""Shares in [0, 1] of the queries after each of which the covered area is halved."""
 
 
 @torch.no_grad()
@@ -32,25 +32,25 @@ def square(
     queries: int = 5000,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Adversarial images by random search on the margin.
+    """Return adversarial images found by random search on the margin.
 
-    An image leaves the attack as soon as it is misclassified. Cost per image: at most `queries` forwards.
+    An image leaves the attack as soon as it is misclassified. Cost per image: at most `queries` forward passes.
 
     Args:
-        predict: images [N, C, H, W] in [0, 1] to logits [N, K]; anything that answers, such as an ONNX session.
-        x: images in [0, 1].
+        predict: maps images [N, C, H, W] in [0, 1] to logits [N, K]; any callable, such as an ONNX session.
+        x: images [N, C, H, W] in [0, 1].
         y: labels [N].
         threat: norm and radius.
-        queries: most forwards an image, the first one included; the patches shrink on the paper's schedule, stretched
-            to this many.
-        generator: source of the random numbers.
+        queries: largest number of forward passes for each image, the first included; the paper's schedule of patch
+            sizes is scaled to this number.
+        generator: random number generator of the search.
 
     Returns:
-        Images [N, C, H, W] inside the epsilon-ball around `x` and inside [0, 1]: misclassified ones where the attack
-        succeeded, those of the largest margin found elsewhere.
+        Images [N, C, H, W] in the epsilon-ball around `x` and in [0, 1]: a misclassified image where the attack
+        succeeded, the one with the largest margin elsewhere.
 
     Raises:
-        UsageError: fewer than one query.
+        UsageError: `queries` is below 1.
     """
     if queries < 1:
         raise UsageError(f"queries must be at least 1, got {queries}")
@@ -74,19 +74,19 @@ def square(
 
 
 class _Draw:
-    """Random numbers like `x`, drawn on the generator's device so that a CPU generator gives the same everywhere."""
+    """Random numbers drawn on the generator's device, so that a CPU generator gives the same on every device."""
 
     def __init__(self, x: Tensor, generator: torch.Generator | None) -> None:
         self._generator, self._like = generator, x
         self._source = generator.device if generator is not None else x.device
 
     def sign(self, *shape: int) -> Tensor:
-        """-1 or 1."""
+        """Return random signs, -1 or 1, of the given shape."""
         drawn = torch.randint(0, 2, shape, generator=self._generator, device=self._source)
         return drawn.to(self._like) * 2 - 1
 
     def below(self, limit: int, count: int) -> Tensor:
-        """Whole numbers in [0, limit), [count]."""
+        """Return random integers in [0, limit), [count]."""
         return torch.randint(0, limit, (count,), generator=self._generator, device=self._source).to(self._like.device)
 
 
@@ -96,26 +96,26 @@ def _look(predict: Predict, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _side(spent: float, size: torch.Size) -> int:
-    """Side of the patches once this share of the queries is spent."""
+    """Return the side of the patches, in pixels, once this share of the queries is spent."""
     share = FIRST_SHARE / 2 ** sum(spent > limit for limit in HALVINGS)
     height, width = size
     return int(min(max(round((share * height * width) ** 0.5), 1), height, width))
 
 
 def _stripes(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
-    """Vertical stripes one pixel wide."""
+    """Return `x` with vertical stripes of ±epsilon, one pixel wide."""
     return x + epsilon * draw.sign(len(x), x.shape[1], 1, x.shape[3])
 
 
 def _patch(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw) -> Tensor:
-    """One square of each image set to a corner of the ball, channel by channel."""
+    """Set one square of each image to `x` ± epsilon, with a random sign for each channel."""
     row, column = (draw.below(size - side + 1, len(x)) for size in x.shape[-2:])
     inside, _ = _window(x, row, column, side)
     return torch.where(inside, x + epsilon * draw.sign(len(x), x.shape[1], 1, 1), here)
 
 
 def _window(x: Tensor, row: Tensor, column: Tensor, side: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Which pixels lie in a square at (row, column), [N, 1, H, W], and their coordinates inside it, cut to fit."""
+    """Return a mask [N, 1, H, W] of the square at (row, column), and each pixel's coordinates in it, clamped."""
     down = torch.arange(x.shape[-2], device=x.device)[None, :] - row[:, None]
     across = torch.arange(x.shape[-1], device=x.device)[None, :] - column[:, None]
     inside = ((down >= 0) & (down < side))[:, None, :, None] & ((across >= 0) & (across < side))[:, None, None, :]
@@ -123,7 +123,7 @@ def _window(x: Tensor, row: Tensor, column: Tensor, side: int) -> tuple[Tensor, 
 
 
 def _bumps(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
-    """A grid of bumps, five across, of random signs."""
+    """Return `x` with a grid of bumps of random signs, five along the shorter side."""
     count, channels, height, width = x.shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
@@ -135,7 +135,7 @@ def _bumps(x: Tensor, epsilon: float, draw: _Draw) -> Tensor:
 
 
 def _moved_bump(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw) -> Tensor:
-    """Takes the perturbation out of one square and spends its norm on a bump in another."""
+    """Move the L2 norm of the perturbation in one square into a bump in another square (L2 Square Attack)."""
     side = max(side // 2 * 2 + 1, 3)
     side = min(side, *x.shape[-2:])
     count, channels = x.shape[:2]
@@ -156,7 +156,7 @@ def _moved_bump(here: Tensor, x: Tensor, epsilon: float, side: int, draw: _Draw)
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
-    """[side, side] of unit norm: two halves of opposite sign, each highest in its middle."""
+    """Return a bump [side, side] of unit norm: two halves of opposite sign, each highest in its middle."""
     first = side // 2
     bump = torch.zeros(side, side, dtype=like.dtype, device=like.device)
     bump[:first] = _pyramid(first, side, like)
@@ -165,7 +165,7 @@ def _bump(side: int, like: Tensor) -> Tensor:
 
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
-    """Nested rectangles, the k-th of which from outside adds 1/k^2."""
+    """Return nested rectangles [height, width]; the k-th from the outside adds 1/k^2."""
     if height == 0:
         return torch.zeros(0, width, dtype=like.dtype, device=like.device)
     down = torch.arange(height, device=like.device)

@@ -1,4 +1,4 @@
-"""The threat model: which perturbations an attacker may add."""
+"""Threat models: the perturbations that an attacker may add."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ Norm = Literal["linf", "l2"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Perturbations of norm at most ``epsilon`` that keep the image in [0, 1].
+    """Set of perturbations of norm at most ``epsilon`` that keep the image in [0, 1].
 
     Attributes:
         norm: ``"linf"`` or ``"l2"``.
-        epsilon: radius in units of the [0, 1] pixel range; 8/255 is CIFAR-10's convention for ``linf``.
+        epsilon: radius in units of the [0, 1] pixel range, at least 0; 8/255 is the usual ``linf`` radius on CIFAR-10.
+
+    Raises:
+        UsageError: the norm is unknown, or the radius is negative or not finite.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

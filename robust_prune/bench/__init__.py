@@ -1,1 +1,1 @@
-"""Latency of ONNX files: interleaved, with a measured noise floor and a proven execution provider."""
+"""Latency of ONNX files: interleaved measurement, noise floor, and a verified execution provider."""

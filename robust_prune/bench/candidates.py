@@ -1,4 +1,4 @@
-"""The latency of models that are only candidates: exported, timed against the dense model, and forgotten."""
+"""Latency of pruning candidates: each is exported to a temporary file and timed against the dense model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from .latency import run_section
 from .types import LatencyTable
 
 SECONDS_SHARE = 0.5
-"""Of a recipe's time for a row; a candidate is measured once more, as the final file, if it is taken."""
+"""Share of the recipe's time for each row; the selected candidate is measured again as the final file."""
 
 
 @dataclass(frozen=True)
 class CandidateClock:
-    """Times candidates against the dense model, in interleaved blocks, at the recipe's first batch size and threads."""
+    """Times candidates against the dense model, in interleaved blocks, under the recipe's first conditions.
+
+    Attributes:
+        spec: specification of the dense model.
+        images: training images for the parity check of exports.
+        recipe: recipe with the sections ``bench`` and ``export``; its first batch size, thread count and kind are used.
+        folder: temporary folder of the files.
+    """
 
     spec: ModelSpec
     images: ImageSet
@@ -34,17 +41,18 @@ class CandidateClock:
     @classmethod
     @contextmanager
     def open(cls, dense: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe) -> Iterator[CandidateClock]:
-        """A clock with the dense model's file in a folder that goes when the clock does."""
+        """Yield a clock whose temporary folder, with the file of the dense model, is deleted on exit."""
         with TemporaryDirectory() as folder:
             clock = cls(spec, images, recipe, Path(folder))
             clock._export(dense, "dense")
             yield clock
 
     def kept(self, model: nn.Module) -> float:
-        """Latency of `model` over that of the dense one, > 0.
+        """Return the latency of `model` divided by that of the dense model, > 0.
 
         Raises:
-            QualityGateError: the exported file is not equal to the model.
+            QualityGateError: the exported file differs from the model.
+            UsageError, EnvironmentProblem: as `export_onnx` and `run`.
         """
         bench = self.recipe.bench
         few = bench.model_copy(
@@ -65,18 +73,18 @@ class CandidateClock:
 
 
 def conditions(bench: BenchSection) -> str:
-    """What a latency budget is measured under, as in ``batch 1, 1 thread, cpu``."""
+    """Return the conditions of a latency budget, e.g. ``batch 1, 1 thread, cpu``."""
     threads = bench.threads[0]
     return f"batch {bench.batches[0]}, {threads} thread{'' if threads == 1 else 's'}, {bench.provider}"
 
 
 def missed(table: LatencyTable, bench: BenchSection, ratio: float) -> str:
-    """A sentence if the final measurement does not keep the budget, else an empty string.
+    """Return a sentence if the final measurement misses the latency budget, else an empty string.
 
     Args:
-        table: with rows labelled ``pruned``.
-        bench: that the budget was measured under.
-        ratio: share of the latency to remove.
+        table: final measurement, whose rows of the pruned model are labelled ``pruned``.
+        bench: bench section under which the budget was measured.
+        ratio: share of the latency to remove, in (0, 1).
     """
     for row in table.rows:
         same = row.batch == bench.batches[0] and row.threads == bench.threads[0]

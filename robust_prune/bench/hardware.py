@@ -1,4 +1,4 @@
-"""What a latency was measured on: it means nothing without the machine and the machine's state."""
+"""Hardware and system state of a latency measurement."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe(provider: str) -> dict[str, Any]:
-    """Processor, cores, clock, load and versions; unless for ``cpu`` the GPU too, when nvidia-ml-py is installed.
+    """Return processor, cores, memory, platform, versions and the values of `state`.
 
-    Values that the system does not tell are left out. No host names and no paths.
+    For GPU providers the GPUs are included if nvidia-ml-py is installed. Values that the system does not provide are
+    left out. Host names and paths are never included.
+
+    Args:
+        provider: ``cpu``, ``cuda`` or ``tensorrt``.
     """
     facts: dict[str, Any] = {
         "cpu": host.cpu_name(),
@@ -35,12 +39,12 @@ def describe(provider: str) -> dict[str, Any]:
 
 
 def state(provider: str) -> dict[str, Any]:
-    """What changes by the minute: load, the processor's clock in MHz, the GPUs' clocks, power and temperature."""
+    """Return the current load, CPU clock in MHz and, for GPU providers, clocks, power and temperature of the GPUs."""
     facts: dict[str, Any] = {}
     load = load_average()
     if load is not None:
         facts["load_1_minute"] = load
-    with contextlib.suppress(Exception):  # psutil raises what the system's files make it raise
+    with contextlib.suppress(Exception):  # psutil raises errors of many kinds where system files are missing
         facts["cpu_mhz"] = round(psutil.cpu_freq().current)
     if provider != "cpu":
         facts["gpu_states"] = nvml.states()
@@ -48,7 +52,7 @@ def state(provider: str) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Runnable processes averaged over the last minute, or None where the system does not say."""
+    """Return the number of runnable processes averaged over the last minute, or None if it is not available."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""The latency of ONNX files side by side, with intervals, a noise floor and the provider proven."""
+"""Latency of ONNX files side by side, with confidence intervals, a noise floor and a verified provider."""
 
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ def run(
     seed: int = 0,
     energy: bool = False,
 ) -> LatencyTable:
-    """Measures the latency of ONNX classifiers against the first of them.
+    """Measure the latency of ONNX classifiers relative to the first of them.
 
-    Each file runs in its own process; all are visited in random order in every block, the first file twice
-    (A/A), so that its ratio to itself is the noise floor below which nothing is called a difference.
+    Each file runs in its own process. In every block the files are timed in random order, the first one twice (A/A).
+    The ratio of the first file to itself is the noise floor; smaller ratios are reported as no difference.
 
     Args:
-        files: (label, path) pairs; the first is what the others are compared with.
+        files: (label, path) pairs; the first file is the baseline.
         batches: batch sizes, each >= 1.
-        threads: intra-op thread counts, each >= 1.
-        provider: ``cpu``, ``cuda`` or ``tensorrt``; running anywhere else is an error, never a silent fallback.
-        kinds: of rows: ``host`` (arrays in and out), ``device`` (inputs and outputs bound to the device's memory) or
-            ``graph`` (the same, replayed as a CUDA graph that is checked on two inputs; on GPUs).
-        seconds_budget: timed work over all batches, threads and kinds; at least 12 blocks of each are taken.
-        seed: of the visiting order and the input images.
-        energy: whether GPU energy is read too, from NVML's counter around three seconds of runs of each model.
+        threads: numbers of intra-op threads, each >= 1.
+        provider: execution provider: ``cpu``, ``cuda`` or ``tensorrt``; a fallback to another one is an error.
+        kinds: kinds of rows: ``host`` (arrays in and out), ``device`` (inputs and outputs bound to device memory) or
+            ``graph`` (the same, replayed as a CUDA graph that is checked on two inputs; GPU providers only).
+        seconds_budget: seconds of timed runs over all batches, threads and kinds; at least 12 blocks of each are taken.
+        seed: random seed of the order and of the input images.
+        energy: whether to read GPU energy from NVML's counter, during three seconds of runs of each model.
 
     Raises:
-        UsageError: a file that is missing, is no image classifier, has a fixed batch or dies while it runs.
-        EnvironmentProblem: the provider does not run here.
+        UsageError: a file is missing, is not an image classifier, has a fixed batch size or fails while it runs, or an
+            argument is out of range.
+        EnvironmentProblem: the provider does not run on this machine.
     """
     paths = [(label, Path(path)) for label, path in files]
     _check(paths, batches, threads, provider, kinds, energy)
@@ -86,7 +87,7 @@ def run(
 
 
 def run_section(files: Sequence[tuple[str, str | Path]], section: BenchSection, seed: int) -> LatencyTable:
-    """`run` under the conditions of a recipe, with its time for each of them."""
+    """Call `run` with the batch sizes, threads, provider, kinds and time of a recipe's bench section."""
     return run(
         files, batches=section.batches, threads=section.threads, provider=section.provider, kinds=section.kinds,
         seconds_budget=section.seconds * len(section.batches) * len(section.threads) * len(section.kinds), seed=seed,
@@ -94,7 +95,7 @@ def run_section(files: Sequence[tuple[str, str | Path]], section: BenchSection, 
 
 
 def describe(shape: Shape) -> str:
-    """The conditions in words, e.g. ``batch 1 x 2 threads``: the key of the noise floor."""
+    """Return the conditions in words, e.g. ``batch 1 x 2 threads``, which is the key of the noise floor."""
     kind = "" if shape.kind == "host" else f" ({shape.kind})"
     return f"batch {shape.batch} x {shape.threads} thread{'' if shape.threads == 1 else 's'}{kind}"
 
@@ -133,18 +134,18 @@ def _check(
 
 
 def check_section(section: BenchSection) -> None:
-    """Says before hours of work, not after them, that latency cannot be measured as the recipe wants it.
+    """Check, before a run begins, that latency can be measured as the recipe asks.
 
     Raises:
-        EnvironmentProblem: a GPU provider was asked for and does not run here.
-        UsageError: the provider has no rows of these kinds.
+        EnvironmentProblem: the provider does not run on this machine.
+        UsageError: the provider does not support these kinds of rows.
     """
     require(section.provider)
     check_kinds(section.provider, section.kinds)
 
 
 def check_kinds(provider: str, kinds: Sequence[str]) -> None:
-    """Raises UsageError for kinds of rows that are unknown, or that the provider does not have."""
+    """Raise UsageError if a kind of row is unknown or the provider does not support it."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UsageError(f"unknown kind of row {', '.join(unknown)!r}. Choose one of: {', '.join(KINDS)}.")
@@ -198,7 +199,7 @@ def _protocol(provider: str, kinds: Sequence[str]) -> str:
 
 
 def render_latency(table: LatencyTable) -> Table:
-    """The table for a terminal; a tail percentile appears when every row has enough samples for it."""
+    """Return the table for a terminal; it has the highest tail percentile for which every row has enough samples."""
     view = Table(
         title="Latency (ONNX Runtime)",
         caption=_caption(table),
@@ -217,7 +218,7 @@ def render_latency(table: LatencyTable) -> Table:
 
 
 def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow], str]]]:
-    """Head of each column but the first, whether it is shown, and a row's cell."""
+    """Return the heading of each column but the first, whether it is shown, and a function from row to cell."""
     tail = next((q for q in (99, 95, 90) if all(getattr(row, f"p{q}_ms") is not None for row in table.rows)), 0)
     energy = any(row.millijoules_per_image is not None for row in table.rows)
     return [
@@ -237,12 +238,12 @@ def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow]
 
 
 def _short(milliseconds: float) -> str:
-    """Three significant digits, trailing zeros kept so that columns line up."""
+    """Format milliseconds with three significant digits; trailing zeros are kept so that columns align."""
     return f"{milliseconds:,.0f}" if milliseconds >= 999.5 else f"{milliseconds:#.3g}".removesuffix(".")
 
 
 def speedup_text(row: LatencyRow) -> str:
-    """The speed-up with its interval, ``none`` inside the noise floor, a dash for the file others stand against."""
+    """Return the speed-up with its interval, ``none`` within the noise floor, or a dash for the baseline."""
     if row.speedup is None:
         return "-"
     ratio = row.speedup
@@ -261,7 +262,7 @@ def _caption(table: LatencyTable) -> str:
 
 
 def _memory(table: LatencyTable) -> str:
-    """A line on the largest memory that each model took."""
+    """Return a line with the largest memory use of each model."""
     lines = []
     for name, words in (("memory_mib", "Memory of its process"), ("gpu_memory_mib", "on the GPU")):
         largest: dict[str, float] = {}

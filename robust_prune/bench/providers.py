@@ -1,6 +1,6 @@
-"""ONNX Runtime's execution providers: what they are called, what they need, and why one does not run here.
+"""ONNX Runtime's execution providers: names, options, requirements, and diagnosis if one does not run.
 
-Only numpy and onnxruntime are imported here: a benchmark's worker process must hold nothing else.
+This module imports only numpy and onnxruntime, since the worker processes of a benchmark must load nothing else.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..errors import EnvironmentProblem
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
-"""Whose memory a provider reads."""
+"""Device whose memory each provider uses."""
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module.
+    """Return the onnxruntime module.
 
     Raises:
-        EnvironmentProblem: it is missing, or broken by another build that shares its folder.
+        EnvironmentProblem: it is not installed, or broken by another build in the same folder.
     """
     try:
         import onnxruntime
@@ -39,11 +39,11 @@ def import_onnxruntime() -> Any:
 
 
 def provider_options(provider: str, precision: str, graph: bool) -> dict[str, str]:
-    """ONNX Runtime's options of a provider; all others stay at its defaults.
+    """Return ONNX Runtime's options of a provider that differ from the defaults.
 
     Args:
         provider: a key of `PROVIDERS`.
-        precision: ``fp32``, ``fp16`` or ``int8``: TensorRT computes in less than fp32 only when it is told to.
+        precision: ``fp32``, ``fp16`` or ``int8``; TensorRT uses less than fp32 only if an option enables it.
         graph: whether runs are captured in a CUDA graph and replayed.
     """
     if provider == "cuda":
@@ -55,17 +55,20 @@ def provider_options(provider: str, precision: str, graph: bool) -> dict[str, st
 
 
 def require(provider: str) -> None:
-    """Raises EnvironmentProblem, with the reason, when a provider does not run here."""
+    """Raise EnvironmentProblem, with the reason, if a provider does not run on this machine."""
     problem = provider_problem(provider)
     if problem:
         raise EnvironmentProblem(f"provider {provider} was asked for, but {problem} Use provider cpu, or repair it.")
 
 
 def provider_problem(provider: str) -> str:
-    """Why a provider does not run here; empty when it seems to.
+    """Return why a provider does not run on this machine; empty if no problem was found.
 
-    `onnxruntime.get_available_providers` lists what the package was built with, not what works: this loads
-    the driver and the provider's own library.
+    `onnxruntime.get_available_providers` lists the providers that the package was built with, not those that work.
+    Therefore this function loads the driver and the provider's own library.
+
+    Raises:
+        EnvironmentProblem: onnxruntime cannot be imported.
     """
     ort = import_onnxruntime()
     if provider == "cpu":
@@ -89,10 +92,10 @@ def provider_problem(provider: str) -> str:
 
 
 def _preload(ort: Any) -> None:
-    """Loads CUDA's and cuDNN's libraries, from NVIDIA's packages wherever on the path those lie.
+    """Load the CUDA and cuDNN libraries of NVIDIA's packages from anywhere on the Python path.
 
-    ONNX Runtime itself looks only beside its own folder, where they are not if the two were installed into different
-    places (``pip install --target``, a virtual environment over the system's packages).
+    ONNX Runtime itself searches only next to its own folder. The libraries are elsewhere if both were installed to
+    different places (``pip install --target``, a virtual environment with the system's packages).
     """
     if not hasattr(ort, "preload_dlls"):
         return

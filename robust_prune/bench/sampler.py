@@ -1,8 +1,8 @@
-"""Times several models against each other: a process a model, visited in random order, block by block.
+"""Interleaved timing of several models: one process for each model, timed in random order in every block.
 
-Where its memory happens to lie makes a process faster or slower for as long as it lives, so the processes are started
-anew a few times: a launch is to blocks what a block is to runs (Kalibera and Jones, Rigorous Benchmarking in Reasonable
-Time, ISMM 2013).
+Its memory layout makes a process faster or slower throughout its lifetime, so processes are launched several times.
+Launches are a level of repetition above blocks, as blocks are above runs (Kalibera and Jones, Rigorous Benchmarking in
+Reasonable Time, ISMM 2013).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WARMUP_WINDOWS = (3, 20)
 WARMUP_TOLERANCE = 0.05
 VISIT_SECONDS = 0.04
 MAX_RUNS = 64
-# Another process has just filled the caches with its own weights.
+# Untimed runs before each visit, since another process has just filled the caches with its own weights.
 WAKE_RUNS = 1
 BLOCKS = (12, 400)
 LAUNCHES = 5
@@ -47,7 +47,7 @@ PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class Arm:
-    """One model to time: `label` names it in messages, the rest is what its worker opens."""
+    """A model to time: its label for messages and its ONNX file."""
 
     label: str
     path: Path
@@ -55,7 +55,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Shape:
-    """The fixed conditions of one measurement."""
+    """Fixed conditions of a measurement: batch size, intra-op threads, execution provider and kind of row."""
 
     batch: int
     threads: int
@@ -73,11 +73,11 @@ class Samples:
     """Times of one arm.
 
     Attributes:
-        provider: the execution provider that the session reported.
-        seconds: float64 [launches, blocks, runs]; entry [l, b] of every arm was taken in the same block.
-        memory_mib: resident memory of the process after its runs, the largest of the launches.
-        gpu_memory_mib: its memory on the GPU, if NVML tells.
-        joules: energy of all GPUs for one run, idle power included, if it was asked for.
+        provider: execution provider reported by the session.
+        seconds: seconds of each run, float64 [launches, blocks, runs]; entries [l, b] of all arms are from one block.
+        memory_mib: resident memory of the process after its runs in MiB, the maximum over launches.
+        gpu_memory_mib: GPU memory of the process in MiB; None on a CPU or if NVML does not report it.
+        joules: energy of all GPUs for one run in joules, idle power included; None if it was not measured.
     """
 
     provider: str
@@ -88,7 +88,12 @@ class Samples:
 
 
 class Worker:
-    """A process that holds one session; use it as a context manager, which always ends the process."""
+    """A worker process with one session, as a context manager that always ends the process.
+
+    Args:
+        label: name of the model, for messages.
+        provider: execution provider whose libraries are loaded at the start.
+    """
 
     def __init__(self, label: str, provider: str = "cpu") -> None:
         self.label, self.provider = label, provider
@@ -124,7 +129,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """Process id."""
         return self._process.pid
 
     def _read(self, stream: IO[str]) -> None:
@@ -135,11 +140,11 @@ class Worker:
         self._answers.put(None)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends one command and waits for its answer.
+        """Send one command and return its answer.
 
         Raises:
-            UsageError: the file does not run, or the process died.
-            EnvironmentProblem: the machine cannot run it as asked, or gave no answer within five minutes.
+            UsageError: the file does not run, or the process ended.
+            EnvironmentProblem: the machine cannot run the command, or there was no answer within five minutes.
         """
         assert self._process.stdin is not None
         try:
@@ -170,7 +175,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """How often the processes are started, and how many blocks (`least` on a busy machine) of runs each time."""
+    """Number of launches, of blocks in a launch (`least` on a busy machine), and of runs in a block."""
 
     launches: int
     blocks: int
@@ -186,22 +191,22 @@ def measure(
     on_block: Callable[[int, int], None] = lambda done, total: None,
     energy: bool = False,
 ) -> list[Samples]:
-    """Times the arms in interleaved random blocks, after each has warmed up until it is stable.
+    """Time the arms in interleaved random blocks, after a warm-up until their times are stable.
 
     Args:
-        arms: the models, each in its own process.
-        shape: batch, threads, provider and kind, the same for all.
-        seconds: timed work to aim for; blocks end after twice that on the clock, but 12 are always taken. Processes are
-            started up to five times, as long as opening the models takes no longer than this in all.
-        seed: of the visiting order and of the input images.
-        on_block: told (blocks done, blocks in all) after each block.
-        energy: whether each model then runs alone for three seconds more, to read NVML's counter around them.
+        arms: the models, each of which runs in its own process.
+        shape: batch size, threads, provider and kind, the same for all arms.
+        seconds: target for the seconds of timed runs. Blocks end after twice this wall time, but at least 12 are taken.
+            Processes are launched up to five times, as far as opening the models takes no longer than this in total.
+        seed: random seed of the order and of the input images.
+        on_block: called with (completed blocks, total blocks) after each block.
+        energy: whether each model then runs alone for about three seconds, to read NVML's energy counter.
 
     Returns:
-        One set of samples an arm, in the order of `arms`, all of the same shape.
+        The samples of each arm, in the order of `arms`, all of the same shape.
 
     Raises:
-        UsageError, EnvironmentProblem: as `Worker.ask`. No process is left behind.
+        UsageError, EnvironmentProblem: as `Worker.ask`. All processes are ended.
     """
     request = {"batch": shape.batch, "threads": shape.threads, "provider": shape.provider, "kind": shape.kind}
     rng = np.random.default_rng(seed)
@@ -212,7 +217,7 @@ def measure(
     providers = [""] * len(arms)
     while schedule is None or len(launches) < schedule.launches:
         begin = monotonic()
-        # Whoever is opened first stays a little slower, so each launch opens them in another order.
+        # The process opened first remains slightly slower, so the order differs between launches.
         order = rng.permutation(len(arms))
         with _workers([arms[index].label for index in order], shape.provider) as opened:
             for worker, index in zip(opened, order, strict=True):
@@ -253,12 +258,12 @@ def _blocks(
     launch: int,
     on_block: Callable[[int, int], None],
 ) -> np.ndarray:
-    """Seconds of one launch, [arms, blocks, runs]."""
+    """Return the seconds of one launch, [arms, blocks, runs]."""
     times = np.empty((len(workers), schedule.blocks, schedule.runs))
     before, total = launch * schedule.blocks, schedule.launches * schedule.blocks
     for block in range(schedule.blocks):
         if block >= schedule.least and monotonic() > deadline:
-            # The machine is busy with something else: fewer blocks, and intervals that say so.
+            # The machine is busy: take fewer blocks, which widens the intervals.
             on_block(before + schedule.blocks, total)
             return times[:, :block]
         for index in rng.permutation(len(workers)):
@@ -273,7 +278,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def _joules(worker: Worker, typical: float) -> float | None:
-    """Energy of a run, from NVML's counter around some seconds of them; None where there is no counter."""
+    """Return the joules of one run, from NVML's counter around about three seconds of runs, or None without one."""
     runs = max(1, round(ENERGY_SECONDS / typical))
     before = nvml.joules()
     worker.ask(op="time", runs=runs, wake=0)
@@ -288,7 +293,7 @@ def _workers(labels: Sequence[str], provider: str) -> Iterator[list[Worker]]:
 
 
 def _warm_up(worker: Worker) -> float:
-    """Runs until the medians of three windows in a row agree; returns the typical seconds of one run."""
+    """Run until the medians of three consecutive windows agree within 5 %; return the median seconds of a run."""
     first = min(worker.ask(op="time", runs=2, wake=0)["ns"]) / 1e9
     runs = int(np.clip(WARMUP_WINDOW_SECONDS / max(first, 1e-9), 3, 1000))
     windows: list[float] = []

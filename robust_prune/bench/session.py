@@ -1,6 +1,6 @@
-"""Opens an ONNX Runtime session that provably runs on the provider that was asked for.
+"""ONNX Runtime sessions that are verified to run on the requested execution provider.
 
-Only numpy and onnxruntime are imported here: a benchmark's worker process must hold nothing else.
+This module imports only numpy and onnxruntime, since the worker processes of a benchmark must load nothing else.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(doub
 
 @dataclass(frozen=True)
 class Signature:
-    """What a classifier file takes.
+    """Input of a classifier file.
 
     Attributes:
-        name: of its only input.
-        dtype: numpy name of the input's type.
-        shape: of the input; -1 in front when the batch is free.
-        symbol: the file's name for a free batch; empty when it has none.
-        precision: ``fp16`` or ``int8`` where our manifest in the file says so, else ``fp32``.
+        name: name of its only input.
+        dtype: numpy name of the input's data type.
+        shape: shape of the input; the first dimension is -1 if the batch size is dynamic.
+        symbol: name of the dynamic batch dimension in the file; empty if it has none.
+        precision: ``fp16`` or ``int8`` if our manifest in the file says so, else ``fp32``.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Signature:
     precision: str = "fp32"
 
     def batched(self, batch: int, label: str) -> tuple[int, ...]:
-        """The input's shape at a batch size.
+        """Return the input's shape at a batch size; `label` names the file in the message.
 
         Raises:
-            UsageError: the file's batch is fixed to another size.
+            UsageError: the file has another, fixed batch size.
         """
         if self.shape[0] not in (-1, batch):
             raise UsageError(
@@ -52,21 +52,22 @@ class Signature:
 
 
 def open_session(path: Path, provider: str, threads: int, batch: int, *, graph: bool = False) -> tuple[Any, Signature]:
-    """Opens a file on one provider; nodes that would silently run on the CPU instead are refused.
+    """Open a file on one execution provider, without the fallback of single nodes to the CPU.
 
     Args:
         path: the ONNX file.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
-        threads: intra-op threads, >= 1; they never spin, so that an idle session takes nothing from others.
-        batch: fixes a free batch, so that arithmetic on shapes is folded away and not left on the CPU.
+        threads: number of intra-op threads, >= 1; they do not spin, so that an idle session does not slow down others.
+        batch: fixed value of a dynamic batch size, so that arithmetic on shapes is folded and does not run on the CPU.
         graph: whether runs on bound memory are captured in a CUDA graph and replayed.
 
     Returns:
-        The `onnxruntime.InferenceSession` and what it takes.
+        The `onnxruntime.InferenceSession` and the signature of the file.
 
     Raises:
-        UsageError: no such file, no ONNX file, or not a classifier of images of one fixed size.
-        EnvironmentProblem: the provider does not run here; says why.
+        UsageError: the provider is unknown, or the file is missing, is not an ONNX file, is not a classifier of images
+            of one fixed size, has another fixed batch size, or does not run on the CPU.
+        EnvironmentProblem: the provider does not run on this machine, or not all nodes run on it.
     """
     ort = import_onnxruntime()
     if provider not in PROVIDERS:
@@ -97,10 +98,14 @@ def open_session(path: Path, provider: str, threads: int, batch: int, *, graph: 
 
 
 def signature(ort: Any, path: Path) -> Signature:
-    """What a file takes, read on the CPU with a free batch.
+    """Return the signature of a file, read in a session on the CPU.
+
+    Args:
+        ort: the onnxruntime module.
+        path: the ONNX file.
 
     Raises:
-        UsageError: no ONNX file, or not a classifier of images of one fixed size.
+        UsageError: the file is not an ONNX file, or not a classifier of images of one fixed size.
     """
     options = _options(ort, "cpu", 1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -131,12 +136,12 @@ def _precision(session: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message."""
+    """Return the first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def example(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
-    """Uniform random pixels in [0, 1)."""
+    """Return uniform random pixels in [0, 1)."""
     return np.random.default_rng(seed).random(shape).astype(dtype)
 
 

@@ -1,9 +1,10 @@
-"""What timings allow us to say: medians with intervals, percentiles only with enough samples, paired ratios.
+"""Statistics of timings: medians and paired ratios with bootstrap intervals, and tail percentiles.
 
-Samples arrive as ``[launches, blocks, runs]``: within a block every arm is visited once, in random order, so drift of
-the machine (clocks, neighbours, temperature) hits all arms of a block alike; at a launch every arm gets a new process.
-The bootstrap resamples launches, and blocks within them, not samples: those of a block are correlated, and so are, less
-so, the blocks of a launch. Where launches do not differ, the interval is wider than it need be.
+Samples are arrays ``[launches, blocks, runs]``. In a block every arm is timed once, in random order, so that drift of
+the machine (clocks, other processes, temperature) affects all arms of a block alike. In each launch every arm runs in a
+new process. The bootstrap resamples launches, and blocks within launches, but not runs, since the runs of a block are
+correlated, and so are, to a lesser degree, the blocks of a launch. If launches do not differ, the intervals are
+conservative.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ from .types import Ratio
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-# With fewer, the chance that at most one sample lies above the true percentile exceeds 1 %, and the
-# estimate would be made of the extremes.
+# With fewer samples, at most one of them lies above the true percentile with a probability above 1 %, and the estimate
+# would depend on the extremes.
 MIN_SAMPLES = {90: 64, 95: 130, 99: 662}
 
 Interval = tuple[float, float, float]
 
 
 def median_interval(samples: np.ndarray, seed: int = 0) -> Interval:
-    """Median of all samples [launches, blocks, runs] with its 95 % bootstrap interval, in the samples' unit."""
+    """Return the median of samples [launches, blocks, runs] and its 95 % bootstrap interval, in the samples' unit."""
     medians = np.median(_resampled(samples, seed).reshape(RESAMPLES, -1), axis=1)
     return (float(np.median(samples)), *_quantiles(medians))
 
 
 def paired_ratio(base: np.ndarray, arm: np.ndarray, seed: int = 0) -> Interval:
-    """Ratio base / arm (above 1: the arm is faster) with its 95 % paired bootstrap interval.
+    """Return the ratio base / arm, which is above 1 if the arm is faster, and its 95 % paired bootstrap interval.
 
     The estimate is the median over blocks of the ratio of the two block medians.
 
     Args:
-        base, arm: times [launches, blocks, runs] of two arms, entry [l, b] of both taken in the same block.
-        seed: of the bootstrap.
+        base, arm: times [launches, blocks, runs] of two arms; their entries [l, b] are from the same block.
+        seed: random seed of the bootstrap.
     """
     logs = np.log(np.median(base, axis=2)) - np.log(np.median(arm, axis=2))
     medians = np.median(_resampled(logs, seed).reshape(RESAMPLES, -1), axis=1)
@@ -43,17 +44,20 @@ def paired_ratio(base: np.ndarray, arm: np.ndarray, seed: int = 0) -> Interval:
 
 
 def percentile(samples: np.ndarray, q: int) -> float | None:
-    """The q-th percentile (q is 90, 95 or 99) of all samples, or None when there are too few of them."""
+    """Return the q-th percentile (q is 90, 95 or 99) of all samples, or None below 64, 130 or 662 samples."""
     if samples.size < MIN_SAMPLES[q]:
         return None
     return float(np.percentile(samples, q))
 
 
 def judged(ratio: Interval, floor: Interval) -> Ratio:
-    """Says whether a ratio differs from 1 by more than a file differs from itself.
+    """Return the ratio with a verdict: whether its interval is outside the noise floor.
 
-    The A/A interval is made symmetric before it is used: a file that seems 5 % slower than itself says that
-    5 % either way is noise.
+    The A/A interval is made symmetric first: if a file seems 5 % slower than itself, 5 % in both directions is noise.
+
+    Args:
+        ratio: a speed-up with its interval.
+        floor: the A/A ratio with its interval.
     """
     value, low, high = ratio
     width = max(floor[1], floor[2], 1 / floor[1], 1 / floor[2])
@@ -66,12 +70,12 @@ def judged(ratio: Interval, floor: Interval) -> Ratio:
 
 
 def excludes_one(interval: Interval) -> bool:
-    """Whether the interval of a ratio leaves 1 out."""
+    """Return whether the interval of a ratio excludes 1."""
     return interval[1] > 1 or interval[2] < 1
 
 
 def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    """`values` [launches, blocks, ...] resampled on both levels, [resamples, launches, blocks, ...]."""
+    """Resample launches and blocks of `values` [launches, blocks, ...]: [resamples, launches, blocks, ...]."""
     rng = np.random.default_rng(seed)
     launches, blocks = values.shape[:2]
     which = rng.integers(0, launches, size=(RESAMPLES, launches, 1))

@@ -1,4 +1,4 @@
-"""Latency measurements as values."""
+"""Results of latency measurements."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from ..shown import Shown
 
 @dataclass(frozen=True)
 class Ratio:
-    """Baseline time divided by this arm's time (above 1 is faster), with its 95 % bootstrap interval.
+    """Speed-up over the baseline.
 
-    `verdict` is ``faster``, ``slower`` or ``no difference`` (the interval touches the noise floor).
+    Attributes:
+        value: time of the baseline divided by the time of the arm; above 1 if the arm is faster.
+        low, high: 95 % bootstrap interval.
+        verdict: ``faster``, ``slower`` or ``no difference`` (the interval overlaps the noise floor).
     """
 
     value: float
@@ -25,24 +28,26 @@ class Ratio:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One file at one batch size under one provider.
+    """Latency of one file under one set of conditions.
 
     Attributes:
-        label: how the table names the file, e.g. ``dense`` or ``pruned``.
-        path: the ONNX file.
-        provider: the execution provider that was proven to run it.
-        kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (that, replayed as a CUDA graph).
-        batch, threads: fixed for the row.
+        label: name of the file in tables, e.g. ``dense`` or ``pruned``.
+        path: path of the ONNX file.
+        provider: execution provider, as verified.
+        kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (I/O binding and a CUDA graph).
+        batch, threads: batch size and number of intra-op threads.
         samples: number of timed runs.
-        launches: over how many starts of the process they are spread.
-        p50_ms: median time of one run in milliseconds, with its 95 % interval `p50_low`, `p50_high`.
-        p90_ms, p95_ms, p99_ms: present only with at least 64, 130 and 662 samples.
-        images_per_second: batch / p50.
-        speedup: against the first file of the table; None for that file.
-        noisy: True when the A/A ratio's interval excludes 1, so that the row should be measured again.
-        memory_mib: resident memory of a process that holds only ONNX Runtime and the model, after its runs.
-        gpu_memory_mib: its memory on the GPU; None on a CPU, or where NVML does not tell.
-        millijoules_per_image: energy of all GPUs for one image, idle power included; None unless asked for.
+        p50_ms: median time of one run in milliseconds.
+        p50_low, p50_high: 95 % bootstrap interval of the median in milliseconds.
+        p90_ms, p95_ms, p99_ms: percentiles in milliseconds; None below 64, 130 and 662 samples.
+        images_per_second: batch size divided by the median time.
+        speedup: speed-up over the first file of the table; None for that file.
+        noisy: whether the interval of the A/A ratio excludes 1, in which case the row should be measured again.
+        launches: number of process launches over which the runs are spread.
+        memory_mib: resident memory in MiB, after its runs, of a process with only ONNX Runtime and the model.
+        gpu_memory_mib: GPU memory of this process in MiB; None on a CPU or if NVML does not report it.
+        millijoules_per_image: energy of all GPUs for one image in millijoules, idle power included; None if it was not
+            measured.
     """
 
     label: str
@@ -72,10 +77,11 @@ class LatencyTable(Shown):
     """Rows measured together in interleaved blocks.
 
     Attributes:
-        rows: one a file, batch size and thread count.
-        noise_floor: A/A ratio (the first file against itself) by "batch x threads (kind)" key, as [value, low, high].
-        environment: hardware, versions and load at the time.
-        protocol: one line that says how it was measured.
+        rows: one row for each file, batch size, number of threads and kind.
+        noise_floor: A/A ratio (the first file against itself) as (value, low, high), by conditions such as
+            ``batch 1 x 2 threads``.
+        environment: hardware, versions and load during the measurement.
+        protocol: one line that describes the measurement.
     """
 
     rows: tuple[LatencyRow, ...]
@@ -84,13 +90,13 @@ class LatencyTable(Shown):
     protocol: str
 
     def short(self) -> str:
-        """Medians of the first rows."""
+        """Return the median latencies of the first four rows."""
         shown = [f"{row.label} batch {row.batch}: {row.p50_ms:.3g} ms" for row in self.rows[:4]]
         more = [f"{len(self.rows) - 4} more"] if len(self.rows) > 4 else []
         return ", ".join(shown + more)
 
     def table(self) -> Table:
-        """Latencies side by side."""
+        """Return a table of all rows."""
         from .latency import render_latency
 
         return render_latency(self)

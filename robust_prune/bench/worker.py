@@ -1,7 +1,7 @@
-"""One process, one model: answers commands on its standard input with one JSON line each.
+"""Worker process that times one model and answers each command on standard input with one JSON line.
 
-Started by `sampler` as ``python -m robust_prune.bench.worker PROVIDER``. It times runs with a monotonic clock inside
-the process, so pipes and the parent's scheduling are not part of any figure, and it ends with its input.
+`sampler` starts it as ``python -m robust_prune.bench.worker PROVIDER``. Runs are timed inside the process with a
+monotonic clock, so that times include neither pipes nor the parent process. The process ends when its input ends.
 """
 
 from __future__ import annotations
@@ -21,23 +21,31 @@ from ..errors import EnvironmentProblem, RobustPruneError
 from .providers import DEVICES, import_onnxruntime, provider_problem
 from .session import example, open_session
 
-# Kernels may add up in another order when they are captured.
+# Captured kernels may sum in another order.
 GRAPH_TOLERANCE = 1e-3
 STALE_SHARE = 0.25
 
 
 def runner(session: Any, name: str, images: Any, kind: str, device: str) -> Callable[[], Any]:
-    """What is timed: ``host`` hands arrays in and takes arrays out, any other kind runs on bound memory of `device`."""
+    """Return the function to time: ``host`` passes arrays in and out, other kinds run on bound memory of `device`."""
     if kind == "host":
         return lambda: session.run(None, {name: images})
     return bound(session, name, images, device)[0]
 
 
 def bound(session: Any, name: str, images: Any, device: str, shapes: Any = None) -> tuple[Callable[[], Any], Any, Any]:
-    """A run on memory that stays where it is, and its input and outputs there; `shapes`, if known, of the outputs."""
+    """Return a function that runs on bound memory of `device`, with its input and its outputs there.
+
+    Args:
+        session: the ONNX Runtime session.
+        name: name of the input.
+        images: input array.
+        device: ``cpu`` or ``cuda``.
+        shapes: shape and data type of each output; by default they are found by a run.
+    """
     ort = import_onnxruntime()
     taken = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, images.dtype, device, 0)
-    taken.update_inplace(images)  # and not from_numpy, which on a CPU shares the array's memory
+    taken.update_inplace(images)  # unlike from_numpy, which on a CPU shares the memory of the array
     binding = session.io_binding()
     binding.bind_ortvalue_input(name, taken)
     like = shapes or [(array.shape, array.dtype) for array in session.run(None, {name: images})]
@@ -53,10 +61,17 @@ def bound(session: Any, name: str, images: Any, device: str, shapes: Any = None)
 
 
 def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, device: str) -> Callable[[], Any]:
-    """A run that replays a CUDA graph, once it has given the logits of two inputs as `plain`, a session without, does.
+    """Return a function that replays a CUDA graph, after checking its logits for two inputs.
+
+    Args:
+        plain: session without a CUDA graph, whose logits are the reference.
+        session: session with a CUDA graph.
+        name: name of the input.
+        images, other: two inputs.
+        device: device of the bound memory.
 
     Raises:
-        EnvironmentProblem: they are not.
+        EnvironmentProblem: the logits of the two sessions differ.
     """
     wanted = [plain.run(None, {name: batch}) for batch in (images, other)]
     run, taken, made = bound(session, name, images, device, [(array.shape, array.dtype) for array in wanted[0]])
@@ -65,7 +80,7 @@ def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, devic
         taken.update_inplace(batch)
         run()
         for value, array, first, second in zip(made, arrays, *wanted, strict=True):
-            # The two sessions may have chosen other kernels; a replay of old inputs errs by the whole difference.
+            # The sessions may use different kernels; a graph that ignores new inputs is off by their full difference.
             slack = max(GRAPH_TOLERANCE * np.abs(array).max(), STALE_SHARE * np.abs(first - second).max())
             if not np.allclose(value.numpy(), array, rtol=GRAPH_TOLERANCE, atol=slack):
                 raise EnvironmentProblem(
@@ -75,7 +90,7 @@ def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, devic
 
 
 def open_file(request: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """Opens the requested file at its batch size, runs it once and says what runs."""
+    """Open the requested file, run it once, and return the function to time and the answer to the command."""
     path, provider, batch, kind = Path(request["path"]), request["provider"], request["batch"], request["kind"]
     session, signature = open_session(path, provider, request["threads"], batch)
     shape, device = signature.batched(batch, path.name), DEVICES[provider]
@@ -85,7 +100,7 @@ def open_file(request: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any
         session, _ = open_session(path, provider, request["threads"], batch, graph=True)
         other = example(shape, signature.dtype, request["seed"] + 1)
         run = replayed(plain, session, signature.name, images, other, device)
-        del plain  # its memory is not the graph's
+        del plain  # frees its memory before the measurement
     else:
         run = runner(session, signature.name, images, kind, device)
     run()
@@ -93,7 +108,7 @@ def open_file(request: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any
 
 
 def timed(run: Callable[[], Any], runs: int, wake: int) -> list[int]:
-    """Nanoseconds of each of `runs` runs, after `wake` untimed ones that refill the caches."""
+    """Return the nanoseconds of each of `runs` runs, after `wake` untimed runs that refill the caches."""
     for _ in range(wake):
         run()
     times = []
@@ -105,11 +120,11 @@ def timed(run: Callable[[], Any], runs: int, wake: int) -> list[int]:
 
 
 def main() -> None:
-    """Serves commands until the input ends."""
-    # A library that prints must not end up between the answers.
+    """Answer commands until standard input ends."""
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    # Libraries are loaded while other workers load theirs; what is wrong with them is said when a file is opened.
+    # Libraries are loaded here, in parallel with other workers; errors are reported when a file is opened.
     with contextlib.suppress(RobustPruneError):
         provider_problem(*sys.argv[1:2] or ["cpu"])
     run: Callable[[], Any] | None = None

@@ -1,1 +1,1 @@
-"""Budget: what a cut costs and saves, and how many channels each group keeps for it."""
+"""Budget: the cost of a model at given widths, and the widths that meet a budget."""

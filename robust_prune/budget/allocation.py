@@ -1,4 +1,4 @@
-"""How many channels each group keeps under a budget; which allocations there are, `catalogue.ALLOCATIONS` says."""
+"""Allocation of a budget: how many channels each group keeps. `catalogue.ALLOCATIONS` lists the allocations."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _BISECTIONS = 45
 
 @dataclass(frozen=True)
 class Problem:
-    """What an allocation is given. Arrays are over `groups`, [groups].
+    """Input of an allocation.
 
     Attributes:
-        groups: of the model.
-        form: what is budgeted, as a function of the widths.
-        budget: the most that it may come to.
-        floors: fewest channels that each group may keep.
-        dense: channels of each group.
-        section: the recipe's settings of the cut.
-        profile: MRS by group, if it was measured.
-        scores: of channels by group, >= 0, higher is more important, if there are any.
-        removed: ρ_g(k) for k = 0..channels by group, ascending, if it was measured: see `Analysis`.
+        groups: groups of the model.
+        form: cost as a function of the widths.
+        budget: largest allowed cost, in the units of `form`.
+        floors: smallest number of channels that each group may keep, [groups].
+        dense: channels of each group, [groups].
+        section: pruning section of the recipe.
+        profile: sensitivity profile with the MRS of each group, if it was measured.
+        scores: scores of the channels by group name, >= 0, higher is more important; None without scores.
+        removed: ρ_g(k) for k = 0..channels by group name, ascending, if it was measured; see `Analysis`.
     """
 
     groups: Sequence[ChannelGroup]
@@ -52,17 +52,21 @@ class Problem:
     removed: Mapping[str, Tensor] | None = None
 
     def needs(self, what: str, value: T | None) -> T:
-        """`value`, which the allocation cannot do without.
+        """Return `value`, which the allocation requires.
+
+        Args:
+            what: name of the input, for the message.
+            value: the input, or None if it is missing.
 
         Raises:
-            UsageError: it is missing.
+            UsageError: the value is None.
         """
         if value is None:
             raise UsageError(f"allocation {self.section.allocation!r} needs {what}, got none")
         return value
 
     def covered(self, known: Mapping[str, object], what: str) -> None:
-        """Raises UsageError unless `known` has all groups."""
+        """Raise UsageError unless `known` contains every group."""
         missing = [g.name for g in self.groups if g.name not in known]
         if missing:
             raise UsageError(
@@ -71,7 +75,11 @@ class Problem:
             )
 
     def largest(self, widths: Callable[[float], Floats]) -> Floats:
-        """Of widths that grow with one scalar in (0, inf), the largest within the budget, by bisection."""
+        """Return the largest widths within the budget, found by bisection.
+
+        Args:
+            widths: maps a scalar in (0, inf) to widths [groups] that do not decrease with it.
+        """
         low, high = -30.0, 30.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -82,12 +90,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Wish:
-    """What an allocation answers, before widths are made whole.
+    """Output of an allocation, before widths are rounded to integers.
 
     Attributes:
-        widths: real-valued, within floors and dense widths, [groups].
-        losses: by group, what each kept count 0..channels is expected to cost, [channels + 1]: what whole widths are
-            chosen by. None prefers those that are nearest to `widths`.
+        widths: real-valued widths between the floors and the dense widths, [groups].
+        losses: expected loss of each group at each kept count 0..channels, [channels + 1], which rounding minimises.
+            None prefers the integers nearest to `widths`.
     """
 
     widths: Floats
@@ -95,19 +103,22 @@ class Wish:
 
 
 def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict[str, int]:
-    """Chooses the widths: within `budget` by at most 1 % of the dense cost below (or, failing that, above).
+    """Choose integer widths whose cost meets the budget.
+
+    The cost is at most 1 % of the dense cost below the budget or, if no such widths are found, above it.
 
     Args:
-        analysis: of the model.
-        section: allocation, what the budget counts, multiples of widths, and the floor.
-        budget: cost that may remain, in units of ``section.metric``.
+        analysis: analysis of the model.
+        section: allocation, metric of the budget, rounding and minimum width.
+        budget: remaining cost, in units of ``section.metric``.
 
     Returns:
-        Channels to keep by group name: the floors if the budget is below what they cost, everything if it is above
-        the dense cost. Compare `cost.cost(kept, metric)` with the budget.
+        Channels to keep by group name: the minimum widths if the budget is below their cost, the dense widths if it is
+        above the dense cost. Compare `cost.cost(kept, metric)` with the budget.
 
     Raises:
-        UsageError: an unknown allocation, one that answers in another form, or an input that it needs and lacks.
+        UsageError: the allocation or metric is unknown, the allocation returns something else than a `Wish`, or an
+            input that it needs is missing.
     """
     groups, cost = analysis.search.groups, analysis.cost
     if tuple(g.name for g in groups) != cost.names:

@@ -1,4 +1,4 @@
-"""What is measured on a model before a cut of it can be planned."""
+"""Analysis of a model: all measurements that planning a cut requires."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .cost import CostModel, cost_model
 
 @dataclass(frozen=True, repr=False)
 class Analysis(Shown):
-    """What planning knows of a model.
+    """Measurements of a model from which cuts are planned.
 
     Attributes:
-        search: groups of channels that can be cut, and those that cannot.
-        cost: MACs and parameters in closed form over the channels that are kept.
-        profile: MRS of modules and groups; None if it was not measured, which only ``uniform`` allocation does without.
-        scores: importance of each channel, by group, [channels]; higher is more important.
-        removed: by group, [channels + 1]: relative size of the weight perturbation that removing the k least important
-            channels is; None where ``mrs`` allocation is not wanted.
+        search: groups of channels that can be cut, and layers that cannot.
+        cost: MACs, parameters and channels as a function of the kept channels.
+        profile: MRS of modules and groups; None if it was not measured, which only the ``uniform`` allocation allows.
+        scores: importance of each channel by group name, [channels]; higher is more important.
+        removed: relative size of the weight perturbation by removing the k least important channels, by group name,
+            [channels + 1]; None if the ``mrs`` allocation is not used.
     """
 
     search: GroupSearch
@@ -42,13 +42,13 @@ class Analysis(Shown):
     removed: Mapping[str, Tensor] | None = None
 
     def short(self) -> str:
-        """Groups, cost and how sensitivity was measured."""
+        """Return one sentence: number of groups, MACs, and how MRS was measured."""
         whole = f", {len(self.search.skipped)} that stay whole" if self.search.skipped else ""
         measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
         return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
 
     def table(self) -> Table | None:
-        """MRS by layer and group."""
+        """Return a table of MRS by module, or None if MRS was not measured."""
         return render_table(self.profile) if self.profile else None
 
 
@@ -60,18 +60,18 @@ def analyse(
     device: str,
     dense_widths: Mapping[str, int] | None = None,
 ) -> Analysis:
-    """Groups, costs, MRS and channel scores of a model.
+    """Find the groups of a model and measure its cost, MRS and channel scores.
 
     Args:
-        model: maps [0, 1] images to logits; it ends on `device`.
-        spec: gives the size of its images.
-        images: training images that choose nothing else; test images have no place here.
-        recipe: threat model, seed, and the sections ``sensitivity`` and ``pruning``.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it is moved to `device`.
+        spec: specification of the model, with the size of its images.
+        images: training images that are not used for model selection; never test images.
+        recipe: recipe with threat model, seed and the sections ``sensitivity`` and ``pruning``.
         device: ``cpu`` or ``cuda``.
-        dense_widths: channels of each group before earlier cuts, by name: floors are a share of them.
+        dense_widths: channels of each group before earlier cuts, by name; minimum widths are a share of them.
 
     Raises:
-        UsageError: the model has no group of channels that can be cut.
+        UsageError: the model has no group of channels that can be cut, or cannot be traced, measured or scored.
     """
     section, example = recipe.sensitivity, spec.blank_image()
     model.cpu()
@@ -92,7 +92,7 @@ def analyse(
 
 
 def check_groups(search: GroupSearch) -> None:
-    """Raises UsageError if there is nothing to cut."""
+    """Raise UsageError if `search` has no group."""
     if not search.groups:
         reason = f": {search.skipped[0].name}: {search.skipped[0].reason}" if search.skipped else ""
         raise UsageError(f"the model has no group of channels that can be cut{reason}")

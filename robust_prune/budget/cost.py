@@ -1,8 +1,8 @@
-"""What a model costs at given widths: MACs and parameters as arithmetic on the number of kept channels.
+"""Cost of a model at given widths: MACs and parameters in closed form over the numbers of kept channels.
 
-The number of channels on each side of each layer is *affine* in the kept counts k of the groups: several groups side by
-side after a concatenation, `spatial size` positions a channel after a flatten, a constant where nothing is cut. A layer
-costs (positions x kernel) x inputs x outputs, a product of two such sides. So a whole model's cost is one quadratic
+The number of channels on each side of each layer is *affine* in the kept counts k of the groups: a sum of groups after
+a concatenation, `spatial size` inputs for each channel after a flatten, a constant where nothing is cut. The MACs of a
+layer are (positions x kernel) x inputs x outputs, a product of two sides. The cost of a model is therefore a quadratic
 form, ``c + l·k + k·Q·k``, whose value, gradient and differences take microseconds.
 """
 
@@ -35,9 +35,9 @@ class QuadraticForm:
     """``constant + linear·k + k·quadratic·k`` over kept counts k.
 
     Attributes:
-        constant: cost of what no group cuts.
-        linear: [groups].
-        quadratic: [groups, groups], symmetric.
+        constant: cost of all that no group cuts.
+        linear: coefficients [groups].
+        quadratic: coefficients [groups, groups], symmetric.
     """
 
     constant: float
@@ -45,22 +45,22 @@ class QuadraticForm:
     quadratic: Floats
 
     def value(self, keep: Floats) -> float:
-        """Cost at kept counts [groups]."""
+        """Return the cost at kept counts [groups]."""
         return float(self.constant + keep @ (self.linear + self.quadratic @ keep))
 
     def gradient(self, keep: Floats) -> Floats:
-        """Cost per channel of each group at kept counts [groups]."""
+        """Return the marginal cost of a channel of each group, [groups], at kept counts [groups]."""
         return self.linear + 2 * (self.quadratic @ keep)
 
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
-    """Cost of a model as a function of how many channels each group keeps.
+    """Cost of a model as a function of the number of channels that each group keeps.
 
     Attributes:
-        names: the groups, in the order of every array here.
-        dense: channels of each group in the whole model, [groups].
-        forms: one quadratic form each for ``macs`` (of one image), ``params`` and ``channels`` (of all groups).
+        names: names of the groups, in the order of all arrays.
+        dense: channels of each group in the unpruned model, [groups].
+        forms: quadratic forms of ``macs`` (of one image), ``params`` and ``channels`` (of all groups), by name.
     """
 
     names: tuple[str, ...]
@@ -68,57 +68,57 @@ class CostModel:
     forms: Mapping[str, QuadraticForm]
 
     def counts(self, keep: Mapping[str, int]) -> Floats:
-        """Kept counts as an array [groups]; groups that `keep` does not name stay whole.
+        """Return kept counts as an array [groups]; groups that `keep` does not name are unpruned.
 
         Raises:
-            UsageError: a group that the model does not have.
+            UsageError: `keep` names a group that the model does not have.
         """
         if unknown := keep.keys() - set(self.names):
             raise UsageError(f"the cost model has no group {sorted(unknown)[0]!r}. It has {', '.join(self.names)}.")
         return np.array([keep.get(n, d) for n, d in zip(self.names, self.dense, strict=True)], dtype=np.float64)
 
     def form(self, metric: str) -> QuadraticForm:
-        """The quadratic form of ``macs``, ``params`` or ``channels``.
+        """Return the quadratic form of ``macs``, ``params`` or ``channels``.
 
         Raises:
-            UsageError: any other name.
+            UsageError: the metric is unknown.
         """
         if metric not in self.forms:
             raise UsageError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         return self.forms[metric]
 
     def cost(self, keep: Mapping[str, int], metric: str) -> int:
-        """Cost at the given widths, in the units of `metric`."""
+        """Return the cost at the given widths, in the units of `metric`; see `counts` and `form` for errors."""
         return round(self.form(metric).value(self.counts(keep)))
 
     def macs(self, keep: Mapping[str, int]) -> int:
-        """Multiply-accumulates of one image at the given widths."""
+        """Return the multiply-accumulates of one image at the given widths."""
         return self.cost(keep, "macs")
 
     def params(self, keep: Mapping[str, int]) -> int:
-        """Parameters at the given widths."""
+        """Return the number of parameters at the given widths."""
         return self.cost(keep, "params")
 
     def channels(self, keep: Mapping[str, int]) -> int:
-        """Channels of all groups together at the given widths, each group counted once."""
+        """Return the channels of all groups at the given widths; each group is counted once."""
         return self.cost(keep, "channels")
 
     def marginal(self, keep: Mapping[str, int], metric: str) -> dict[str, float]:
-        """What one channel of each group costs at the given widths."""
+        """Return the marginal cost of a channel of each group at the given widths, by name."""
         gradient = self.form(metric).gradient(self.counts(keep))
         return dict(zip(self.names, gradient.tolist(), strict=True))
 
 
 def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]) -> CostModel:
-    """Learns the cost of `model` from one forward pass and its groups.
+    """Derive the cost model of `model` from one forward pass and its groups.
 
     Args:
-        model: left as it came; the pass runs in eval mode.
-        example: [B, C, H, W] on the model's device, in any precision; costs are those of one image of this size.
-        groups: of this model.
+        model: the model; it is not changed, and the pass runs in eval mode.
+        example: images [B, C, H, W] on the model's device, in any precision; costs are those of one image of this size.
+        groups: groups of this model.
 
     Raises:
-        UsageError: two groups with one name.
+        UsageError: two groups have the same name.
     """
     names = tuple(group.name for group in groups)
     if len(set(names)) != len(names):
@@ -137,7 +137,7 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """Channels on one dimension of a weight: ``fixed + multiplicity·k``; `dense` with every group whole."""
+    """Channels on one dimension of a weight: ``fixed + multiplicity·k``, and `dense` in the unpruned model."""
 
     dense: float
     fixed: float
@@ -149,7 +149,7 @@ class _Side:
 
 
 class _Terms:
-    """A sum of products of at most two sides, gathered into one quadratic form."""
+    """A sum of products of at most two sides, as one quadratic form."""
 
     def __init__(self, groups: int) -> None:
         self._constant = 0.0
@@ -157,7 +157,7 @@ class _Terms:
         self._quadratic = np.zeros((groups, groups))
 
     def add(self, cost: float, sides: Sequence[_Side]) -> None:
-        """Adds what costs `cost` in the dense model and scales with each of `sides`."""
+        """Add a term that is `cost` in the unpruned model and proportional to each of `sides`."""
         live = [s for s in sides if s.cut and s.dense > 0]
         # A third cut dimension is held at its dense size; no layer that surgery handles has one.
         live = live[:2]
@@ -174,12 +174,12 @@ class _Terms:
 
 
 class _Sides:
-    """The sides of every parameter of a model, as its groups cut them."""
+    """Sides of every parameter of a model as functions of the groups' widths."""
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         self.model = model
         self._groups = groups
-        # By identity, so that a shared module is one module whichever of its names a slice uses.
+        # Keyed by identity, since slices may use any name of a shared module.
         self._cut: dict[tuple[int, str, int], dict[int, set[int]]] = {}
         self._attention = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         for position, group in enumerate(groups):
@@ -191,11 +191,11 @@ class _Sides:
                 self._cut.setdefault(key, {}).setdefault(position, set()).update(part.index)
 
     def of_module(self, module: nn.Module, side: str, dense: int) -> _Side:
-        """A side of a conv, linear or norm layer."""
+        """Return a side of a convolution, linear or norm layer."""
         return self._side((id(module), side, 0), dense)
 
     def of_parameter(self, name: str) -> list[_Side]:
-        """The dimensions that a parameter's cost scales with: those of its layer, or its own if it is free."""
+        """Return the sides to which a parameter's cost is proportional: its layer's, or its own if it is free."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
         parameter = _parameter(self.model, name)
         attention = self._attention.get(id(owner), owner)

@@ -1,7 +1,7 @@
-"""Counting multiply-accumulates on a live model: every matrix product that really runs, and whose weight it used.
+"""Multiply-accumulates (MACs) of a model, counted for every matrix product that a forward pass runs.
 
-Counting at the level of ATen operations sees what counting by module type misses: subclassed convolutions, functional
-linears and attention's matrix products.
+Counting ATen operations includes products that counting by module type misses: subclassed convolutions, functional
+linear layers and attention products.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Product:
     """One convolution or matrix product of a forward pass.
 
     Attributes:
-        parameter: qualified name of the parameter that was multiplied, or None when both factors are activations (or
-            the weight was computed on the fly).
-        module: qualified name of the innermost module that was running.
+        parameter: qualified name of the parameter that is a factor; None if both factors are activations or the weight
+            is computed in the forward pass.
+        module: qualified name of the innermost running module.
         macs: multiply-accumulates.
     """
 
@@ -38,31 +38,31 @@ class Product:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, shared ones counted once."""
+    """Return the number of parameters; shared parameters are counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one image's forward pass: convolutions, linear layers and attention products.
+    """Return the multiply-accumulates of one image's forward pass: convolutions, linear layers and attention products.
 
-    Element-wise work (norms, activations, pooling) is not counted, as is usual.
+    Element-wise operations (norms, activations, pooling) are not counted, as is usual.
 
     Args:
-        model: left as it came; it runs in eval mode.
-        example: [B, C, H, W]; the count is divided by B.
+        model: the model; it is not changed and runs in eval mode.
+        example: images [B, C, H, W]; the count is divided by B.
     """
     return sum(p.macs for p in trace_products(model, example)) // len(example)
 
 
 def trace_products(model: nn.Module, example: Tensor) -> list[Product]:
-    """Every convolution and matrix product of one forward pass in eval mode, in order.
+    """Return every convolution and matrix product of one forward pass in eval mode, in order.
 
     Args:
-        model: modes and hooks leave as they came.
-        example: [B, C, H, W] on the model's device.
+        model: the model; its modes and hooks are restored.
+        example: images [B, C, H, W] on the model's device.
     """
     stack: list[str] = [""]
-    # A fused or inference-only path would hide nn.MultiheadAttention's products, hence grad mode and no fast path.
+    # Gradient mode without the fast path keeps the products of nn.MultiheadAttention visible.
     with eval_mode(model), _module_stack(model, stack), _no_fast_path(), torch.enable_grad():
         recorder = _Recorder(model, stack)
         with recorder:
@@ -112,7 +112,7 @@ def _no_fast_path() -> Iterator[None]:
 
 @contextmanager
 def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keeps the name of the innermost running module on top of `stack`."""
+    """Keep the name of the innermost running module on top of `stack`."""
     handles = []
 
     def enter(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Cuts in several steps: how much each of them takes, and what they come to together."""
+"""Pruning in several steps: the ratio of each cut, and the composition of all cuts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from .types import PruningPlan
 
 
 def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, steps: int) -> float:
-    """Share of the *present* model that the next cut removes, so that equal shares remain after each of `steps` cuts.
+    """Return the share of the *current* cost that the next cut removes, so that all cuts keep equal shares of it.
 
-    What earlier cuts took too much or too little is made good, and the last one lands on the whole budget.
+    Deviations of earlier cuts are compensated, so that the last cut meets the full budget.
 
     Args:
-        before: the cuts so far.
-        ratio: share of the dense model's cost to remove in all, in (0, 1).
+        before: plans of the previous cuts.
+        ratio: share of the dense model's cost to remove in total, in (0, 1).
         metric: ``macs``, ``params`` or ``channels``.
-        steps: number of cuts, more than were made.
+        steps: total number of cuts, more than `before` has.
+
+    Returns:
+        A share in (0, 1).
 
     Raises:
-        UsageError: `steps` is not above the number of cuts made.
+        UsageError: `steps` is not above the number of previous cuts.
     """
     done = len(before)
     if not done < steps:
@@ -43,12 +46,12 @@ def _cost(plan: PruningPlan, metric: str, *, after: bool) -> int:
 
 
 def realised(plan: PruningPlan, whole: Collection[str], macs: int, params: int) -> PruningPlan:
-    """The plan as surgery carried it out.
+    """Return the plan as surgery carried it out: rolled-back groups keep all channels, and the costs are those reached.
 
     Args:
-        plan: as it was made.
+        plan: the plan.
         whole: names of the groups that were rolled back.
-        macs, params: of the model that came out.
+        macs, params: MACs of one image and parameters of the pruned model.
     """
     if not whole:
         return plan
@@ -57,29 +60,29 @@ def realised(plan: PruningPlan, whole: Collection[str], macs: int, params: int) 
 
 
 def dense_widths(before: Sequence[PruningPlan]) -> dict[str, int]:
-    """Channels that each group had when it was first planned for, by name."""
+    """Return the channels that each group had in the first plan that contains it, by name."""
     return {g.name: g.channels for plan in reversed(before) for g in plan.groups}
 
 
 def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
-    """All cuts as one, in channels of the dense model.
+    """Return one plan for all cuts, in channels of the dense model.
 
     Args:
-        plans: in order, at least one; each made for the model that the one before it leaves.
-        ratio: that was asked for in all.
+        plans: plans in order, at least one; each is made for the model that the previous cut leaves.
+        ratio: requested share to remove in total, in (0, 1).
 
     Returns:
-        A plan whose sensitivities are those of the dense model. A single plan comes back as it is.
+        A plan whose MRS is that of the dense model; a single plan is returned unchanged.
 
     Raises:
-        UsageError: no plans, or a plan that does not fit what the one before it leaves.
+        UsageError: there is no plan, or a plan does not fit the model that the previous one leaves.
     """
     if not plans:
         raise UsageError("there is no cut to put together")
     if len(plans) == 1:
         return plans[0]
     first, last = plans[0], plans[-1]
-    # A group may be missing from a cut for which it could not be proven, and stays as it was.
+    # A group is missing from a cut if it could not be proved there; it is unchanged by that cut.
     seen = {g.name: g for plan in reversed(plans) for g in plan.groups}
     alive = {name: list(range(g.channels)) for name, g in seen.items()}
     for plan in plans:
@@ -95,7 +98,7 @@ def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
     groups = tuple(
         replace(seen[name], removed=tuple(sorted(set(range(seen[name].channels)) - set(alive[name])))) for name in names
     )
-    if first.metric == "latency":  # measured against the dense model in every cut, so the last one's word holds
+    if first.metric == "latency":  # every cut measures against the dense model, so the last note holds
         reached, note = ratio, last.note
     else:
         reached, note = 1 - _cost(last, first.metric, after=True) / _cost(first, first.metric, after=False), ""

@@ -1,8 +1,8 @@
-"""A budget in latency: cuts are made, exported and timed on this machine until one is as fast as was asked.
+"""Latency budgets: candidates are pruned, exported and timed on this machine until one reaches the wanted latency.
 
-MACs say little about time on a given machine, so no model of latency stands in for the clock. A cut of some share of
-the MACs is planned as usual and carried out, the file is timed against the dense model's in interleaved blocks, and the
-next share follows from where the wanted latency lies between the cuts that were too slow and those that were not.
+MACs predict latency on a given machine poorly, so latency is measured and not modelled. Each candidate removes some
+share of the MACs, planned as usual, and its file is timed against the dense model's in interleaved blocks. The next
+share is interpolated between the candidates that were too slow and those that were fast enough.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .plan import make_plan
 from .types import PruningPlan
 
 TOLERANCE = 0.05
-"""A latency within this share of the wanted one keeps the budget."""
+"""Largest relative deviation from the wanted latency that meets the budget."""
 
 AIM = 0.02
-"""The search goes on until it is this close, so that the final measurement still keeps the budget."""
+"""Relative deviation at which the search stops; the final measurement then still meets the budget."""
 
 MOST_CANDIDATES = 8
 MOST_REMOVED = 0.99
@@ -29,11 +29,11 @@ NARROW = 0.004
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate.
+    """A measured candidate.
 
     Attributes:
-        removed: share of the model's MACs that it removes, in [0, 1).
-        kept: its latency over that of the dense model, > 0.
+        removed: share of the model's MACs that is removed, in [0, 1).
+        kept: latency divided by that of the dense model, > 0.
     """
 
     removed: float
@@ -41,14 +41,14 @@ class Tried:
 
 
 def next_share(tried: Sequence[Tried], wanted: float) -> float | None:
-    """The share of the MACs to remove next, or None where the search ends.
+    """Return the share of the MACs, in (0, 1), to remove in the next candidate, or None if the search ends.
 
-    It ends within `AIM` of the wanted latency, after `MOST_CANDIDATES`, or when the candidates on either side of it are
-    so close to each other that the structure has nothing between them.
+    It ends within `AIM` of the wanted latency, after `MOST_CANDIDATES` candidates, if too little or too much has been
+    removed already, or if the candidates on both sides are less than `NARROW` of the MACs apart.
 
     Args:
-        tried: at least one candidate, in the order in which they were measured.
-        wanted: latency over that of the dense model, in (0, 1).
+        tried: the unpruned model and the candidates, in the order of measurement.
+        wanted: wanted latency divided by that of the dense model, in (0, 1).
     """
     if min(abs(t.kept / wanted - 1) for t in tried) <= AIM or len(tried) > MOST_CANDIDATES:
         return None
@@ -64,7 +64,7 @@ def next_share(tried: Sequence[Tried], wanted: float) -> float | None:
     if width < NARROW:
         return None
     share = (slow.kept - wanted) / (slow.kept - fast.kept)
-    # A candidate next to one that is known narrows nothing, whatever the line through the two says.
+    # A candidate close to a known one would hardly narrow the interval, so keep a tenth of it on either side.
     return slow.removed + width * min(max(share, 0.1), 0.9)
 
 
@@ -76,21 +76,21 @@ def plan_for_latency(
     measure: Callable[[PruningPlan], float],
     conditions: str,
 ) -> PruningPlan:
-    """The plan whose exported file comes nearest to `wanted` times the latency of the dense model.
+    """Return the plan whose exported file comes nearest to `wanted` times the latency of the dense model.
 
     Args:
-        analysis: of the model that is cut: the dense one, or what earlier cuts left of it.
-        section: how a cut of some share of the MACs is planned.
-        wanted: latency over that of the dense model, in (0, 1).
-        present: the same of the model that is cut; 1 for the dense one.
-        measure: carries a plan out and returns the outcome's latency over that of the dense model.
-        conditions: that latency is measured under, for messages.
+        analysis: analysis of the model that is cut: the dense one, or the result of earlier cuts.
+        section: pruning section; its ratio is replaced by shares of the MACs.
+        wanted: wanted latency divided by that of the dense model, in (0, 1).
+        present: latency of the model that is cut divided by that of the dense model; 1 for the dense model.
+        measure: carries out a plan and returns the latency of the result divided by that of the dense model.
+        conditions: conditions of the measurement, for messages.
 
     Returns:
-        The plan, with a note where no candidate came within `TOLERANCE`.
+        The plan; its note names the nearest latency if no candidate came within `TOLERANCE`.
 
     Raises:
-        UsageError: nothing can be cut.
+        UsageError: the model has no group that can be cut.
     """
     console.print(f"Looking for {wanted:.0%} of the dense latency ({conditions})", markup=False)
     tried = [Tried(0.0, present)]
@@ -104,8 +104,8 @@ def plan_for_latency(
         tried.append(Tried(removed, measure(plan)))
         console.print(f"  {removed:.1%} of the MACs removed: {tried[-1].kept:.1%} of the latency", markup=False)
         if plan.note and tried[-1].kept > wanted:
-            break  # not even the most that can be cut is fast enough
-    if not plans:  # an earlier cut is as fast as was asked already; the smallest step that there is
+            break  # the largest possible cut is too slow
+    if not plans:  # an earlier cut is already fast enough, so this one is as small as possible
         plans.append(make_plan(analysis, section.model_copy(update={"metric": "macs", "ratio": NARROW})))
         tried.append(tried[0])
     best, kept = min(zip(plans, (t.kept for t in tried[1:]), strict=True), key=lambda pair: abs(pair[1] / wanted - 1))

@@ -1,4 +1,4 @@
-"""The plan of a cut: which channels of which group go, what that costs and saves, and how it looks as a table."""
+"""Planning of cuts: the channels to remove from each group, the cost before and after, and the plan as a table."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _BAR = 12
 
 
 def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
-    """Plans the removal of `section.ratio` of the model's cost; the lowest-scored channels of each group go.
+    """Plan the removal of `section.ratio` of the model's cost; the channels with the lowest scores are removed.
 
-    A budget that the structure does not allow (floors, skipped groups) is no error: the plan is the nearest that can be
-    had and its `note` names the ratio it reaches, so that the caller can go on, warn or stop.
+    A budget that the structure does not allow (minimum widths, skipped groups) is no error: the plan is the nearest
+    possible one, and its `note` names the ratio that it reaches.
 
     Args:
-        analysis: of the model.
-        section: ratio, what it counts (``latency`` is for `plan_for_latency`), allocation and its limits. The criterion
-            is only noted: the scores are those of `analysis`.
+        analysis: analysis of the model.
+        section: ratio, metric (for ``latency`` see `plan_for_latency`), allocation, rounding and minimum width. The
+            criterion is only recorded; the scores are those of `analysis`.
 
     Raises:
-        UsageError: no group to cut, or `analysis` lacks what the allocation needs.
+        UsageError: there is no group to cut, or an input that the allocation needs is missing from `analysis`.
     """
     search, cost, profile = analysis.search, analysis.cost, analysis.profile
     check_groups(search)
@@ -63,11 +63,11 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
 
 
 def render_plan(plan: PruningPlan) -> Table:
-    """The plan as a table: channels before and after with a bar and MRS a group, totals at the foot."""
+    """Return a table with the channels of each group before and after, a bar and MRS, and totals in the footer."""
     title = f"Plan: remove {plan.ratio:.0%} of {plan.metric} ({plan.allocation} allocation, {plan.criterion} scores)"
     table = Table(title=title, caption=escape(plan.note) or None, show_footer=True)
     left = (plan.macs_after / plan.macs_before, plan.params_after / plan.params_before)
-    # Layer names differ at their ends, so a narrow terminal must fold them rather than cut them off.
+    # Layer names differ at their ends, so a narrow terminal must fold them and not truncate them.
     table.add_column("group", footer="MACs\nparameters", overflow="fold")
     table.add_column("channels", justify="right", footer=_totals(plan.macs_before, plan.params_before))
     table.add_column("kept", justify="right", footer=_totals(plan.macs_after, plan.params_after))

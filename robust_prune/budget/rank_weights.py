@@ -1,4 +1,4 @@
-"""The rank of a group's MRS as a weight."""
+"""Weights of groups by the rank of their MRS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .allocation import Floats, Problem
 
 
 def rank_weights(problem: Problem) -> Floats:
-    """h(MRS_g), [groups]: from 0.5 for the least to 1.5 for the most sensitive group, by rank.
+    """Return h(MRS_g), [groups]: linear in the rank, from 0.5 for the least to 1.5 for the most sensitive group.
 
     Raises:
         UsageError: MRS was not measured for every group.

@@ -1,8 +1,8 @@
-"""From wished widths to whole widths, multiples of `round_to`, that cost what the budget says.
+"""Rounding of real-valued widths to integers, multiples of `round_to` where possible, that meet the budget.
 
-Every group may keep a count from its own list of allowed widths (multiples of `round_to`, its floor, its dense size).
-The search starts at the nearest of them, steps down to the budget, then takes single steps and exchanges between pairs
-of groups as long as they lower the allocation's own loss. Groups leave the multiples only if none of them come close.
+Every group has a list of allowed widths (multiples of `round_to` and its dense width). The search starts at the nearest
+allowed widths and steps down to the budget. Then it takes single steps and exchanges between pairs of groups as long as
+they lower the allocation's loss. Groups may leave the multiples only if multiples do not meet the budget.
 """
 
 from __future__ import annotations
@@ -18,36 +18,44 @@ from ..structure.types import ChannelGroup
 from .cost import QuadraticForm
 
 TOLERANCE = 0.01
-"""Largest distance to the budget, as a share of the dense cost."""
+"""Largest deviation from the budget that meets it, as a share of the dense cost."""
 _MIN_LEVELS = 4
 _MAX_MOVES = 2000
-_STARTS = (0.97, 1.0, 1.03)  # on the wished widths: narrow models have few widths on the budget, and steps may miss one
-_REACH = (1, 2, 4)  # allowed widths a step may pass: exchanges between cheap and dear groups rarely balance one for one
+_STARTS = (
+    0.97,
+    1.0,
+    1.03,
+)  # factors of the wished widths: few widths of narrow models meet the budget, and one search may miss them
+_REACH = (
+    1,
+    2,
+    4,
+)  # allowed widths in a step: exchanges between low-cost and high-cost groups rarely balance one for one
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
 def floor_of(group: ChannelGroup, min_keep: float) -> int:
-    """Fewest channels that `group` may keep: `min_keep` of its dense size, never zero, whole blocks.
+    """Return the smallest width of `group`: `min_keep` of its dense width, at least 1, a multiple of its blocks.
 
     Args:
         group: the group.
-        min_keep: share in [0, 1).
+        min_keep: smallest kept share in [0, 1).
     """
     least = max(1, math.ceil(min_keep * (group.dense or group.channels) - 1e-9))
     return min(group.channels, math.ceil(least / group.blocks) * group.blocks)
 
 
 def allowed_widths(group: ChannelGroup, round_to: int, min_keep: float) -> Ints:
-    """Counts that `group` may keep, ascending; the last is its dense size.
+    """Return the widths that `group` may keep, ascending, int64; the last is its present width.
 
-    They are the multiples of `round_to` (halved until a narrow group has four of them) and of the group's blocks.
+    They are multiples of `round_to` (halved until a narrow group has four multiples) and of the group's blocks.
 
     Args:
         group: the group.
-        round_to: wished multiple, at least 1.
-        min_keep: share in [0, 1).
+        round_to: preferred multiple, at least 1.
+        min_keep: smallest kept share in [0, 1).
     """
     step = round_to
     while step > 1 and group.channels < _MIN_LEVELS * step:
@@ -70,21 +78,22 @@ def round_to_budget(
     round_to: int = 8,
     min_keep: float = 0.1,
 ) -> Ints:
-    """Whole widths that cost at most `budget`, or a little more where nothing below is within `TOLERANCE`.
+    """Return integer widths that cost at most `budget`, or slightly more if none below is within `TOLERANCE`.
 
-    If even the floors cost more, the floors are returned; if keeping everything costs less, everything is kept.
+    If the budget is below the cost of the minimum widths, these are returned; if it is above the dense cost, nothing is
+    removed.
 
     Args:
-        groups: in the order of the arrays.
-        wished: kept channels the allocation asks for, [groups], not necessarily whole.
-        losses: per group, the allocation's loss at each kept count 0..channels, [channels + 1].
-        form: the cost.
-        budget: cost that may remain, in the form's units.
-        round_to: wished multiple of the widths.
-        min_keep: floor as a share of each group.
+        groups: groups in the order of the arrays.
+        wished: real-valued widths of the allocation, [groups].
+        losses: loss of each group at each kept count 0..channels, [channels + 1].
+        form: cost as a function of the widths.
+        budget: remaining cost, in the units of `form`.
+        round_to: preferred multiple of the widths, at least 1.
+        min_keep: smallest kept share of each group, in [0, 1).
 
     Returns:
-        Kept channels [groups].
+        Kept channels, int64 [groups].
     """
     tries = [_round_from(wished * scale, groups, losses, form, budget, round_to, min_keep) for scale in _STARTS]
     return min(tries, key=_Search.merit).keep.astype(np.int64)
@@ -148,7 +157,7 @@ class _Search:
         return abs(self.cost - self.budget) <= self.band or (whole and self.cost <= self.budget)
 
     def merit(self) -> tuple[float, int, bool, float]:
-        """Sort key, smallest is best: on budget, widths kept as multiples, within the budget, little loss."""
+        """Return a sort key, smallest is best: deviation from the budget, groups off the multiples, overrun, loss."""
         miss = 0.0 if self.on_budget() else abs(self.cost - self.budget)
         return miss, len(self.relaxed), self.cost > self.budget, self._loss()
 
@@ -159,20 +168,20 @@ class _Search:
         self._improve(self.budget - self.band / 2)
 
     def relax(self, group: int) -> None:
-        """Lets one group keep any count from its floor on."""
+        """Allow a group every width from its minimum on, in steps of its blocks."""
         self.relaxed.add(group)
         blocks = self.groups[group].blocks
         self.allowed[group] = np.arange(self.floors[group], self.dense[group] + 1, blocks, dtype=np.int64)
 
     def most_helpful(self) -> int | None:
-        """The aligned group whose single channels bring the cost nearest to the budget."""
+        """Return the group on multiples whose single channels bring the cost nearest to the budget, or None."""
         best, best_gap = None, abs(self.cost - self.budget) - 1e-9
         for g in range(len(self.groups)):
             if g in self.relaxed:
                 continue
             counts = np.arange(self.floors[g], self.dense[g] + 1, self.groups[g].blocks)
             gap = float(np.abs(self._costs_along(g, counts) - self.budget).min())
-            # Channels of a cheap group come closer than those of a dear one; within the band all are good enough.
+            # Low-cost groups come closest, but within half the tolerance all groups are good enough.
             if max(gap, self.band / 2) < best_gap:
                 best, best_gap = g, max(gap, self.band / 2)
         return best
@@ -182,7 +191,7 @@ class _Search:
         return self.cost + self.form.gradient(self.keep)[group] * step + self.form.quadratic[group, group] * step**2
 
     def _steps(self, direction: int, levels: int) -> Floats:
-        """Change of each group's count to the level that is `levels` up (1) or down (-1); NaN where there is none."""
+        """Return the change of each width to the allowed one `levels` up (1) or down (-1); NaN where there is none."""
         steps = np.full(len(self.groups), np.nan)
         for g, widths in enumerate(self.allowed):
             now = self.keep[g]
@@ -205,7 +214,7 @@ class _Search:
         return self.form.gradient(self.keep) * steps + np.diag(self.form.quadratic) * steps**2
 
     def _descend(self) -> None:
-        """Steps down, least loss per cost first, until the cost is within the budget or all is at its floor."""
+        """Step down, smallest loss per cost first, until the cost is within the budget or no step is left."""
         while self.cost > self.budget:
             down = self._steps(-1, 1)
             saved = -self._cost_change(down)
@@ -217,7 +226,7 @@ class _Search:
             self.keep[best] += down[best]
 
     def _improve(self, low: float) -> None:
-        """Moves that lower the loss and keep the cost, where it already is so, above `low` and within the budget."""
+        """Take moves that lower the loss and keep the cost between `low` and the budget, if it is there already."""
         high = max(self.budget, self.cost)
         low = min(self.cost, low)
         for _ in range(_MAX_MOVES):
@@ -230,12 +239,12 @@ class _Search:
             self._apply(moves, best)
 
     def _approach(self) -> None:
-        """From below the tolerance to within it by the moves that cost least loss, or else as near as it gets."""
+        """Raise a cost below the tolerance to within it by the moves of least loss, or as near as possible."""
         for _ in range(_MAX_MOVES):
             if self.budget - self.cost <= self.band:
                 return
             moves = self._moves()
-            gap = self.budget - self.cost - moves.cost  # what is still missing afterwards
+            gap = self.budget - self.cost - moves.cost  # distance to the budget after the move
             for allowed in ((gap >= 0) & (gap <= self.band), np.abs(gap) <= self.band):
                 if allowed.any():
                     self._apply(moves, int(np.argmin(np.where(allowed, moves.loss, np.inf))))
@@ -250,7 +259,7 @@ class _Search:
             self._apply(moves, int(np.argmin(price)))
 
     def _moves(self) -> _Moves:
-        """All steps by each reach, and all pairs of a step up and a step down in another group."""
+        """Return all steps by each reach, and all pairs of a step up and a step down in another group."""
         n = len(self.groups)
         up = [self._steps(1, levels) for levels in _REACH]
         down = [self._steps(-1, levels) for levels in _REACH]
@@ -287,7 +296,7 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Moves:
-    """Candidate moves: steps `up`, steps `down` (by reach, then group), then all pairs (rows up, columns down)."""
+    """Candidate moves: steps up, steps down (by reach, then group), then all pairs (rows up, columns down)."""
 
     up: Floats
     down: Floats

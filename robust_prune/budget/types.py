@@ -1,4 +1,4 @@
-"""The plan of a cut."""
+"""Pruning plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from ..structure.types import Skipped
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """Which channels of a group go, and its MRS, where that was measured; `traced` and `members` as in ChannelGroup."""
+    """Channels of a group that are removed.
+
+    Attributes:
+        name: name of the group.
+        channels: channels before the cut.
+        removed: channels to remove, ascending.
+        mrs: MRS of the group in nats; None if it was not measured.
+        traced, members: as in ChannelGroup.
+    """
 
     name: str
     channels: int
@@ -23,19 +31,26 @@ class PlannedGroup:
 
     @property
     def keep(self) -> int:
-        """Channels that stay."""
+        """Number of channels that are kept."""
         return self.channels - len(self.removed)
 
 
 @dataclass(frozen=True, repr=False)
 class PruningPlan(Shown):
-    """The whole cut, before anything is touched.
+    """Channels to remove from every group, and the cost before and after.
 
     Attributes:
         ratio: share of `metric` to remove, in (0, 1).
         metric: ``macs``, ``params``, ``channels`` or ``latency``.
-        macs_before .. params_after: for one image, closed form over channel counts.
-        note: empty when the budget was met within 1 %, else which budget is nearest and why.
+        allocation: name of the allocation.
+        criterion: name of the criterion whose scores select the channels.
+        round_to: number of which widths are multiples where possible.
+        groups: channels to remove from each group.
+        skipped: groups and layers that cannot be cut, with the reasons.
+        macs_before, macs_after: multiply-accumulates of one image, computed from channel counts.
+        params_before, params_after: number of parameters, computed from channel counts.
+        note: empty if the budget is met (within 1 % of the dense cost; of a latency, within 5 %), else the nearest
+            ratio that is possible and why.
     """
 
     ratio: float
@@ -52,7 +67,7 @@ class PruningPlan(Shown):
     note: str = ""
 
     def short(self) -> str:
-        """What is removed, and what that leaves."""
+        """Return one sentence: the ratio, the remaining MACs and parameters, and the number of groups that are cut."""
         cut = sum(bool(group.removed) for group in self.groups)
         return (
             f"{self.ratio:.0%} of {self.metric}: {self.macs_after / self.macs_before:.1%} of the MACs and "
@@ -61,7 +76,7 @@ class PruningPlan(Shown):
         )
 
     def table(self) -> Table:
-        """Channels before and after, by group."""
+        """Return a table of the channels of each group before and after."""
         from .plan import render_plan
 
         return render_plan(self)

@@ -1,1 +1,1 @@
-"""Data: images behind one interface, from torchvision, folders, .npz files or the embedded sample."""
+"""Data: images from torchvision, folders, .npz files, arrays or the embedded sample, behind one interface."""

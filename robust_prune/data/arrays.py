@@ -1,4 +1,4 @@
-"""Data that Python has in its hands: arrays and torch datasets."""
+"""Data from Python objects: arrays and torch datasets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .npz import channel_statistics
 from .sources import held_out, load_data
 
 DataSource: TypeAlias = str | Path | DataBundle | Mapping[str, Any]
-"""What `as_data` takes."""
+"""Types that `as_data` accepts."""
 
 _PARTS = ("train", "validation", "test")
 
@@ -26,18 +26,20 @@ _PARTS = ("train", "validation", "test")
 def as_data(
     source: DataSource, *, validation: int | None = None, class_names: Sequence[str] = (), name: str = "data"
 ) -> DataBundle:
-    """A bundle of training, held-out and test images.
+    """Return a bundle of training, held-out and test images.
 
     Args:
-        source: a name or path (see `load_data`), a bundle, which comes back as it is, or a mapping with ``train``,
-            ``test`` and perhaps ``validation``, each a torch ``Dataset`` of (image, label) pairs or a pair of arrays.
-            Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1], which is rounded to 255ths.
-        validation: training images to hold out where the source has no held-out ones.
-        class_names: one a class, for arrays and datasets; numbers by default.
-        name: of arrays and datasets.
+        source: a name or path (see `load_data`), a bundle, which is returned unchanged, or a mapping with ``train``,
+            ``test`` and optionally ``validation``, each a torch ``Dataset`` of (image, label) pairs or a pair of
+            arrays. Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1], which is rounded to uint8.
+        validation: number of training images to hold out if the source has no held-out images; by default a tenth, at
+            most 1000.
+        class_names: name of each class, for arrays and datasets; by default its number.
+        name: name of the data set, for arrays and datasets.
 
     Raises:
-        UsageError: a wrong type, a missing part, or images and labels that do not fit each other.
+        UsageError: a type is wrong, a part is missing, or images and labels do not match.
+        EnvironmentProblem: as `load_data`.
     """
     if isinstance(source, DataBundle):
         return source
@@ -91,7 +93,7 @@ def _images(value: Any, part: str) -> TensorImages:
 
 
 def _pixels(value: Any, part: str) -> Tensor:
-    """The values as uint8, in whatever order their dimensions are."""
+    """Return the values as uint8, with dimensions in the same order."""
     pixels = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     if pixels.dtype == torch.uint8:
         return pixels

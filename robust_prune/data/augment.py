@@ -1,4 +1,4 @@
-"""Random crop and flip on whole batches, on any device."""
+"""Random crop and horizontal flip of batches, on any device."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Zero-pads by `padding`, crops back at a random place, and mirrors half of the images when `flip`.
+    """Zero-pad images, crop each at a random position to its former size, and flip half of them.
 
     Args:
         images: uint8 [N, C, H, W].
-        padding: pixels on each side; 0 does not crop.
-        flip: whether mirrored images keep their class (not so for digits).
-        generator: source of randomness, on the images' device.
+        padding: pixels added on each side; 0 does not crop.
+        flip: whether to flip images horizontally; leave it out where this changes the class, as for digits.
+        generator: random number generator on the images' device.
 
     Returns:
-        uint8 [N, C, H, W], in channels_last memory order.
+        uint8 [N, C, H, W], in channels_last memory format.
     """
     count, _, height, width = images.shape
     device = images.device

@@ -1,4 +1,4 @@
-"""Images in memory or on disk behind one small interface, and the bundle of splits a run reads."""
+"""Interface of image sets in memory or on disk, and the bundle of splits of a data set."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ from ..shown import Shown
 
 
 class ImageSet(Protocol):
-    """Random access to labelled images."""
+    """Interface of labelled images with random access."""
 
     def __len__(self) -> int:
         """Number of images."""
         ...
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (uint8, [N, C, H, W]) and labels (int64, [N]) at `indices` (int64, [N])."""
+        """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices` (int64 [N])."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorImages:
-    """Images held in memory: `images` uint8 [N, C, H, W], `labels` int64 [N]."""
+    """Images in memory.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+
+    Raises:
+        UsageError: the images have another type or shape, or the number of labels differs.
+    """
 
     images: Tensor
     labels: Tensor
@@ -42,17 +50,17 @@ class TensorImages:
         return len(self.labels)
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels at `indices`."""
+        """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices`."""
         return self.images[indices], self.labels[indices]
 
     def to(self, device: torch.device) -> TensorImages:
-        """The same images on another device."""
+        """Return the images on another device."""
         return TensorImages(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of another set, in the order of `indices` (int64, [N])."""
+    """Images of another set at `indices` (int64 [N]), in this order."""
 
     base: ImageSet
     indices: Tensor
@@ -61,19 +69,19 @@ class Subset:
         return len(self.indices)
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels at positions `indices` of this subset."""
+        """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at positions `indices` of this subset."""
         return self.base.get(self.indices[indices])
 
 
 def first(images: ImageSet, count: int | None) -> ImageSet:
-    """The first `count` images (all of them for None or a larger count)."""
+    """Return the first `count` images; all of them for None or a larger count."""
     if count is None or count >= len(images):
         return images
     return Subset(images, torch.arange(count))
 
 
 def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
-    """`count` images drawn without replacement under `seed` (all for None or a larger count)."""
+    """Return `count` random images, drawn without replacement; all of them for None or a larger count."""
     if count is None or count >= len(images):
         return images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -81,20 +89,20 @@ def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
 
 
 def random_images(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The images of `random_subset`, [N, C, H, W] in [0, 1], and their labels [N]."""
+    """Return the images of `random_subset` as float [N, C, H, W] in [0, 1], and their labels [N]."""
     return first_images(random_subset(images, count, seed), count)
 
 
 def first_images(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` images (all, if there are fewer), [N, C, H, W] in [0, 1], and their labels [N]."""
+    """Return the first `count` images, or all if there are fewer, as float [N, C, H, W] in [0, 1], and labels [N]."""
     x, y = images.get(torch.arange(min(count, len(images))))
     return x.float() / 255, y
 
 
 def mixing_order(labels: Tensor) -> Tensor:
-    """Positions [N] in which images should lie, so that the first of them are of all classes.
+    """Return an order of images, int64 [N], such that the first images belong to all classes.
 
-    As they are, unless they are sorted by class; then a fixed random order.
+    It is a fixed random permutation if the labels are sorted, else the identity.
     """
     if len(labels) > 1 and bool((labels[1:] >= labels[:-1]).all()):
         return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -102,10 +110,10 @@ def mixing_order(labels: Tensor) -> Tensor:
 
 
 def images_at_once(images: ImageSet, most: int = 256) -> int:
-    """How many of `images` to attack at once, so that what a backward pass keeps fits into memory.
+    """Return the batch size of attacks, such that the activations of a backward pass fit into memory.
 
-    `most`, and fewer above 64x64 pixels, in inverse proportion to the area, but 4 or more: a ResNet-50 at 224 pixels
-    needs 0.1 GiB an image.
+    It is `most` up to 64x64 pixels and decreases in inverse proportion to the area above, but is at least 4: a
+    ResNet-50 at 224 pixels needs 0.1 GiB for each image.
     """
     if len(images) == 0:
         return most
@@ -114,7 +122,7 @@ def images_at_once(images: ImageSet, most: int = 256) -> int:
 
 
 def batches(images: ImageSet, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """In order: float images in [0, 1] ([B, C, H, W]) and labels ([B]) on `device`."""
+    """Yield all images in order as float [B, C, H, W] in [0, 1], and labels [B], on `device`."""
     for start in range(0, len(images), batch_size):
         x, y = images.get(torch.arange(start, min(start + batch_size, len(images))))
         yield x.to(device).float() / 255, y.to(device)
@@ -130,13 +138,14 @@ class DataBundle(Shown):
     """The splits of one data set.
 
     Attributes:
-        name: as the user named it, for reports.
+        name: name of the data set in reports.
         train: images for training, MRS and calibration.
-        validation: held out of the training images, for selection; never trained on.
-        test: for the final figures of a run only.
-        class_names: one a class.
-        mean, std: per-channel statistics of [0, 1] images.
-        sample: True for the embedded sample, whose figures are only indicative.
+        validation: held-out training images for model selection; never used for training.
+        test: images for the final results of a run only.
+        class_names: name of each class.
+        mean, std: mean and standard deviation of each channel of [0, 1] images.
+        input_size: (channels, height, width) of the images.
+        sample: whether this is the embedded sample, whose results are only indicative.
         notes: sentences that a report must show, such as how a missing split was made.
     """
 
@@ -152,7 +161,7 @@ class DataBundle(Shown):
     notes: tuple[str, ...] = ()
 
     def short(self) -> str:
-        """Name, sizes and classes."""
+        """Return one sentence: name, number of images in each split, their size and the number of classes."""
         size = "x".join(map(str, self.input_size))
         return (
             f"{self.name}: {len(self.train):,} training, {len(self.validation):,} held-out and {len(self.test):,} test "
@@ -161,7 +170,7 @@ class DataBundle(Shown):
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """Sentences that must stand beside any figure of these images."""
+        """Sentences that must accompany any result on these images."""
         return ((SAMPLE_NOTE,) if self.sample else ()) + self.notes
 
     @property
@@ -171,10 +180,10 @@ class DataBundle(Shown):
 
 
 def hold_out(bundle: DataBundle, count: int, seed: int = 0) -> DataBundle:
-    """Slices `count` random training images off as the validation part (deterministic under `seed`).
+    """Return the bundle with `count` random training images moved to the validation part; deterministic for a seed.
 
     Raises:
-        UsageError: fewer than `count` + 1 training images.
+        UsageError: there are fewer than `count` + 1 training images.
     """
     total = len(bundle.train)
     if count >= total:

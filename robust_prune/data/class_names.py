@@ -1,4 +1,4 @@
-"""Class names of the data sets that are known by name."""
+"""Class names of the named data sets."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ FASHION_MNIST = (
 )
 
 BY_DATA = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN, "fashion_mnist": FASHION_MNIST}
-"""Names in the order of the labels, by data set."""
+"""Class names in the order of the labels, by data set."""

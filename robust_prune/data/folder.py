@@ -1,4 +1,4 @@
-"""Images on disk: class folders, and Tiny-ImageNet's own layout."""
+"""Images on disk: class folders, and the layout of Tiny-ImageNet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .npz import channel_statistics
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 TEST_SHARE = 0.2
-"""Share of each class that becomes the test part when a folder has none."""
+"""Share in [0, 1] of each class that becomes the test part if a folder has none."""
 
 DEFAULT_SIDE = 224
-"""Pixels that images are brought to when they differ in size and the caller names none."""
+"""Height and width in pixels of resized images, if sizes differ and the caller names none."""
 
 _PROBED = 64
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -31,13 +31,13 @@ _STATISTICS_IMAGES = 1024
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images decoded when they are asked for, by a pool of threads.
+    """Images that are decoded on access by a pool of threads.
 
     Attributes:
-        paths: one file an image.
+        paths: file of each image.
         labels: int64 [N].
-        input_size: (channels, height, width) that every image is brought to: the shorter side is resized to fit, the
-            centre is cropped; images that have the size already are untouched.
+        input_size: (channels, height, width) of the returned images. Images of another size are resized to cover it and
+            centre-cropped.
     """
 
     paths: tuple[Path, ...]
@@ -48,7 +48,7 @@ class FolderImages:
         return len(self.paths)
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (uint8, [N, C, H, W]) and labels (int64, [N]) at `indices`.
+        """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices`.
 
         Raises:
             UsageError: a file cannot be decoded.
@@ -61,7 +61,7 @@ class FolderImages:
 
 
 def decode(path: Path, input_size: tuple[int, int, int]) -> np.ndarray:
-    """One image as uint8 [C, H, W] of `input_size`; one channel means greyscale, three colour.
+    """Return one image as uint8 [C, H, W] of `input_size`; one channel is greyscale, three are colour.
 
     Raises:
         UsageError: the file cannot be decoded.
@@ -79,10 +79,10 @@ def decode(path: Path, input_size: tuple[int, int, int]) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips deeper greyscale at 255 instead of scaling it.
+    """Scale 16-bit greyscale to 8 bits, since Pillow clips it at 255.
 
     Raises:
-        ValueError: a range that is not known.
+        ValueError: the image has 32 bits, whose range is not known.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
@@ -105,18 +105,20 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def load_folder(root: Path, *, input_size: tuple[int, int, int] | None = None, seed: int = 0) -> DataBundle:
-    """Reads ``train/`` and ``test/`` (or ``val/``, ``valid/``) of class folders, bare class folders, or Tiny-ImageNet.
+    """Read a folder of images: ``train/`` and ``test/`` with class folders, class folders alone, or Tiny-ImageNet.
 
-    With both ``val/`` and ``test/``, the first is the validation part. With neither, a fifth of each class is set aside
-    as the test part under `seed`, and a note says so. Tiny-ImageNet's ``val/`` is its test part.
+    ``val/``, ``valid/`` or ``validation/`` may replace ``test/``; if both exist, they are the validation part. If the
+    folder has class folders alone, a random fifth of each class becomes the test part, and a note says so. ``val/`` of
+    Tiny-ImageNet is its test part.
 
     Args:
         root: the folder.
-        input_size: what images are brought to; None takes the images' own size if they all have the same, else 224x224.
-        seed: of the split, if one must be made.
+        input_size: (channels, height, width) of the images; by default their own size if it is the same for all (of up
+            to 64 images), else 224x224.
+        seed: random seed of the split.
 
     Raises:
-        UsageError: no images found, an empty class, or classes that differ between the splits.
+        UsageError: there are no images, a class is empty, classes differ between splits, or an image cannot be decoded.
     """
     notes: list[str] = []
     if (root / "val" / "val_annotations.txt").is_file():

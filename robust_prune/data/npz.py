@@ -1,4 +1,4 @@
-"""Data sets in one .npz file."""
+"""Data sets in an .npz file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_npz(path: Path, class_names: tuple[str, ...] = ()) -> DataBundle:
-    """Reads ``x_train``, ``y_train``, ``x_test``, ``y_test``; images uint8 [N, H, W, C] or [N, H, W].
+    """Read ``x_train``, ``y_train``, ``x_test`` and ``y_test``; images are uint8 [N, H, W, C] or [N, H, W].
 
-    The validation part is empty: see `hold_out`.
+    The validation part is empty; see `hold_out`.
+
+    Args:
+        path: the file.
+        class_names: name of each class; by default its number.
 
     Raises:
-        UsageError: the file is missing, not an .npz, lacks an array, or an array has a wrong shape, type or range.
+        UsageError: the file is missing, is not an .npz or lacks an array, or an array has a wrong shape, type or range.
     """
     arrays = _read(path)
     train, test = (_image_set(path, arrays, part) for part in ("train", "test"))
@@ -48,7 +52,10 @@ def load_npz(path: Path, class_names: tuple[str, ...] = ()) -> DataBundle:
 
 
 def channel_statistics(images: torch.Tensor, limit: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and deviation in [0, 1] units of (at most `limit` evenly spread) uint8 images [N, C, H, W]."""
+    """Return mean and standard deviation of each channel, in [0, 1], of uint8 images [N, C, H, W].
+
+    About `limit` evenly spaced images are used.
+    """
     chosen = images[:: max(1, len(images) // limit)].float() / 255
     mean, std = chosen.mean((0, 2, 3)), chosen.std((0, 2, 3)).clamp_min(1e-3)
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
@@ -65,7 +72,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             return {key: data[key] for key in KEYS}
     except UsageError:
         raise
-    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors here, all meaning the same to a user
+    except Exception as error:  # numpy raises zipfile, zlib, value and OS errors for a damaged file
         raise UsageError(f"{path} is not a readable .npz: {error}") from error
 
 

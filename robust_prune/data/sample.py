@@ -1,9 +1,9 @@
-"""The embedded sample: 2,000 training and 500 test images of CIFAR-10, stored without loss.
+"""The embedded sample: 2,000 training and 500 test images of CIFAR-10, compressed without loss.
 
-Coding (the inverse is `decode`): colour becomes green, red - green and blue - green, all modulo 256; each plane is
-predicted from the left, upper and upper-left neighbours by the median edge detector of LOCO-I (Weinberger, Seroussi and
-Sapiro, 2000); the residuals, again modulo 256, go through LZMA. That takes about 54 % of the raw size, where PNG takes
-70 %.
+`encode` (whose inverse is `decode`) converts colours to green, red - green and blue - green, all modulo 256. Each plane
+is predicted from the left, upper and upper-left neighbours by the median edge detector of LOCO-I (Weinberger, Seroussi
+and Sapiro, 2000), and the residuals, again modulo 256, are compressed by LZMA. The result has about 54 % of the raw
+size; PNG has 70 %.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .class_names import CIFAR10
 SAMPLE = "sample"
 FILE = "cifar10_sample.npz"
 VALIDATION = 200
-"""Training images that `load_sample` holds out, the same number of each class."""
+"""Number of training images that `load_sample` holds out, equal for each class."""
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Statistics of all 50,000 training images."""
+"""Mean and standard deviation of each channel over all 50,000 training images, in [0, 1]."""
 
 NOTE = "figures on the embedded sample of CIFAR-10 (500 test images) are indicative"
 
 
 def load_sample() -> DataBundle:
-    """The embedded sample; its validation part is every tenth training image of each class.
+    """Return the embedded sample; its validation part is every tenth training image of each class.
 
     Raises:
-        EnvironmentProblem: the file is missing from the installation or damaged.
+        EnvironmentProblem: the file is damaged or missing from the installation.
     """
     arrays = read_arrays()
     train = TensorImages(_nchw(arrays["x_train"]), torch.from_numpy(arrays["y_train"].astype(np.int64)))
@@ -58,10 +58,12 @@ def load_sample() -> DataBundle:
 
 
 def read_arrays() -> dict[str, np.ndarray]:
-    """The stored arrays: ``x_train``, ``x_test`` (uint8 NHWC), ``y_*`` (uint8), ``index_*`` (position in CIFAR-10).
+    """Return the stored arrays by name.
+
+    ``x_train`` and ``x_test`` are uint8 [N, H, W, C], ``y_*`` the labels (uint8), ``index_*`` positions in CIFAR-10.
 
     Raises:
-        EnvironmentProblem: the file is missing from the installation or damaged.
+        EnvironmentProblem: the file is damaged or missing from the installation.
     """
     resource = resources.files("robust_prune") / "data" / "sample" / FILE
     try:
@@ -75,7 +77,7 @@ def read_arrays() -> dict[str, np.ndarray]:
 
 
 def encode(images: np.ndarray) -> bytes:
-    """Codes images (uint8, [N, H, W, 3]) without loss; see the module's text."""
+    """Return images (uint8 [N, H, W, 3]) as bytes, compressed without loss; see the module docstring."""
     planes = _decorrelated(images)
     left, up, corner = np.zeros_like(planes), np.zeros_like(planes), np.zeros_like(planes)
     left[:, :, :, 1:] = planes[:, :, :, :-1]
@@ -88,10 +90,10 @@ def encode(images: np.ndarray) -> bytes:
 
 
 def decode(coded: bytes, count: int, side: int = 32) -> np.ndarray:
-    """The images (uint8, [count, side, side, 3]) that `encode` coded.
+    """Return the images (uint8 [count, side, side, 3]) that `encode` compressed.
 
     Raises:
-        ValueError: the length is not that of `count` images.
+        ValueError: the data are not those of `count` images.
     """
     flat = np.frombuffer(lzma.decompress(coded), np.uint8)
     residuals = flat.reshape(3, count, side, side).transpose(2, 3, 0, 1).astype(np.int16)
@@ -109,7 +111,7 @@ def decode(coded: bytes, count: int, side: int = 32) -> np.ndarray:
 
 
 def _decorrelated(images: np.ndarray) -> np.ndarray:
-    """[3, N, H, W] int16: green, red - green, blue - green, each wrapped into -128..127."""
+    """Return green, red - green and blue - green, int16 [3, N, H, W], each wrapped to -128..127."""
     red, green, blue = (images[..., channel].astype(np.int16) for channel in range(3))
     return _wrapped(np.stack([green, red - green, blue - green]))
 

@@ -1,4 +1,4 @@
-"""Data sets by name or path."""
+"""Data sets by name or by path."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .sample import SAMPLE, load_sample
 
 DEFAULT_VALIDATION_SHARE = 0.1
 DEFAULT_VALIDATION_MAX = 1000
-"""Without a number, a tenth of the training images is held out, but no more than these."""
+"""Largest number of images that are held out by default; the default is a tenth of the training images."""
 
 ROOT_VARIABLE = "ROBUST_PRUNE_DATA"
 _CIFAR_MEAN_STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def data_root() -> Path:
-    """Where named data sets lie: the environment variable ``ROBUST_PRUNE_DATA``, else a folder in the user's cache."""
+    """Return the folder of named data sets: ``ROBUST_PRUNE_DATA`` if it is set, else a folder in the user's cache."""
     named = os.environ.get(ROOT_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "robust-prune-data"
 
@@ -41,29 +41,34 @@ def load_data(
     seed: int = 0,
     input_size: tuple[int, int, int] | None = None,
 ) -> DataBundle:
-    """Opens a data set with a validation part sliced off its training images.
+    """Open a data set and hold out some of its training images for validation.
 
     Args:
-        name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (through torchvision, downloaded when missing; a
-            ``<name>.npz`` in `root` is taken first), ``sample`` (embedded), a path to an ``.npz`` or to a folder.
-        validation: images to hold out, at least 1; None: a tenth, at most 1000. Ignored where the data bring their own
-            validation part, as the sample and folders with both ``val/`` and ``test/`` do.
-        root: where named data sets lie; None: `data_root`.
-        seed: of the splits.
-        input_size: what folder images are brought to; other sources are left as they are.
+        name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (by torchvision, downloaded if missing; a file
+            ``<name>.npz`` in `root` has precedence), ``sample`` (embedded), or a path to an ``.npz`` file or a folder.
+        validation: number of images to hold out, at least 1; by default a tenth, at most 1000. It is ignored if the
+            data have a validation part, as the sample and folders with ``val/`` and ``test/`` do.
+        root: folder of named data sets; by default `data_root`.
+        seed: random seed of the splits.
+        input_size: (channels, height, width) of the images of a folder; ignored for other sources.
 
     Raises:
-        UsageError: unknown name, wrong path or malformed data.
-        EnvironmentProblem: the data set is not on this machine and cannot be downloaded.
+        UsageError: the name is unknown, the path is wrong, or the data are malformed.
+        EnvironmentProblem: the data set is not on this machine and cannot be downloaded, or a package is missing.
     """
     return held_out(_open(str(name), root or data_root(), seed, input_size), validation, seed)
 
 
 def held_out(bundle: DataBundle, validation: int | None, seed: int = 0) -> DataBundle:
-    """`bundle` with held-out images: its own, or `validation` of its training images (None: a tenth, at most 1000).
+    """Return the bundle with held-out images: its own, or `validation` of its training images.
+
+    Args:
+        bundle: the data set.
+        validation: number of images to hold out; by default a tenth, at most 1000.
+        seed: random seed of the choice.
 
     Raises:
-        UsageError: less than one image is wanted, or there are too few.
+        UsageError: `validation` is below 1, or there are too few training images.
     """
     if len(bundle.validation):
         return bundle

@@ -1,1 +1,1 @@
-"""Clean and robust accuracy, with the warnings that belong to them."""
+"""Evaluation: clean and robust accuracy, and warnings about results that may not be trusted."""

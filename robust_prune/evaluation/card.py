@@ -1,4 +1,4 @@
-"""The result card: what was measured, on what, and how sure it is."""
+"""Result cards: clean and robust accuracy with confidence intervals, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from ..shown import Shown
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson, 1927), 95 % by default.
+    """Return the Wilson score interval of a proportion (Wilson, 1927), 95 % by default.
+
+    Args:
+        successes: number of successes.
+        total: sample size.
+        z: quantile of the normal distribution.
 
     Returns:
         Lower and upper bound in [0, 1]; (0, 1) for an empty sample.
@@ -29,7 +34,7 @@ def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) ->
 
 @pydantic_dataclass(frozen=True)
 class Accuracy:
-    """Correct predictions out of a number of images. As JSON it holds the rate and its interval too."""
+    """Number of correct predictions out of `total` images; its JSON also has the rate and its interval."""
 
     correct: int
     total: int
@@ -53,7 +58,13 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """Correct predictions on the images of one class."""
+    """Correct predictions on the images of one class.
+
+    Attributes:
+        label: the class.
+        total: number of its images.
+        clean, robust: number of them that are classified correctly without an attack and under all attacks.
+    """
 
     label: int
     total: int
@@ -63,12 +74,12 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class ExportedAccuracy:
-    """What an exported form of the model gets right.
+    """Accuracy of an exported form of the model.
 
     Attributes:
-        clean: images without an attack.
-        robust: images that the torch model gets right as they are, and the exported one as they are, at the worst
-            points found on the torch model, and after the black-box check on the exported one itself.
+        clean: accuracy without an attack.
+        robust: share of images that the torch model classifies correctly without an attack, and the exported model
+            without an attack, at the worst points found on the torch model and under the black-box check on itself.
     """
 
     clean: Accuracy
@@ -80,22 +91,23 @@ class ResultCard(Shown):
     """Clean and robust accuracy of one model on one split.
 
     Attributes:
-        model: how the report names it.
-        data, split: which images.
-        tier: strength of the attack, e.g. ``pgd`` (PGD-20).
-        attack: one line naming steps, restarts and loss.
+        model: name of the model in reports.
+        data, split: data set and split of the images.
+        tier: evaluation tier, e.g. ``pgd`` (PGD-20).
+        attack: one line with the attacks, their steps, restarts and losses.
         threat: norm and radius.
-        clean, robust: counts; robust is the point-wise worst case over all attacks.
-        flags: sentences that warn that a figure may not be trusted; empty is good.
-        forwards, backwards: image passes that the attack spent.
+        clean, robust: accuracy without an attack, and in the point-wise worst case over all attacks.
+        flags: warnings, one sentence each, about results that may not be trusted; empty if there are none.
+        forwards, backwards: forward and backward passes of single images during the attacks.
         seconds: wall time of the evaluation.
-        seed: seed of the random starts.
-        breakdown: images still right after each attack, in the order in which they ran.
-        per_class: the counts by class.
-        sweep: accuracy at other radii, by PGD on the first images, the radius in [0, 1] pixel units first.
-        model_hash, images_hash: SHA-256 of the model and of (a sample of) the images.
-        macs, params: of the model; None where nobody counted them.
-        exported: what exported forms of the model get right, by name.
+        seed: random seed of the attacks.
+        breakdown: number of images classified correctly after each attack, in the order of the attacks.
+        per_class: accuracy of each class.
+        sweep: pairs of a radius, in units of the [0, 1] pixel range, and the accuracy there under PGD on the first
+            images.
+        model_hash, images_hash: SHA-256 of the model and of a sample of the images.
+        macs, params: MACs of one image and parameters of the model; None if they were not counted.
+        exported: accuracy of exported forms of the model, by name.
     """
 
     model: str
@@ -121,7 +133,7 @@ class ResultCard(Shown):
     exported: dict[str, ExportedAccuracy] = field(default_factory=dict)
 
     def short(self) -> str:
-        """Clean and robust accuracy with their intervals, and alarms."""
+        """Return one sentence: clean and robust accuracy with 95 % intervals, and the number of alarms."""
         alarms = f"; {len(self.flags)} alarm{'s' if len(self.flags) > 1 else ''}" if self.flags else ""
         return (
             f"{self.model} on {self.robust.total:,} {self.split} images of {self.data}: clean {self.clean}, robust "

@@ -1,4 +1,4 @@
-"""Clean and robust accuracy of a model: the attacks, the bookkeeping that survives a kill, and the result card."""
+"""Clean and robust accuracy of a model, by resumable attacks, as a result card."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ DEFAULT_BATCH = 250
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated on which images, for the card.
+    """Names on the result card.
 
     Attributes:
-        model: how the report names the model.
-        data, split: which images.
+        model: name of the model.
+        data, split: data set and split of the images.
     """
 
     model: str = "model"
@@ -51,7 +51,6 @@ class Subject:
     split: str = "test"
 
 
-# Nine parameters: what is attacked, how, and where the progress goes, none of which belongs in another's value.
 def evaluate(
     model: nn.Module,
     images: ImageSet,
@@ -64,32 +63,34 @@ def evaluate(
     state_path: Path | None = None,
     shared: bool = False,
 ) -> ResultCard:
-    """Attacks every image that the model classifies rightly, and counts those that survive all attacks of the tier.
+    """Attack every image that the model classifies correctly, and count those that survive all attacks of the tier.
 
-    An image counts as robust only if it is right as it is and at every point the attacks returned (point-wise worst
-    case). In the tiers above ``pgd`` a black-box attack then tries a few survivors. Successes are scored again in fp32
-    before they count, and every attacked image is proven to lie inside the threat model. Random starts depend on the
-    seed, the attack and the batch alone, so that a run which was killed and resumed gives the counts of one that was
-    not.
+    An image counts as robust only if it is classified correctly without an attack and at every point that the attacks
+    return (point-wise worst case). In tiers above ``pgd`` a black-box attack then tries up to 64 survivors. Successes
+    are scored again in fp32, and every adversarial image is checked to lie in the threat model. Random starts depend
+    only on the seed, the attack and the batch, so that a resumed run gives the same counts as an uninterrupted one.
 
     Args:
-        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; float32. It leaves as it came, and is attacked where
-            its parameters are.
-        images: uint8 images and labels; all of them are used.
-        threat: norm and radius; with epsilon 0 the robust accuracy is the clean one.
-        section: tier, PGD's steps and restarts (each attacks only what survived those before), other radii, batch size
-            and the precision of the attacks' gradients. The ensemble of the ``standard`` tier stays in fp32.
-        subject: names for the card.
-        seed: of the random starts.
-        exported: exported forms of the model by name, scored on the clean images and on the worst points found.
-        state_path: file that keeps the progress; written after every batch.
-        shared: all processes of a distributed run call this, and each attacks its share of every batch. The first one
-            has the result. Random starts then depend on the number of processes too.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; its weights are float32. It is attacked on the device
+            of its parameters; modes, flags and buffers are restored.
+        images: uint8 images and labels, all of which are used.
+        threat: norm and radius; with epsilon 0 robust accuracy equals clean accuracy.
+        section: tier, steps and restarts of PGD (each restart attacks only the survivors of the previous ones), other
+            radii, batch size and precision of the gradients; the ensemble of the ``standard`` tier always runs in fp32.
+        subject: names on the card.
+        seed: random seed of the attacks.
+        exported: exported forms of the model by name; they are scored on the clean images and on the worst points.
+        state_path: file for the progress, written after every batch, from which an interrupted run is resumed.
+        shared: whether all processes of a distributed run call this function and attack their shares of every batch.
+            Only the first process has the full result. Random starts then also depend on the number of processes.
+
+    Returns:
+        The result card.
 
     Raises:
-        UsageError: a tier that so few classes do not allow, no images, labels beyond the logits, weights that are not
-            float32.
-        QualityGateError: the attack returned a point outside the threat model.
+        UsageError: the tier is unknown or needs more classes, there are no images, a label exceeds the number of
+            logits, the weights are not float32, or the outputs have no gradient with respect to the images.
+        QualityGateError: an attack returned a point outside the threat model.
     """
     section, subject = section or EvaluationSection(), subject or Subject()
     _check_request(model, images)
@@ -143,7 +144,7 @@ def _begin(request: Request) -> EvalState:
         return EvalState.fresh("", len(request.images), len(request.exported))
     state, note = load_state(request.state_path, request.key, len(request.images), len(request.exported))
     if note:
-        # Hours of a strong attack may lie in it, and a mistyped option be all that keeps them from going on.
+        # A mistyped option would otherwise discard hours of a strong attack.
         kept = request.state_path.with_name(f"{request.state_path.name}.old")
         request.state_path.replace(kept)
         console.print(f"{note} It is kept as {kept.name}.", markup=False)
@@ -210,7 +211,7 @@ def _radius(item: tuple[str, list[int]]) -> float:
 
 
 def _breakdown(request: Request, state: EvalState) -> dict[str, int]:
-    """Images still right after each attack; stages of one name count together."""
+    """Return the number of images classified correctly after each attack; stages of the same name are merged."""
     found = {}
     names = [stage.name for stage in request.stages(state)]
     if state.counters.black_box is not None:

@@ -1,4 +1,4 @@
-"""A few images with the perturbations that fool a model, for people to look at."""
+"""Example images and their adversarial counterparts, for reports."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def make_examples(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
-    """The first images of distinct classes, attacked through one of the models and shown to all of them.
+    """Return the first images of distinct classes, attacked on one of the models, with the predictions of all models.
 
-    The choice of images looks at labels only, never at predictions, so that the strip does not flatter a model.
+    Images are selected by their labels and never by predictions, so that the selection favours no model.
 
     Args:
-        models: by label, e.g. ``{"dense": ..., "pruned": ...}``; all on `device`.
+        models: models by label, e.g. ``{"dense": ..., "pruned": ...}``; all on `device`.
         images: uint8 images and labels.
         threat: norm and radius.
-        class_names: one a class.
-        attacked: label of the model that the perturbations are made on.
-        count: number of images; classes repeat when there are fewer.
-        steps, seed: of the attack (one random start).
-        device: where the models are.
+        class_names: name of each class.
+        attacked: label of the model that is attacked.
+        count: number of images; classes repeat if there are fewer classes.
+        steps, seed: PGD steps and random seed of the attack, which has one random start.
+        device: device of the models.
 
     Returns:
-        One dict an image: ``image`` (uint8 [C, H, W]), ``adversarial`` (float32 [C, H, W] in [0, 1]), ``label`` (str),
-        ``predictions`` ({model label: {"clean": str, "adversarial": str}}).
+        One dict for each image: ``image`` (uint8 [C, H, W]), ``adversarial`` (float32 [C, H, W] in [0, 1]), ``label``
+        (str), ``predictions`` ({model label: {"clean": str, "adversarial": str}}).
     """
     chosen = _varied(images, count)
     raw, y = images.get(chosen)
@@ -69,7 +69,7 @@ def make_examples(
 
 
 def _varied(images: ImageSet, count: int, look_at: int = 200) -> torch.Tensor:
-    """Positions of the first image of each class, then of the next ones, up to `count`."""
+    """Return the positions of the first image of each class, then of the second ones and so on, up to `count`."""
     _, labels = images.get(torch.arange(min(look_at, len(images))))
     seen: dict[int, int] = {}
     ranked = []

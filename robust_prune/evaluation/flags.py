@@ -1,4 +1,4 @@
-"""Warnings that a robust figure may not be trusted: each a rule with a number, worded as a sentence."""
+"""Warnings about robust accuracies that may not be trusted; each is a rule with a threshold, and one sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers 
 
 
 def mode_flags(model: nn.Module) -> list[str]:
-    """Modules that were in training mode when the evaluation began."""
+    """Return a warning if modules were in train mode when the evaluation began."""
     modules = list(model.modules())
     training = sum(m.training for m in modules)
     if not training:
@@ -43,11 +43,14 @@ def mode_flags(model: nn.Module) -> list[str]:
 
 
 def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Flags that a few images reveal; the model is in eval mode with frozen parameters.
+    """Return the warnings of all rules that are checked on a few images.
 
     Args:
-        model: maps [0, 1] images to logits.
-        x, y: images [N, C, H, W] and labels [N]; the first 64 are used.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; in eval mode with frozen parameters.
+        x, y: images [N, C, H, W] in [0, 1] and labels [N]; the first 64 are used.
+
+    Raises:
+        UsageError: the outputs have no gradient with respect to the images.
     """
     x, y = x[:CHECK_IMAGES], y[:CHECK_IMAGES]
     before = buffers_hash(model)
@@ -63,13 +66,13 @@ def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def non_finite_flag(logits: Tensor) -> list[str]:
-    """Any logit that is infinite or not a number."""
+    """Return a warning if logits [N, K] are not finite."""
     share = 1 - torch.isfinite(logits).all(dim=1).float().mean().item()
     return [f"{100 * share:.1f} % of images gave logits that are not finite; they count as wrong."] if share else []
 
 
 def probability_flag(logits: Tensor) -> list[str]:
-    """Outputs that look like softmax probabilities: the cross-entropy's gradient would be squashed twice."""
+    """Return a warning if outputs [N, K] look like probabilities, on which the loss would apply a second softmax."""
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     if inside and bool(((logits.sum(dim=1) - 1).abs() <= PROBABILITY_SLACK).all()):
         return ["The outputs look like probabilities (in [0, 1], rows sum to 1 within 0.001); the attack needs logits."]
@@ -78,7 +81,7 @@ def probability_flag(logits: Tensor) -> list[str]:
 
 @torch.no_grad()
 def input_range_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Images in another range are classified better than those in [0, 1] by more than 10 points."""
+    """Return a warning if accuracy rises by more than 10 points on images in another range than [0, 1]."""
     mean, std = (x.new_tensor(values)[:, None, None] for values in IMAGENET)
     ranges = {"in [0, 255]": x * 255}
     if x.shape[1] == len(mean):
@@ -96,7 +99,7 @@ def input_range_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 @torch.no_grad()
 def composition_flags(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
-    """Outputs that change from pass to pass, or with the rest of the batch, by more than 1 % of their spread."""
+    """Return a warning if logits change between passes or batches by more than 1 % of their standard deviation."""
     spread = logits.std().item()
     if not torch.isfinite(logits).all() or spread == 0:
         return []
@@ -116,10 +119,10 @@ def composition_flags(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
 
 
 def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Input gradients that give an attack nothing to follow on more than 1 % of the images.
+    """Return a warning if input gradients vanish on more than 1 % of images or point downhill on more than 10 %.
 
     Raises:
-        UsageError: there is no gradient at all, so that no attack of a gradient tier can run.
+        UsageError: the outputs have no gradient with respect to the images, so no gradient attack can run.
     """
     images = x.detach().clone().requires_grad_(True)
     with torch.enable_grad():
@@ -150,7 +153,7 @@ def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """More than 10 % of images survive a ball so large that it holds a grey image for every one of them."""
+    """Return a warning if more than 10 % of images survive PGD at Linf 0.5, where every image can become grey."""
     threat = ThreatModel("linf", LARGE_RADIUS)
     with torch.no_grad():
         right = model(x).argmax(dim=1) == y
@@ -168,14 +171,15 @@ def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
-    """Stronger attacks broke more than 6 points of what PGD had left; sound models lose 2 to 7, masked ones twice that.
+    """Return a warning if stronger attacks break more than 6 points of the images that survive PGD.
 
-    Below 100 images a few of them would be as much.
+    Sound models lose 2 to 7 points, models with masked gradients twice as much. The rule needs 100 images, since a few
+    images would exceed the limit otherwise.
 
     Args:
-        after_pgd: images that survive PGD.
-        robust: images that survive all attacks.
-        total: images.
+        after_pgd: number of images that survive PGD.
+        robust: number of images that survive all attacks.
+        total: number of images.
     """
     gap = 100 * (after_pgd - robust) / total
     if gap > PGD_GAP_POINTS and total >= PGD_GAP_IMAGES:
@@ -187,12 +191,12 @@ def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
 
 
 def black_box_flags(what: str, checked: int, broken: int) -> list[str]:
-    """A search without gradients broke more than one of the images that the gradient attacks had left.
+    """Return a warning if the black-box attack breaks more than one image that survived the gradient attacks.
 
     Args:
-        what: whose gradients were followed.
-        checked: survivors that were tried.
-        broken: those that fell.
+        what: the model whose gradients were used, for the message.
+        checked: number of survivors that were attacked.
+        broken: number of them that were broken.
     """
     if broken > BLACK_BOX_BROKEN:
         return [
@@ -203,10 +207,10 @@ def black_box_flags(what: str, checked: int, broken: int) -> list[str]:
 
 
 def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
-    """Robust accuracy that rises by more than a point as the ball grows.
+    """Return a warning if robust accuracy rises by more than one point from one radius to the next larger one.
 
     Args:
-        accuracy: by radius, in [0, 1].
+        accuracy: robust accuracy in [0, 1] by radius.
     """
     ordered = sorted(accuracy)
     for small, large in pairwise(ordered):
@@ -220,13 +224,13 @@ def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
 
 
 def exported_flags(name: str, mismatch: int, total: int, robust: int, exported_robust: int) -> list[str]:
-    """The exported file and the torch model disagree on more than 0.5 % of clean images or 1 point of robustness.
+    """Return warnings if exported file and torch model differ on over 0.5 % of clean images or by over 1 robust point.
 
     Args:
-        name: of the file, such as its precision.
-        mismatch: clean images that the two classify differently.
-        total: images.
-        robust, exported_robust: images on which each survives the same adversarial points.
+        name: name of the file, such as its precision.
+        mismatch: number of clean images that the two classify differently.
+        total: number of images.
+        robust, exported_robust: number of images on which the torch model and the file survive.
     """
     flags = []
     if mismatch > EXPORTED_CLEAN_SHARE * total:

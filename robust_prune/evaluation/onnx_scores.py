@@ -1,4 +1,4 @@
-"""The exported file itself, scored with ONNX Runtime on the CPU."""
+"""Predictions of an exported ONNX file, by ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ class OnnxModel:
     """An ONNX classifier of [0, 1] images; an `ExportedModel` for `evaluate`.
 
     Args:
-        path: the file; one input (float32, [N, C, H, W]) and logits [N, K] as its first output.
+        path: the file; it has one float32 input [N, C, H, W], and its first output are logits [N, K].
+
+    Attributes:
+        path: path of the file.
+        key: SHA-256 of the file.
 
     Raises:
-        UsageError: the file is missing, is not an ONNX model, or takes a fixed number of images only.
-        EnvironmentProblem: onnxruntime is not installed or is broken.
+        UsageError: the file is missing, is not an ONNX model, or has a fixed batch size.
+        EnvironmentProblem: onnxruntime cannot be imported.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -40,7 +44,11 @@ class OnnxModel:
         self.key = file_sha256(self.path)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [N, K] (float32) of images [N, C, H, W] in [0, 1]."""
+        """Return the logits [N, K] (float32, on the CPU) of images [N, C, H, W] in [0, 1].
+
+        Raises:
+            UsageError: the file does not run on images of this size.
+        """
         array = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
         try:
             return torch.from_numpy(self._session.run(None, {self._input: array})[0]).float()
@@ -49,7 +57,7 @@ class OnnxModel:
             raise UsageError(f"{self.path} does not run on images of {tuple(array.shape)}: {reason}") from error
 
     def predict(self, images: Tensor) -> Tensor:
-        """Classes [N] of the same; -1 where a logit is not finite."""
+        """Return the predicted classes [N] of images [N, C, H, W] in [0, 1]; -1 where a logit is not finite."""
         return classify(self.logits(images))
 
 
@@ -60,10 +68,10 @@ def _session(path: Path) -> Any:
         raise EnvironmentProblem(f"onnxruntime cannot be imported ({error}). Run: robust-prune doctor") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its worker threads would otherwise keep spinning between batches and slow the attack on the torch model down.
+    # Worker threads would otherwise spin between batches and slow down the attack on the torch model.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes for an unreadable model
+    except Exception as error:  # onnxruntime raises unrelated classes for an unreadable model
         raise UsageError(f"{path} cannot be read as an ONNX model: {str(error).splitlines()[0]}") from error

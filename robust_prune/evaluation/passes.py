@@ -1,4 +1,4 @@
-"""The passes of an evaluation over its images. Each goes on from the state it is given, and saves it as it goes."""
+"""Passes of an evaluation over its images; each resumes from a state and saves it after every batch."""
 
 from __future__ import annotations
 
@@ -35,29 +35,38 @@ from .worst_case import Attacker, start_seed, worst_points
 BLACK_BOX_QUERIES = 500
 SWEEP_IMAGES = 256
 BLACK_BOX = "square"
-"""What the breakdown calls what the black-box check broke after all stages; the ensemble's own Square is a stage."""
+"""Name of the black-box check after all stages in the breakdown; the ensemble's own Square is a stage."""
 
 
 class ExportedModel(Protocol):
-    """Another form of the same model, such as its ONNX file, that is scored on the very same images."""
+    """Interface of an exported form of the model, such as its ONNX file, that is scored on the same images."""
 
     @property
     def key(self) -> str:
-        """A hash of it: results stored for another file are not reused."""
+        """Hash of the file, so that stored results of another file are not used."""
         ...
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [N, K] (float32, on the CPU) of float32 images [N, C, H, W] in [0, 1]."""
+        """Return the logits [N, K] (float32, on the CPU) of float32 images [N, C, H, W] in [0, 1]."""
         ...
 
     def predict(self, images: Tensor) -> Tensor:
-        """Classes [N] (int64, on the CPU) of the same; -1 where a logit is not finite."""
+        """Return the predicted classes [N] (int64, on the CPU) of such images; -1 where a logit is not finite."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that an evaluation is asked for."""
+    """Parameters of an evaluation; see `evaluate` for those not listed.
+
+    Attributes:
+        name: name of the model in progress messages.
+        batch_size: images in each batch.
+        device: device of the model.
+        precision: precision of the attacks' gradients.
+        layout: memory format of the images.
+        shared: whether processes share every batch.
+    """
 
     model: nn.Module
     images: ImageSet
@@ -75,12 +84,12 @@ class Request:
 
     @property
     def leads(self) -> bool:
-        """Whether this process does what is not divided."""
+        """Whether this process runs the work that is not divided among processes."""
         return distributed.is_first() or not self.shared
 
     @property
     def key(self) -> str:
-        """Hash of what the outcome depends on."""
+        """Hash of everything on which the results depend."""
         section = self.section
         settings = [
             to_json(self.threat), section.tier, section.steps, section.restarts, section.sweep, self.batch_size
@@ -90,23 +99,23 @@ class Request:
         return digest([settings, self.seed, self.precision, identity])
 
     def stages(self, state: EvalState) -> tuple[Stage, ...]:
-        """The attacks in order; none where nothing may be perturbed."""
+        """Return the attacks in order; none if epsilon is 0."""
         return stages_of(self.section.tier, state.counters.classes) if self.threat.epsilon else ()
 
     def save(self, state: EvalState) -> None:
-        """Writes the state, if it has a place."""
+        """Write the state to `state_path`, if it is set."""
         if self.state_path is not None:
             state.save(self.state_path)
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1] and labels, on the device."""
+        """Return images [N, C, H, W] in [0, 1] and labels [N] on the device."""
         x, y = self.images.get(indices)
         return (x.to(self.device).float() / 255).contiguous(memory_format=self.layout), y.to(self.device)
 
 
 @contextmanager
 def _timed(request: Request, state: EvalState) -> Iterator[None]:
-    """Adds the time of a batch to the state and saves it, unless the batch failed."""
+    """Add the wall time of a batch to the state and save the state, unless the batch failed."""
     begin = time.monotonic()
     yield
     state.counters.seconds += time.monotonic() - begin
@@ -114,7 +123,7 @@ def _timed(request: Request, state: EvalState) -> Iterator[None]:
 
 
 def check_labels(y: Tensor, classes: int) -> None:
-    """Raises UsageError unless all labels are in 0..`classes` - 1."""
+    """Raise UsageError unless all labels are in 0..`classes` - 1."""
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
@@ -122,7 +131,7 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 
 def clean_pass(request: Request, state: EvalState) -> None:
-    """Predictions without an attack."""
+    """Classify the images that `state` lacks, without an attack, with the model and its exported forms."""
     total = len(request.images)
     counters = state.counters
     with track(f"{request.name}: clean accuracy", total, counters.clean_done) as advance:
@@ -146,7 +155,7 @@ def clean_pass(request: Request, state: EvalState) -> None:
 
 
 def attack_pass(request: Request, state: EvalState) -> None:
-    """The tier's stages, each on what survived those before."""
+    """Run the remaining stages of the tier, each on the survivors of the previous ones."""
     counters = state.counters
     stages = request.stages(state)
     attacker = Attacker(
@@ -160,7 +169,7 @@ def attack_pass(request: Request, state: EvalState) -> None:
     )
     for index in range(counters.stage, len(stages)):
         stage = stages[index]
-        # As they stood when the stage began, also when it is gone on with.
+        # The survivors when the stage began, also if it is resumed.
         standing = state.clean & ((state.fell < 0) | (state.fell >= index))
         active = torch.from_numpy(np.flatnonzero(standing))
         with track(f"{request.name}: {_title(request, stage, stages)}", len(active), counters.attacked) as advance:
@@ -169,7 +178,7 @@ def attack_pass(request: Request, state: EvalState) -> None:
                 with _timed(request, state):
                     _attack_batch(request, state, attacker, stage, index, indices, start)
                     counters.attacked = start + len(indices)
-                # Only the images attacked so far are known; the others are taken to fall as often.
+                # The estimate assumes that the other images survive as often as those attacked so far.
                 so_far = state.robust[active[: counters.attacked]].mean() * standing.mean()
                 advance(len(indices), f"robust about {so_far:.1%}")
         counters.stage, counters.attacked = index + 1, 0
@@ -202,7 +211,7 @@ def _attack_batch(
 def _attacked(
     attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Which images survive, their worst points, and the forwards and backwards spent."""
+    """Return which images survive, their worst points, and the numbers of forward and backward passes."""
     right, worst, counted = attacker.run(stage, x, y, start)
     return right, worst, (counted.forwards, counted.backwards)
 
@@ -210,7 +219,7 @@ def _attacked(
 def _divided(
     attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """The same for the whole batch, of which each process attacks a share."""
+    """Do the same, with the batch divided among all processes."""
     count = distributed.count()
     share = slice(distributed.index(), None, count)
     mine = None
@@ -231,7 +240,7 @@ def _score_exported(request: Request, state: EvalState, rows: NDArray[np.int64],
 
 
 def black_box_pass(request: Request, state: EvalState) -> None:
-    """Square on a few survivors, of the model and its exported forms themselves: what it breaks, gradients hid."""
+    """Attack up to 64 survivors of the model and of each exported form with Square, to detect masked gradients."""
     if request.stages(state) in ((), (PGD,)):
         return
     counters = state.counters
@@ -263,7 +272,7 @@ def black_box_pass(request: Request, state: EvalState) -> None:
 def _black_box(
     request: Request, survivors: Flags, predict: Predict, label: str
 ) -> tuple[NDArray[np.int64], Tensor, Tensor, Flags]:
-    """Positions of the survivors that were tried, their points and labels, and which of them fell."""
+    """Return the positions of the attacked survivors, their points, their labels, and which were misclassified."""
     rows = np.flatnonzero(survivors)[:CHECK_IMAGES]
     x, y = request.get(torch.from_numpy(rows))
     if len(rows) == 0:
@@ -283,7 +292,7 @@ def _black_box(
 
 
 def sweep_pass(request: Request, state: EvalState) -> None:
-    """Robust accuracy of the first images at other radii, by PGD with one start."""
+    """Measure robust accuracy of the first 256 images at other radii, under PGD with one random start."""
     counters = state.counters
     count = min(SWEEP_IMAGES, len(request.images))
     active = torch.from_numpy(np.flatnonzero(state.clean[:count]))

@@ -1,4 +1,4 @@
-"""Predictions that count: in fp32, finite, and on points that lie inside the threat model."""
+"""Scoring of adversarial images: predictions in fp32, on points that are checked against the threat model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ WRONG_BONUS = 1e4
 
 
 class CountedModel(nn.Module):
-    """Counts image passes of a model, and runs it in bf16 where asked.
+    """Counts forward and backward passes of a model, and runs it in bf16 if asked.
 
     Attributes:
-        forwards: images that went through the model.
-        backwards: images of those whose input gradient was recorded, hence walked back.
+        model: the model.
+        precision: ``fp32`` or ``bf16`` (autocast).
+        forwards: number of images in forward passes.
+        backwards: number of these images whose input gradient was recorded.
     """
 
     def __init__(self, model: nn.Module, precision: Precision = "fp32") -> None:
@@ -36,7 +38,7 @@ class CountedModel(nn.Module):
         self.backwards = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, K], in float32, of images [N, C, H, W]."""
+        """Return the logits [N, K] of images [N, C, H, W] in float32."""
         self.forwards += len(x)
         self.backwards += len(x) if x.requires_grad and torch.is_grad_enabled() else 0
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
@@ -45,7 +47,10 @@ class CountedModel(nn.Module):
 
 @torch.no_grad()
 def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted classes [N] and cross-entropy [N] (infinite where logits are not finite), in fp32."""
+    """Return predicted classes [N] and the cross-entropy [N] in nats, computed in fp32; see `classify`.
+
+    The cross-entropy is infinite where it is not finite.
+    """
     with tf32(False), torch.autocast(x.device.type, enabled=False):
         logits = model(x).float()
     loss = F.cross_entropy(logits, y, reduction="none")
@@ -53,35 +58,38 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class WorstPoint:
-    """Objective of the attack: cross-entropy, with every misclassified point ranked above every right one.
+    """Attack objective: cross-entropy plus a large constant for misclassified points.
 
-    The bonus has no gradient, so the ascent is plain PGD; it only makes `keep_best` return a misclassified iterate
-    whenever the attack passed through one.
+    The constant has no gradient, so the ascent is plain PGD. With `keep_best` the attack returns a misclassified
+    iterate if it found one.
+
+    Args:
+        y: labels [N].
     """
 
     def __init__(self, y: Tensor) -> None:
         self.y = y
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Objective [N] of logits [N, K]."""
+        """Return the objective [N] of logits [N, K]."""
         wrong = (classify(logits.detach()) != self.y).float()
         loss = F.cross_entropy(logits, self.y, reduction="none")
-        # A point whose loss is NaN would lose every comparison, although the model fails on it.
+        # NaN compares false with every loss, so a point where the model breaks down would never count as the best.
         return loss.nan_to_num(nan=0.0) + WRONG_BONUS * wrong
 
 
 def check_points(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> None:
-    """Proves that every attacked image lies inside the epsilon-ball and inside [0, 1].
+    """Check that every adversarial image [N, C, H, W] lies in the epsilon-ball around `x` and in [0, 1].
 
     Raises:
-        QualityGateError: one does not, or is not finite: the attack is broken and its figures would be false.
+        QualityGateError: an image does not or is not finite, so the attack is broken and its results would be false.
     """
     delta = x_adv - x
     if threat.norm == "linf":
         distance, limit = delta.flatten(1).abs().amax(dim=1), threat.epsilon + LINF_SLACK
     else:
         distance, limit = l2_norm(delta).flatten(), threat.epsilon * (1 + L2_SLACK) + L2_SLACK
-    # Written as "all inside" rather than "any outside", so that NaN fails.
+    # "All inside" rather than "any outside", so that NaN fails.
     if not bool((distance <= limit).all()):
         raise QualityGateError(
             f"an attacked image lies {float(distance.max()):.6g} from its original, outside {threat}. "

@@ -1,4 +1,4 @@
-"""Evaluation tiers: how strong an attack a robust figure has survived."""
+"""Stages of evaluation tiers: the attacks of which robust accuracy is the worst case."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ APGD_STEPS = 100
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack of a tier; it works on the images that survived the stages before.
+    """One attack of a tier; it attacks the images that survived the previous stages.
 
     Attributes:
-        name: as the breakdown calls it.
-        kind: how it runs: our PGD, our APGD without or with a target, or an attack of the standard's ensemble.
-        rank: for ``apgd-t``, the target: 1 is the class of the highest logit on the clean image after the label's.
+        name: name in the breakdown.
+        kind: our PGD, our APGD on cross-entropy, our targeted APGD, or an attack of the AutoAttack ensemble.
+        rank: for ``apgd-t``, the rank of the target class by its logit on the clean image: 1 is the highest logit after
+            the label.
     """
 
     name: str
@@ -33,21 +34,21 @@ PGD = Stage("pgd", "pgd")
 
 
 def apgd_stages(classes: int, targets: int) -> tuple[Stage, ...]:
-    """PGD, then APGD without and with targets, cheap ones first.
+    """Return PGD, APGD-CE and targeted APGD, in the order of their cost.
 
     Args:
-        classes: of the model; there are no more targets than other classes.
-        targets: how many classes APGD is aimed at.
+        classes: number of classes of the model, K.
+        targets: number of target classes, at most K - 1.
     """
     ranks = range(1, min(targets, classes - 1) + 1)
     return (PGD, Stage("apgd-ce", "apgd-ce"), *(Stage("apgd-t", "apgd-t", rank) for rank in ranks))
 
 
 def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
-    """The attacks of a tier, in order.
+    """Return the attacks of a tier for a model with `classes` classes, in order.
 
     Raises:
-        UsageError: no such tier, one that so few classes do not allow, or one that answers in another form.
+        UsageError: the tier is unknown, needs more classes, or does not return a tuple of stages.
     """
     found = TIERS.load(tier)(classes)
     if not isinstance(found, tuple) or not found or not all(isinstance(stage, Stage) for stage in found):
@@ -56,7 +57,7 @@ def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
 
 
 def attack_line(stages: Sequence[Stage], steps: int, restarts: int) -> str:
-    """The attacks in one line, with their settings."""
+    """Return one line with the attacks and their settings; `steps` and `restarts` are those of PGD."""
     if stages[0].kind == "ensemble":
         return "AutoAttack, standard version (pyautoattack), fp32 verdict"
     parts = []

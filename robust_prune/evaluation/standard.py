@@ -1,4 +1,4 @@
-"""The standard's own ensemble, AutoAttack (Croce & Hein, 2020, arXiv 2003.01690), from the package pyautoattack."""
+"""AutoAttack (Croce & Hein, 2020, arXiv 2003.01690), standard version, by the package pyautoattack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..attacks.threat import ThreatModel
 from ..errors import EnvironmentProblem, UsageError
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""In the order in which the standard runs them, each on what survived those before."""
+"""Attacks in the order of the standard version; each attacks the survivors of the previous ones."""
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _LEAST_CLASSES = 4
@@ -19,7 +19,7 @@ _TARGETS = 9
 
 
 def check_classes(classes: int) -> None:
-    """Raises UsageError for fewer classes than the ensemble's targeted attacks are defined for."""
+    """Raise UsageError for fewer than four classes, for which the targeted attacks are not defined."""
     if classes < _LEAST_CLASSES:
         raise UsageError(
             f"the standard ensemble needs at least {_LEAST_CLASSES} classes, the model has {classes}. Use --tier "
@@ -28,7 +28,7 @@ def check_classes(classes: int) -> None:
 
 
 class _Contiguous(nn.Module):
-    """Takes any memory layout: the ensemble's views fail on channels_last outputs."""
+    """Makes inputs and logits contiguous, since the ensemble calls `view`, which fails on channels_last tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class _Contiguous(nn.Module):
 
 
 class StandardEnsemble:
-    """AutoAttack's standard version on one batch, attack by attack.
+    """The attacks of AutoAttack's standard version, one at a time.
 
     Args:
-        model: maps [0, 1] images to logits [N, K], K >= 4; in eval mode.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; in eval mode.
         threat: norm and radius, > 0.
-        classes: K; below 10, as many targets as there are other classes.
-        seed: of its random numbers.
-        device: where the images are.
+        classes: number of classes K >= 4; the targeted attacks have min(9, K - 1) targets.
+        seed: random seed of the attacks.
+        device: device of the images.
 
     Raises:
         EnvironmentProblem: pyautoattack is not installed.
-        UsageError: fewer than four classes, for which its targeted attacks are not defined.
+        UsageError: there are fewer than four classes, for which the targeted attacks are not defined.
     """
 
     def __init__(self, model: nn.Module, threat: ThreatModel, classes: int, seed: int, device: torch.device) -> None:
@@ -72,15 +72,15 @@ class StandardEnsemble:
         self._devices = [device] if device.type == "cuda" else []
 
     def points(self, attack: str, x: Tensor, y: Tensor) -> Tensor:
-        """Images [N, C, H, W] after one of `ATTACKS`: misclassified ones where it succeeded, the others as they came.
+        """Return images [N, C, H, W] after one attack: misclassified where it succeeded, unchanged elsewhere.
 
         Args:
-            attack: a name of `ATTACKS`.
-            x, y: images in [0, 1] that are classified rightly, and their labels.
+            attack: a name from `ATTACKS`.
+            x, y: correctly classified images [N, C, H, W] in [0, 1], and their labels [N].
         """
         self._ensemble.attacks_to_run = [attack]
         x = x.contiguous()
-        # It seeds torch's global generators.
+        # AutoAttack seeds torch's global generators.
         with torch.random.fork_rng(self._devices):
             found: Tensor = self._ensemble.run_standard_evaluation(x, y, batch_size=len(x))[0]
         return found

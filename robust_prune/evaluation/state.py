@@ -1,4 +1,4 @@
-"""Progress of an evaluation on disk, so that a killed one goes on where it stopped."""
+"""Progress of an evaluation, stored on disk so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ EXPORTED_ARRAYS = ("exported_clean", "exported_robust")
 
 @dataclass
 class Counters:
-    """What an evaluation has spent and found so far.
+    """Counters of an evaluation.
 
     Attributes:
-        classes: number of logits; 0 until the model has answered.
-        clean_done: images whose clean prediction is known (a prefix of the set).
-        stage: attacks of the tier that are over.
-        attacked: images that the present one has attacked (a prefix of those that stood when it began).
-        forwards, backwards: image passes spent by the attack and by the scoring of its results.
-        exported_mismatch: by exported file, clean images on which it and the model predict different classes.
-        seconds: wall time, earlier interrupted runs included.
-        flags: warnings raised so far.
-        black_box: survivors that the black-box check tried and broke; None until it has run.
-        exported_black_box: the same for each exported file that it has run on.
-        sweep: images that survive, and images tried, by the radius as a string.
+        classes: number of logits; 0 until the first forward pass.
+        clean_done: number of images with a clean prediction (a prefix of the set).
+        stage: number of completed attacks of the tier.
+        attacked: number of images attacked by the current stage (a prefix of the survivors when it began).
+        forwards, backwards: forward and backward passes of single images, for attacks and scoring.
+        exported_mismatch: for each exported file, number of clean images on which it and the model differ.
+        seconds: wall time, including interrupted runs.
+        flags: warnings so far.
+        black_box: number of survivors that the black-box check attacked and broke; None until it has run.
+        exported_black_box: the same for each exported file for which the check has run.
+        sweep: number of survivors and number of images, by radius as a string.
     """
 
     classes: int = 0
@@ -51,14 +51,14 @@ class Counters:
 
 @dataclass
 class EvalState:
-    """Per-image outcomes ([N], for exported files [T, N], in the order of the image set) and the counters.
+    """Results of every image in the order of the set ([N]; for T exported files [T, N]), and counters.
 
     Attributes:
-        key: hash of what they depend on.
-        clean, exported_clean: right without an attack (bool).
-        robust, exported_robust: right so far (bool).
-        fell: which attack broke an image (int8): its position in the tier, -1 for none.
-        counters: the rest.
+        key: hash of everything on which the results depend.
+        clean, exported_clean: whether an image is classified correctly without an attack (bool).
+        robust, exported_robust: whether it is classified correctly under all attacks so far (bool).
+        fell: position in the tier of the attack that broke an image (int8); -1 if none did.
+        counters: the counters.
     """
 
     key: str
@@ -71,14 +71,14 @@ class EvalState:
 
     @classmethod
     def fresh(cls, key: str, total: int, exported: int = 0) -> EvalState:
-        """The state before the first of `total` images."""
+        """Return the initial state for `total` images and `exported` files."""
         flags = {name: np.zeros(total, dtype=np.bool_) for name in ARRAYS}
         flags |= {name: np.zeros((exported, total), dtype=np.bool_) for name in EXPORTED_ARRAYS}
         counters = Counters(exported_mismatch=[0] * exported)
         return cls(key=key, counters=counters, fell=np.full(total, -1, dtype=np.int8), **flags)
 
     def save(self, path: Path) -> None:
-        """Writes the state atomically."""
+        """Write the state to `path` atomically."""
         head = np.frombuffer(json.dumps({"key": self.key, **asdict(self.counters)}).encode(), dtype=np.uint8)
 
         def write(part: Path) -> None:
@@ -94,10 +94,16 @@ class EvalState:
 
 
 def load_state(path: Path, key: str, total: int, exported: int = 0) -> tuple[EvalState, str]:
-    """The stored state if it was made under `key`, else a fresh one.
+    """Return the stored state if it has the same `key`, else a fresh one.
+
+    Args:
+        path: the file.
+        key: hash of everything on which the results depend.
+        total: number of images.
+        exported: number of exported files.
 
     Returns:
-        The state, and a sentence saying why a stored file was not used (empty otherwise).
+        The state, and a sentence that says why a stored file was not used (empty otherwise).
     """
     if not path.exists():
         return EvalState.fresh(key, total, exported), ""

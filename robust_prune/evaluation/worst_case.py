@@ -1,4 +1,4 @@
-"""The worst points that the attacks of a tier find for one batch of images."""
+"""Worst points that the attacks of a tier find for a batch of images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Attacker:
     """Runs the stages of a tier on batches of images.
 
     Attributes:
-        model: in eval mode with frozen parameters (`frozen_eval`).
+        model: the model, in eval mode with frozen parameters (`frozen_eval`).
         threat: norm and radius, > 0.
         classes: number of logits.
-        steps, restarts: of PGD.
-        seed: of the random starts.
-        precision: of the gradients; verdicts are in fp32. The standard's ensemble is always in fp32.
+        steps, restarts: steps and random restarts of PGD.
+        seed: random seed of the attacks.
+        precision: precision of the gradients; scoring is in fp32, and so is the ensemble of the ``standard`` tier.
     """
 
     model: nn.Module
@@ -37,19 +37,20 @@ class Attacker:
     precision: Precision = "fp32"
 
     def run(self, stage: Stage, x: Tensor, y: Tensor, batch: int) -> tuple[Tensor, Tensor, CountedModel]:
-        """One stage on one batch.
+        """Run one stage on one batch.
 
         Args:
-            stage: of a tier.
-            x, y: images [N, C, H, W] in [0, 1] and labels [N], all classified rightly.
-            batch: position of the batch in the stage; with the seed and the stage it seeds the random numbers.
+            stage: a stage of the tier.
+            x, y: correctly classified images [N, C, H, W] in [0, 1] and their labels [N].
+            batch: position of the batch in the stage; with the seed and the stage it seeds the attack.
 
         Returns:
-            survives (bool [N]); the worst point of each image ([N, C, H, W]): a misclassified one where the stage
-            found it; and the counters of passes.
+            Whether each image survives (bool [N]); the worst point of each image [N, C, H, W], which is misclassified
+            if the image does not survive; and the counters of passes.
 
         Raises:
             QualityGateError: the attack returned a point outside the threat model.
+            UsageError, EnvironmentProblem: as `StandardEnsemble`.
         """
         if stage.kind == "pgd":
             return worst_points(
@@ -103,17 +104,20 @@ def worst_points(
     batch: int = 0,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, CountedModel]:
-    """PGD on images that are right as they are; each restart works only on the survivors of those before.
+    """Attack correctly classified images with PGD; each restart attacks only the survivors of the previous ones.
 
     Args:
-        model: in eval mode with frozen parameters (`frozen_eval`).
-        x, y: images [N, C, H, W] in [0, 1] and labels [N], all classified rightly.
-        threat, steps, restarts, seed, precision: as in `evaluate`.
-        batch: position of the batch in the whole evaluation; with `seed` and the restart it seeds the random starts.
+        model: the model, in eval mode with frozen parameters (`frozen_eval`).
+        x, y: correctly classified images [N, C, H, W] in [0, 1] and their labels [N].
+        threat: norm and radius.
+        steps, restarts: PGD steps and random restarts.
+        seed: random seed of the starts.
+        batch: position of the batch in the evaluation; with `seed` and the restart it seeds the random starts.
+        precision: precision of the gradients; scoring is in fp32.
 
     Returns:
-        survives (bool [N]); the misclassified point of each image, or the one of highest fp32 cross-entropy that was
-        found where it survives ([N, C, H, W]); and the counters of passes.
+        Whether each image survives (bool [N]); the worst point of each image [N, C, H, W], which is misclassified or,
+        if the image survives, has the highest fp32 cross-entropy found; and the counters of passes.
 
     Raises:
         QualityGateError: the attack returned a point outside the threat model.
@@ -140,6 +144,6 @@ def worst_points(
 
 
 def start_seed(seed: int, batch: int, restart: int | str) -> int:
-    """Seed of one restart, or one stage, of one batch: a 63-bit hash, so that neighbours share no random numbers."""
+    """Return the seed of a restart or stage of a batch: a 63-bit hash, so that no two share random numbers."""
     text = f"{seed}/{batch}/{restart}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

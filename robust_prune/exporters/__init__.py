@@ -1,1 +1,1 @@
-"""From a torch model to an ONNX file that has been proven equal to it."""
+"""Export of torch models to ONNX files, with a parity check against the model."""

@@ -1,4 +1,4 @@
-"""Writes a model as one ONNX file that plain ONNX Runtime runs at any batch size, and proves it equal."""
+"""Export to one ONNX file that ONNX Runtime runs at any batch size, with a parity check."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .types import MANIFEST_KEY, OnnxArtifact, Parity
 MIN_OPSET = 18
 PARITY_IMAGES = 16
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
-# Protobuf refuses messages of 2 GiB; the graph itself needs some room too.
+# Protobuf limits messages to 2 GiB, and the graph itself needs some space.
 MAX_EMBEDDED_BYTES = 1_800_000_000
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
@@ -39,7 +39,19 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 def export_model(
     model: nn.Module, spec: ModelSpec, images: ImageSet, path: str | Path, section: ExportSection, seed: int
 ) -> OnnxArtifact:
-    """`export_onnx` with a manifest that names the model, checked on the first of `images` (training images)."""
+    """Run `export_onnx` with a manifest that describes the model, checked on the first 16 training images.
+
+    Args:
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K].
+        spec: specification of the model, stored in the manifest.
+        images: training images, at least 9.
+        path: the file to write.
+        section: export section of the recipe, with the opset.
+        seed: random seed of the run, stored in the manifest.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `export_onnx`.
+    """
     few, _ = first_images(images, PARITY_IMAGES)
     manifest = {"model": to_json(spec), "seed": seed}
     return export_onnx(model, path, few, manifest=manifest, opset=section.opset, class_names=spec.class_names)
@@ -54,27 +66,28 @@ def export_onnx(
     opset: int = MIN_OPSET,
     class_names: Sequence[str] = (),
 ) -> OnnxArtifact:
-    """Exports `model` to `path` with a dynamic batch, checked against a float64 reference before it appears.
+    """Export `model` to `path` with a dynamic batch size, after a parity check against a float64 reference.
 
-    The model is copied to the CPU in float32, contiguous and in eval mode; the caller's stays as it was. The
-    file's input is ``images`` (float32 [batch, C, H, W] in [0, 1]) and its output ``logits`` ([batch,
-    classes]). Weights that are subnormal after batch-norm folding become zero: they change no logit and
-    slow some CPUs down. Weights above 1.8 GB in all go to a ``.data`` file beside it.
+    The model is copied to the CPU in float32, contiguous and in eval mode; the original is not changed. The file's
+    input is ``images`` (float32 [batch, C, H, W] in [0, 1]), its output ``logits`` ([batch, K]). Weights that are
+    subnormal after batch-norm folding are set to zero, since they change no logit and slow down some CPUs. If the
+    weights exceed 1.8 GB, they are written to a ``.data`` file next to `path`.
 
     Args:
-        model: gives logits [N, classes] for images in [0, 1] (normalization is inside).
-        path: the file to write; replaced only when the gate holds.
-        images: float [N, C, H, W] in [0, 1], N >= 9: real training images, for the gate and the input shape.
-        manifest: JSON values kept in the file's metadata under ``robust_prune``.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; normalization is inside.
+        path: the file to write; an existing file is replaced only if the parity check passes.
+        images: real training images for the parity check and the input size, float [N, C, H, W] in [0, 1], N >= 9.
+        manifest: JSON values that are stored in the file's metadata under ``robust_prune``.
         opset: ONNX operator set, >= 18.
-        class_names: names of the logits, kept in the manifest; may be empty.
+        class_names: names of the classes, stored in the manifest; may be empty.
 
     Returns:
-        What was written and the outcome of the gate.
+        The artifact, with the result of the parity check.
 
     Raises:
-        UsageError: an opset that cannot be written, unsuitable images, or a model that the exporter refuses.
-        QualityGateError: the file's outputs differ from the model's; nothing is left at `path`.
+        UsageError: the opset cannot be written, the images are unsuitable, the number of class names is wrong, or the
+            exporter does not support the model.
+        QualityGateError: the outputs of the file differ from those of the model; nothing is written to `path`.
         EnvironmentProblem: the folder is not writable.
     """
     path = Path(path)
@@ -118,10 +131,10 @@ def export_onnx(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest that `export_onnx` stored in a file; empty for a file that has none.
+    """Return the manifest that `export_onnx` stored in a file; empty if the file has none.
 
     Raises:
-        UsageError: the file is missing or no ONNX file.
+        UsageError: the file is missing or is not an ONNX file.
     """
     try:
         stored = ir.load(path).metadata_props.get(MANIFEST_KEY, "{}")
@@ -142,7 +155,7 @@ def _manifest_text(manifest: dict[str, Any], images: Tensor, class_names: Sequen
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences exporters and converters, whose advice is for those who write them."""
+    """Suppress logs, warnings and output of exporters and converters, which are meant for their developers."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -176,13 +189,13 @@ def _trace(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
     assert program is not None  # None comes only from the old, TorchScript exporter
     written = program.model.opset_imports.get("")
     if written != opset:
-        # The converter keeps the exporter's own set, in silence, when it does not know the wanted one.
+        # The converter keeps the exporter's own opset without a warning if it does not support the requested one.
         raise UsageError(f"opset {opset} was asked for but the exporter can only write {written}. Try {MIN_OPSET}.")
     return program.model
 
 
 def _strip(model: ir.Model) -> None:
-    """Removes stack traces, source paths and notes of the exporter, from nodes and from values."""
+    """Remove stack traces, source paths and comments of the exporter from nodes and values."""
     ClearMetadataAndDocStringPass()(model)
     for graph in model.graphs():
         graph.metadata_props.clear()
@@ -193,7 +206,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _flush_subnormals(model: ir.Model) -> int:
-    """Sets subnormal weights to zero; returns how many there were."""
+    """Set subnormal weights to zero and return their number."""
     count = 0
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -209,9 +222,9 @@ def _flush_subnormals(model: ir.Model) -> int:
 
 
 def _data_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """Where the weights go when they do not fit into the file itself; empty when they do.
+    """Return the path of the external data file, or nothing if the weights fit into the ONNX file.
 
-    The name holds the weights' hash, so that a new export never touches the data of the file it replaces.
+    The name contains the hash of the weights, so that a new export never changes the data of the file that it replaces.
     """
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     if sum(tensor.nbytes for tensor in tensors) <= MAX_EMBEDDED_BYTES:

@@ -1,8 +1,8 @@
-"""The gate between an exported file and the model it came from: is it the same function, up to rounding?
+"""Parity check: whether an exported file computes the same function as the model, up to rounding.
 
-Comparing ONNX with torch in float32 says little, because both round: a deep network in float32 may be 1e-3
-away from the exact answer, and a wrong weight may be closer than that. So both are compared with the model
-run in float64, and the file may be at most `ERROR_FACTOR` times as far from it as torch's own float32 is.
+Comparing ONNX with torch in float32 is not conclusive, since both round: a deep network in float32 may differ by 1e-3
+from the exact result, and a wrong weight may change it by less. Therefore both are compared with the model in float64,
+and the error of the file may be at most `ERROR_FACTOR` times that of torch in float32.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .types import Parity
 BATCH_SIZES = (1, 3, 8)
 MIN_IMAGES = 9
 ERROR_FACTOR = 4.0
-# Torch's own error can be zero by luck on a very small network, where a factor of it would allow nothing.
+# On a very small network the error of torch can be zero by chance, so the limit has a lower bound.
 FLOOR_ULPS = 16.0
 REFERENCE_BATCH = 64
 
 
 def check_enough_images(images: ImageSet, name: str) -> None:
-    """Says before hours of work that an export could not be checked at its end.
+    """Check that there are enough images for the parity check of an export, before a run begins.
 
     Args:
-        images: the training images that an export would be checked on.
-        name: of their data set, for the message.
+        images: training images on which the export will be checked.
+        name: name of the data set, for the message.
 
     Raises:
-        UsageError: too few of them.
+        UsageError: there are fewer than 9 images.
     """
     if len(images) < MIN_IMAGES:
         raise UsageError(
@@ -47,23 +47,23 @@ def check_enough_images(images: ImageSet, name: str) -> None:
 
 
 def check_parity(path: Path, model: nn.Module, images: Tensor) -> Parity:
-    """Compares an ONNX file with the torch model it came from, on the CPU.
+    """Compare an ONNX file with its torch model on the CPU.
 
-    The gate holds when ``err(onnx, fp64) <= 4 * err(torch fp32, fp64)`` (at least 16 units in the last place
-    of the largest logit) and the predicted classes agree. A class that trails the reference's best by no
-    more than twice the allowed error counts as agreement: rounding alone may swap such a tie.
+    The check passes if ``err(onnx, fp64) <= 4 * err(torch fp32, fp64)`` (the limit is at least 16 units in the last
+    place of the largest logit) and the predicted classes agree. Classes agree if their logits in the reference differ
+    by at most twice the limit, since rounding alone may swap them.
 
     Args:
         path: the ONNX file.
-        model: the torch model; it is copied, and neither its mode nor its device changes.
-        images: float [N, C, H, W] in [0, 1], N >= 9: real images, because noise leaves most units dead.
+        model: the torch model; it is copied and not changed.
+        images: real images, since most units are inactive on noise; float [N, C, H, W] in [0, 1], N >= 9.
 
     Returns:
-        The measured errors, in logits, and whether the gate holds. Nothing is raised for a gate that fails.
+        The largest errors of logits, and whether the check passes. A failed check raises nothing.
 
     Raises:
-        UsageError: unsuitable images, or a file that ONNX Runtime cannot open.
-        QualityGateError: the torch model itself gives no finite logits, so that there is no reference.
+        UsageError: the images are unsuitable, the model does not run on them, or ONNX Runtime cannot open the file.
+        QualityGateError: the torch model gives NaN or infinite logits, so that there is no reference.
     """
     check_images(images)
     images = images.detach().to("cpu", torch.float32).contiguous()
@@ -87,10 +87,10 @@ def check_parity(path: Path, model: nn.Module, images: Tensor) -> Parity:
 
 
 def check_images(images: Tensor) -> None:
-    """Refuses images that are not float [N >= 9, C, H, W] in [0, 1].
+    """Check that `images` are float [N, C, H, W] in [0, 1] with N >= 9.
 
     Raises:
-        UsageError: says what was found.
+        UsageError: they are not.
     """
     if images.ndim != 4 or not images.is_floating_point() or len(images) < MIN_IMAGES:
         raise UsageError(
@@ -102,15 +102,15 @@ def check_images(images: Tensor) -> None:
 
 
 def eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` in eval mode, on the CPU, contiguous, in `dtype`, without gradients."""
+    """Return a copy of `model` in eval mode, on the CPU, contiguous, in `dtype` and with frozen parameters."""
     return copied(model).eval().to("cpu", dtype).to(memory_format=torch.contiguous_format).requires_grad_(False)
 
 
 class _Widened(TorchFunctionMode):
-    """Turns a forward pass's own requests for float32 into float64.
+    """Replaces float32 by float64 wherever a forward pass requests it.
 
-    Attention and positional code often asks for float32 by name (``x.float()``, ``dtype=torch.float32``) or
-    by default (``torch.linspace``), which would round the reference or mix types.
+    Attention and positional embeddings often request float32 by name (``x.float()``, ``dtype=torch.float32``) or by
+    default (``torch.linspace``), which would round the reference or mix types.
     """
 
     def __enter__(self) -> TorchFunctionMode:
@@ -134,10 +134,10 @@ class _Widened(TorchFunctionMode):
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits ([N, classes]) of a model in eval mode.
+    """Return the logits [N, K] of a model in eval mode on images [N, C, H, W].
 
     Raises:
-        UsageError: the model does not run on these images, or gives no single [N, classes] tensor.
+        UsageError: the model does not run on these images, or does not return one tensor [N, K].
     """
     with torch.inference_mode():
         parts = [_forward(model, part) for part in images.split(REFERENCE_BATCH)]
@@ -158,7 +158,7 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _compare(path: Path, images: np.ndarray, exact: np.ndarray, allowed: float) -> tuple[float, float]:
-    """Largest error of the file over all batch sizes, and the share of images on which its class agrees."""
+    """Return the largest error of the file over all batch sizes, and the share of predictions that agree."""
     session = _open(path)
     name = session.get_inputs()[0].name
     worst, agree, seen = 0.0, 0, 0
@@ -166,7 +166,7 @@ def _compare(path: Path, images: np.ndarray, exact: np.ndarray, allowed: float) 
         got = _run(session, name, images[part])
         want = exact[part]
         if got is None or got.shape != want.shape or not np.isfinite(got).all():
-            # Refuses this batch size, or answers with something that is no logit.
+            # The file fails at this batch size or does not return finite logits.
             worst, seen = float("inf"), seen + len(want)
             continue
         worst = max(worst, float(np.abs(got - want).max()))
@@ -177,7 +177,7 @@ def _compare(path: Path, images: np.ndarray, exact: np.ndarray, allowed: float) 
 
 
 def _batches(total: int) -> Iterator[slice]:
-    """Every image once in batches of the largest size, and a few in each of the smaller ones."""
+    """Yield every image once in batches of the largest size, and a few images in each smaller size."""
     *small, large = BATCH_SIZES
     for size in small:
         for start in (0, total - size):

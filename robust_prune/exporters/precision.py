@@ -1,4 +1,4 @@
-"""The same file in fewer bits: fp16, and int8 with quantised activations. ONNX Runtime's own tools do the work."""
+"""Conversion of ONNX files to fp16 and int8 by ONNX Runtime's tools."""
 
 from __future__ import annotations
 
@@ -25,17 +25,30 @@ from .types import MANIFEST_KEY, OnnxArtifact
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 LEAST_AGREEMENT = {"fp16": 0.98, "int8": 0.8}
-"""Share of images on which a file must give the class of the float64 reference, or else it is broken. What it costs in
-accuracy is measured afterwards, clean and robust."""
+"""Smallest share in [0, 1] of images on which a valid file predicts the class of the float64 reference. Its clean and
+robust accuracy are measured afterwards."""
 LARGEST_ERROR = {"fp16": 0.05, "int8": 0.5}
-"""How far a logit may be off, as a share of the largest one: values that do not fit are cut off in silence."""
+"""Largest error of a logit as a share of the largest logit; the tools clip values out of range without a warning."""
 CALIBRATION_BATCH = 16
 
 
 def export_precisions(
     model: nn.Module, images: ImageSet, source: Path, section: ExportSection
 ) -> dict[Precision, OnnxArtifact]:
-    """The files of lower precision that `section` wants, beside the fp32 file at `source`; from training images."""
+    """Write the files of lower precision that the recipe asks for, next to the fp32 file.
+
+    Args:
+        model: the torch model of `source`.
+        images: training images, for calibration and the parity check.
+        source: the fp32 file.
+        section: export section of the recipe, with precisions and number of calibration images.
+
+    Returns:
+        The artifact of each precision.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `export_reduced`.
+    """
     few, _ = first_images(images, section.calibration_images)
     return {
         precision: export_reduced(source, reduced_path(source, precision), precision, model, few)
@@ -44,37 +57,38 @@ def export_precisions(
 
 
 def reduced_path(source: Path, precision: Precision) -> Path:
-    """Where a file of lower precision lies: ``model.int8.onnx`` beside ``model.onnx``."""
+    """Return the path of a file of lower precision, e.g. ``model.int8.onnx`` for ``model.onnx``."""
     return source.with_name(f"{source.stem}.{precision}{source.suffix or '.onnx'}")
 
 
 def export_reduced(
     source: str | Path, path: str | Path, precision: Precision, model: nn.Module, images: Tensor
 ) -> OnnxArtifact:
-    """Writes a file that `export_onnx` made once more in lower precision, checked before it appears.
+    """Convert a file written by `export_onnx` to lower precision, after a parity check.
 
-    Inputs and outputs stay float32.
+    Inputs and outputs are float32.
 
     - ``fp16``: weights and arithmetic in half precision (onnxruntime.transformers.float16).
-    - ``int8``: static quantisation in QDQ form, weights per channel in int8, activations in uint8 with ranges from
-      `images` (onnxruntime.quantization).
+    - ``int8``: static quantisation in QDQ format, with int8 weights per channel and uint8 activations whose ranges are
+      calibrated on `images` (onnxruntime.quantization).
 
     Args:
         source: the fp32 file.
-        path: the file to write; replaced only when the gate holds.
+        path: the file to write; an existing file is replaced only if the parity check passes.
         precision: ``fp16`` or ``int8``.
-        model: that `source` was made from.
-        images: float [N, C, H, W] in [0, 1], N >= 9: training images, for the ranges and for the gate. A hundred or
-            more give sound ranges.
+        model: the torch model of `source`.
+        images: training images for calibration and the parity check, float [N, C, H, W] in [0, 1], N >= 9; a hundred or
+            more give reliable ranges.
 
     Returns:
-        What was written. Its parity says how far the logits are from the float64 reference, and on how many images the
-        class is the same; it passes within `LEAST_AGREEMENT` and `LARGEST_ERROR`.
+        The artifact. Its parity has the largest error of a logit against the float64 reference and the share of images
+        with the same class; it passes within `LEAST_AGREEMENT` and `LARGEST_ERROR`.
 
     Raises:
-        UsageError: an unknown precision, a missing file, or one whose weights lie outside of it (above 1.8 GB).
-        QualityGateError: the file does not run at every batch size, or its classes are others; nothing is left.
-        EnvironmentProblem: onnxruntime cannot convert it.
+        UsageError: the precision is unknown, the images are unsuitable, the file is missing, or its weights exceed
+            1.8 GB and are stored outside of it.
+        QualityGateError: the file fails at a batch size, or its logits or classes differ too much; nothing is written.
+        EnvironmentProblem: onnxruntime cannot convert the file.
     """
     source, path = Path(source), Path(path)
     if precision not in LEAST_AGREEMENT:
@@ -87,7 +101,7 @@ def export_reduced(
     try:
         with quiet():
             converted = _half(source) if precision == "fp16" else _quantised(source, images)
-    except Exception as error:  # the tools raise whatever their steps raise
+    except Exception as error:  # the tools raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(f"onnxruntime cannot convert {source.name} to {precision}: {reason}") from error
     _keep_manifest_only(converted, precision)
@@ -161,7 +175,7 @@ def _reader(images: Tensor) -> Any:
 
 
 def _keep_manifest_only(model: onnx.ModelProto, precision: str) -> None:
-    """Drops what the tools note about themselves, and says the precision in our manifest."""
+    """Remove the tools' metadata and records the precision in our manifest."""
     manifest: dict[str, Any] = next((json.loads(p.value) for p in model.metadata_props if p.key == MANIFEST_KEY), {})
     del model.metadata_props[:]
     entry = model.metadata_props.add()

@@ -1,23 +1,24 @@
-"""What an export leaves behind."""
+"""Results of an export."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MANIFEST_KEY = "robust_prune"
-"""Under which an ONNX file's metadata holds our manifest."""
+"""Key of our manifest in the metadata of an ONNX file."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Outcome of the parity gate between the ONNX file and the torch model.
+    """Result of the parity check between an ONNX file and its torch model.
 
     Attributes:
         batch_sizes: batch sizes that were compared.
         images: number of distinct images.
-        onnx_error, torch_error: largest absolute logit difference to the float64 reference.
-        argmax_agreement: share of images, in [0, 1], on which ONNX and the reference predict the same class.
-        passed: whether the gate holds.
+        onnx_error, torch_error: largest absolute difference of a logit from the float64 reference, of the file and of
+            torch in float32.
+        argmax_agreement: share in [0, 1] of predictions on which the file and the reference agree.
+        passed: whether the check passed.
     """
 
     batch_sizes: tuple[int, ...]
@@ -30,15 +31,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class OnnxArtifact:
-    """An exported, checked ONNX file.
+    """An exported ONNX file that passed the parity check.
 
     Attributes:
-        path: where it lies.
-        bytes: file size.
-        opset: operator set version.
-        sha256: of the file.
-        flushed_subnormals: weights that were subnormal and are now zero.
-        parity: outcome of the gate.
+        path: path of the file.
+        bytes: size of the file and its external data in bytes.
+        opset: version of the ONNX operator set.
+        sha256: SHA-256 of the file.
+        flushed_subnormals: number of subnormal weights that were set to zero.
+        parity: result of the parity check.
         precision: ``fp32``, ``fp16`` or ``int8``.
     """
 

@@ -1,1 +1,1 @@
-"""Looking at modules without changing them: fingerprints, hooks, modes and copies."""
+"""Introspection of modules without changing them: fingerprints, modes and copies."""

@@ -1,4 +1,4 @@
-"""Copies of modules that cannot always be copied as they are."""
+"""Deep copies of modules that cannot always be copied directly."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copied(model: M) -> M:
-    """A deep copy of `model`, which stays as it is.
+    """Return a deep copy of `model`, which is not changed.
 
-    LeViT and its like keep a tensor with a graph in eval mode, which cannot be copied; a switch to train mode drops it.
+    Some models (LeViT) cache a tensor with its graph in eval mode, which cannot be copied; train mode clears it.
     """
     try:
         return copy.deepcopy(model)

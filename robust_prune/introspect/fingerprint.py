@@ -1,4 +1,4 @@
-"""Fingerprints that tie what is stored to the model and the images it was made from."""
+"""Fingerprints of models and images, which identify the inputs of stored results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _feed(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 
 def models_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of a model's structure, parameters and buffers, the ones that are not saved included.
+    """Return the SHA-256 (hex) of a model's structure, parameters and buffers, including non-persistent ones.
 
-    Equal across processes and devices; the train/eval mode and `requires_grad` flags do not enter.
+    It is the same in all processes and on all devices, and does not depend on modes and `requires_grad` flags.
     """
     sha = hashlib.sha256()
-    # Functions kept as attributes print their memory address, which differs from process to process.
+    # Functions in attributes print their memory address, which differs between processes.
     sha.update(ADDRESS.sub("", repr(model)).encode())
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         _feed(sha, name, tensor)
@@ -36,7 +36,7 @@ def models_hash(model: nn.Module) -> str:
 
 
 def buffers_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the buffers alone: batch-norm statistics move when a model is not really in eval mode."""
+    """Return the SHA-256 (hex) of the buffers; batch-norm statistics change if a model is not really in eval mode."""
     sha = hashlib.sha256()
     for name, tensor in model.named_buffers():
         _feed(sha, name, tensor)
@@ -44,9 +44,9 @@ def buffers_hash(model: nn.Module) -> str:
 
 
 def images_hash(images: ImageSet, sample: int = 256) -> str:
-    """SHA-256 (hex) of the number of images and of up to `sample` of them, evenly spread, with their labels.
+    """Return the SHA-256 (hex) of the number of images and of up to `sample` evenly spaced ones with their labels.
 
-    A sample only, because hashing a folder of photographs would cost as much as evaluating them.
+    It is limited to a sample, since hashing a folder of photographs would cost as much as evaluating them.
     """
     sha = hashlib.sha256(str(len(images)).encode())
     count = min(sample, len(images))

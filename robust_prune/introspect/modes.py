@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode, and gives every module its mode back at the end."""
+    """Put `model` in eval mode, and restore the mode of every module on exit."""
     with kept_modes(model):
         model.eval()
         yield
@@ -18,7 +18,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Gives every module its mode back at the end."""
+    """Restore the mode of every module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

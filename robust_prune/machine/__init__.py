@@ -1,1 +1,1 @@
-"""The machine: memory, processors, GPUs and versions."""
+"""Machine: memory, processors, GPUs and package versions."""

@@ -1,4 +1,4 @@
-"""Where torch computes."""
+"""Choice of the torch device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..errors import EnvironmentProblem
 
 
 def choose_device(name: str) -> str:
-    """``cpu`` or ``cuda``, of ``auto``, ``cpu`` or ``cuda``: with ``auto`` a GPU where torch finds one.
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``; ``auto`` is ``cuda`` if torch finds a GPU.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and is not there.
+        EnvironmentProblem: `name` is ``cuda``, but torch finds no GPU.
     """
     found = torch.cuda.is_available()
     if name == "auto":

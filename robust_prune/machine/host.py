@@ -1,4 +1,4 @@
-"""Facts about the machine, read without importing torch: processor, memory, versions, commit."""
+"""Processor, memory, versions and commit of the machine, read without importing torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def platform_name() -> str:
-    """Operating system, its release and the processor architecture."""
+    """Return the operating system, its release and the processor architecture."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def cpu_name() -> str:
-    """The processor's marketing name, or its architecture where the system does not say."""
+    """Return the processor's model name, or its architecture if the name is not available."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -40,14 +40,14 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may use."""
+    """Return the number of logical cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_gib() -> float:
-    """Memory in GiB, the container's limit if it is lower."""
+    """Return the memory in GiB, or the container's limit if it is lower."""
     return round(min(psutil.virtual_memory().total, _container_limit()) / GIB, 1)
 
 
@@ -59,7 +59,7 @@ def _container_limit() -> float:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions of those of `packages` that are installed."""
+    """Return the versions of those `packages` that are installed, by name."""
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -68,7 +68,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that holds this package, with ``+changes`` if files differ; None outside one."""
+    """Return the commit of this package's git checkout, with ``+changes`` if files differ; None without a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -86,7 +86,7 @@ def _output(command: list[str]) -> str:
 
 
 def device_name() -> str:
-    """The accelerator that torch, if it is loaded, or else NVML reports; ``cpu`` without one."""
+    """Return the name of the GPU as reported by torch, if it is imported, else by NVML; ``cpu`` without a GPU."""
     torch = sys.modules.get("torch")
     if torch is not None:
         return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
@@ -95,7 +95,7 @@ def device_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor says that it multiplies bfloat16 in hardware (Linux only, else False)."""
+    """Return whether the processor has bf16 instructions; False on systems other than Linux."""
     with contextlib.suppress(OSError):
         words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
         return any(flag in words for flag in BF16_FLAGS)
@@ -103,10 +103,10 @@ def cpu_has_bf16() -> bool:
 
 
 def tune_allocator() -> bool:
-    """Keeps freed memory in this process, on Linux with glibc: tensors of a training step then cost no page faults.
+    """Make glibc keep freed memory in the process, so that tensors of training steps cause no page faults.
 
     Returns:
-        Whether the allocator took the settings; elsewhere nothing happens.
+        Whether the settings were accepted; False on systems other than Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,6 +1,6 @@
-"""What NVIDIA's management library tells of the GPUs: names, clocks, memory of a process, energy.
+"""GPU names, clocks, memory and energy from the NVIDIA Management Library (NVML).
 
-Nothing is known without nvidia-ml-py or a driver; no function raises for that.
+Without nvidia-ml-py or a driver the functions return empty results and raise nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _devices() -> Iterator[tuple[Any, list[Any]]]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Names and drivers of the GPUs."""
+    """Return the name and the driver version of each GPU."""
     with _devices() as (nvml, devices):
         return [
             {"name": _text(nvml.nvmlDeviceGetName(device)), "driver": _text(nvml.nvmlSystemGetDriverVersion())}
@@ -42,7 +42,7 @@ def _text(value: str | bytes) -> str:
 
 
 def states() -> list[dict[str, float]]:
-    """Clocks in MHz, temperature in degrees Celsius and power in watts of every GPU, as far as it tells them."""
+    """Return clocks in MHz, temperature in degrees Celsius and power in watts of each GPU, as far as available."""
     found = []
     with _devices() as (nvml, devices):
         for device in devices:
@@ -61,7 +61,7 @@ def states() -> list[dict[str, float]]:
 
 
 def joules() -> float | None:
-    """Energy that all GPUs have used since their driver was loaded, or None where one does not count it."""
+    """Return the energy in joules used by all GPUs since the driver was loaded, or None without such a counter."""
     with _devices() as (nvml, devices):
         try:
             return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(d) for d in devices) / 1000 if devices else None
@@ -70,7 +70,7 @@ def joules() -> float | None:
 
 
 def memory_mib(pid: int) -> float | None:
-    """GPU memory of a process in MiB, or None where NVML does not see it (in a container, say)."""
+    """Return the GPU memory of a process in MiB, or None if NVML does not report it (e.g. in a container)."""
     with _devices() as (nvml, devices):
         used = []
         for device in devices:

@@ -1,4 +1,4 @@
-"""What a result file says about its machine, and what `doctor` says about it to the user."""
+"""Description of the machine in result files, and the checks of `doctor`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ Status = Literal["ok", "warn", "fail"]
 
 
 def snapshot() -> dict[str, Any]:
-    """Python, platform, processor, memory, versions and device: what a result file says about its machine.
+    """Return Python, platform, processor, memory, versions and device of the machine, for result files.
 
-    Heavy packages are not imported for it. It holds no machine paths and no host or user names.
+    No heavy packages are imported. Paths, host names and user names are not included.
     """
     return {
         "robust_prune": __version__,
@@ -62,13 +62,13 @@ def snapshot() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of `doctor`.
+    """Result of one check of `doctor`.
 
     Attributes:
-        name: what was looked at.
-        status: ``ok``, ``warn`` (works, but) or ``fail`` (the main job will not run).
-        detail: what was found.
-        repair: what to do about it; empty when nothing.
+        name: name of the check.
+        status: ``ok``, ``warn`` (works with limitations) or ``fail`` (`compress` will not run).
+        detail: finding of the check.
+        repair: command or advice that repairs it; empty if there is nothing to repair.
     """
 
     name: str
@@ -79,23 +79,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks judge; `gather` fills it from the machine.
+    """Input of the checks; `gather` collects it on the machine.
 
     Attributes:
-        python: version as numbers.
-        installed: package versions, as `host.versions` gives them.
-        builds: torch's and torchvision's own version strings, with the build behind the plus sign.
-        requirements: what robust-prune declares to need on this machine, e.g. ``torch>=2.9``.
-        import_errors: module to the error of importing it; a module that imports is absent.
+        python: version of Python as numbers.
+        installed: package versions, from `host.versions`.
+        builds: versions of torch and torchvision with the build after the plus sign.
+        requirements: requirements of robust-prune on this machine, e.g. ``torch>=2.9``.
+        import_errors: error of each module that cannot be imported.
         session: whether `onnxruntime.InferenceSession` exists.
-        provider_errors: provider to the reason why a small model does not run on it; absent when it does.
-        torch_cuda: CUDA version that torch was built for; empty for a CPU build.
-        gpu: name of the GPU that torch uses; empty for none.
-        driver_gpus: names of the GPUs that the NVIDIA driver reports.
-        bf16: whether the device multiplies bfloat16 matrices in hardware.
+        provider_errors: reason for each provider on which a small model does not run.
+        torch_cuda: CUDA version of the torch build; empty for a CPU build.
+        gpu: name of the GPU that torch uses; empty without one.
+        driver_gpus: names of the GPUs reported by the NVIDIA driver.
+        bf16: whether the device supports bf16 in hardware.
         disk_gib: free space of the working directory in GiB.
-        writable: whether files can be made there.
-        free_memory_gib: memory that is available now in GiB.
+        writable: whether the working directory is writable.
+        free_memory_gib: available memory in GiB.
     """
 
     python: tuple[int, ...] = MIN_PYTHON
@@ -115,7 +115,7 @@ class Facts:
 
 
 def gather() -> Facts:
-    """Looks at the machine; imports every heavy package, and survives those that are broken."""
+    """Collect the facts of this machine; it imports all heavy packages and tolerates broken ones."""
     errors = {name: problem for name in IMPORTED if (problem := _import_problem(name))}
     torch = None if "torch" in errors else sys.modules["torch"]
     modules = {name: sys.modules[name] for name in ("torch", "torchvision") if name not in errors}
@@ -157,7 +157,7 @@ def _declared() -> tuple[str, ...]:
 
 
 def _provider_problem(provider: str) -> str:
-    """Runs a model of one node on the provider; empty when that works."""
+    """Run a model of one node on the provider and return the problem; empty if it runs."""
     from onnx import TensorProto, helper
 
     from ..bench import providers, session
@@ -186,10 +186,10 @@ def _writable() -> bool:
 
 
 def doctor_checks(facts: Facts | None = None) -> tuple[Check, ...]:
-    """Judges the machine: each check says what was found and, when it is not well, the command that repairs it.
+    """Return the results of all checks of the machine, with repairs for problems.
 
     Args:
-        facts: what to judge; None looks at this machine, which imports torch and takes seconds.
+        facts: facts to check; by default those of this machine, which takes seconds since it imports torch.
     """
     known = gather() if facts is None else facts
     rules: tuple[Callable[[Facts], Iterator[Check]], ...] = (
@@ -236,7 +236,7 @@ def _torch_pair(facts: Facts) -> Iterator[Check]:
         detail = f"torch {torch} and torchvision {vision} are different builds: their operators may not match"
         yield Check("torch and torchvision", "warn", detail, repair)
     elif number == "2.13.0" and build:
-        # Some machines offer pip a local CPU file of just this release, which no torchvision belongs to.
+        # Some machines offer pip a local CPU build of this release for which there is no torchvision.
         detail = f"torch {torch} is a local build that other packages were not built for"
         yield Check("torch and torchvision", "warn", detail, repair)
     else:
@@ -328,7 +328,7 @@ def _memory(facts: Facts) -> Iterator[Check]:
 
 
 def render_doctor(checks: tuple[Check, ...]) -> Table:
-    """The checks as a table for a terminal; repairs stand below what they repair."""
+    """Return the checks as a table for a terminal, with repairs below the findings."""
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table(title="robust-prune doctor", show_lines=False)
     for name in ("", "check", "found"):

@@ -1,1 +1,1 @@
-"""Models: architectures by name, safe artifacts, and the opening of other people's checkpoints."""
+"""Models: architectures by name, artifacts without pickle, and foreign checkpoints."""

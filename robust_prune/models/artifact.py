@@ -1,8 +1,8 @@
-"""The project's model files: one file, no pickle, rebuilt bit for bit.
+"""Model files of this project: one file without pickle, from which the model is rebuilt bit for bit.
 
-A ``.safetensors`` file holds the tensors and, in its metadata, a JSON manifest: format, version, the architecture's
-spec, the changes that surgery made to it, the threat model and the provenance. A ``.pt`` file holds the same two things
-for tools that only know ``torch.load(weights_only=True)``.
+A ``.safetensors`` file contains the tensors and, in its metadata, a JSON manifest: format, version, specification of
+the architecture, the changes that surgery made to it, threat model and provenance. A ``.pt`` file contains the same
+for tools that use ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .spec import ModelSpec
 FORMAT = "robust-prune"
 VERSION = 1
 KEY = "robust_prune"
-"""Where the manifest lies: a metadata key of the safetensors file, or a key of the ``.pt`` file's dict."""
+"""Key of the manifest in the metadata of a safetensors file, or in the dict of a ``.pt`` file."""
 
 SUFFIXES = (".safetensors", ".pt")
 StoreDtype = Literal["float16"]
@@ -39,13 +39,13 @@ StoreDtype = Literal["float16"]
 
 @dataclass(frozen=True, repr=False)
 class Model(Shown):
-    """A classifier, and what is known of it. Called with images [N, C, H, W] in [0, 1], it gives logits [N, K].
+    """A classifier with its specification; calling it maps images [N, C, H, W] in [0, 1] to logits [N, K].
 
     Attributes:
-        module: the torch module, normalization inside; as it is opened, in eval mode and on the CPU.
-        spec: what names its dense architecture.
-        threat: the threat model it was trained against, if the file says so.
-        provenance: JSON values about where it came from.
+        module: the torch module, with normalization inside; an opened model is in eval mode and on the CPU.
+        spec: specification of its dense architecture.
+        threat: threat model of its training; None if it is unknown.
+        provenance: JSON values on the origin of the model.
     """
 
     module: nn.Module
@@ -54,12 +54,12 @@ class Model(Shown):
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        """Return the logits [N, K] of images [N, C, H, W] in [0, 1]."""
         logits: Tensor = self.module(images)
         return logits
 
     def short(self) -> str:
-        """Architecture, classes, size and threat model."""
+        """Return architecture, number of classes, image size, number of parameters and threat model."""
         size = "x".join(map(str, self.spec.input_size))
         count = sum(parameter.numel() for parameter in self.module.parameters())
         against = f", trained against {self.threat}" if self.threat else ""
@@ -76,20 +76,21 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     store_dtype: StoreDtype | None = None,
 ) -> None:
-    """Writes `model` whole or not at all, after proving that the file's contents rebuild it.
+    """Write `model` atomically, after checking that the contents of the file fit its rebuilt architecture.
 
     Args:
-        path: ends in ``.safetensors`` or ``.pt``.
+        path: a path that ends in ``.safetensors`` or ``.pt``.
         model: a `NormalizedClassifier` of `spec`'s architecture, dense or pruned.
-        spec: what names the dense architecture.
-        changes: `describe_changes` between the dense `NormalizedClassifier` and `model`; None works them out.
-        threat: what the model was trained against.
-        provenance: JSON values: recipe hash, parent hash, metrics.
-        store_dtype: ``"float16"`` halves the file by rounding matrices and kernels (vectors, such as batch-norm
-            statistics, stay). The loaded model is then the rounded one: measure that.
+        spec: specification of the dense architecture.
+        changes: result of `describe_changes` for the dense `NormalizedClassifier` and `model`; computed by default.
+        threat: threat model of the training.
+        provenance: JSON values, such as recipe hash, parent hash and metrics.
+        store_dtype: ``"float16"`` halves the size of the file by rounding matrices and kernels; vectors, such as
+            batch-norm statistics, are not rounded. The loaded model has the rounded weights, so evaluate that model.
 
     Raises:
-        UsageError: another suffix, a model that does not belong to `spec`, values that JSON or float16 cannot hold.
+        UsageError: the suffix is another one, `model` does not fit `spec`, or values cannot be stored in JSON or
+            float16.
         EnvironmentProblem: the file cannot be written.
     """
     path = Path(path)
@@ -112,18 +113,19 @@ def save(
 def load(
     path: str | Path, *, arch: str | None = None, trust_source: bool = False, like: nn.Module | None = None
 ) -> Model:
-    """Rebuilds the model of an artifact.
+    """Rebuild the model of an artifact, in eval mode on the CPU.
 
     Args:
-        path: what `save` wrote.
-        arch: where the architecture's ``file.py:function`` is now; needed for such models, because loading runs that
-            file, and its hash must be the one recorded. Other architectures need no `arch`.
-        trust_source: run the ``file.py:function`` that the artifact names, without `arch`: for files that this very run
-            has written.
-        like: for a model that was given as a Python object: the same object, built again.
+        path: a file written by `save`.
+        arch: current location of the architecture's ``file.py:function``. Such models require it, since loading runs
+            the file, whose hash must be the recorded one. Leave it out for other architectures.
+        trust_source: whether to run the ``file.py:function`` named in the artifact without `arch`; for files that the
+            current run has written.
+        like: for a model that was given as a Python object, the same object, built again.
 
     Raises:
-        UsageError: not an artifact, made by a newer version, damaged, or its architecture cannot be rebuilt here.
+        UsageError: the file is not an artifact, is damaged, was written by a newer version, or its architecture cannot
+            be rebuilt on this machine.
     """
     path = Path(path)
     contents = weight_files.read(path)
@@ -133,7 +135,7 @@ def load(
 
 
 def is_artifact(contents: weight_files.Contents) -> bool:
-    """Whether a file that was read is one of ours."""
+    """Return whether the contents of a file are an artifact."""
     return KEY in contents.metadata or (isinstance(contents.value, dict) and isinstance(contents.value.get(KEY), str))
 
 
@@ -145,7 +147,7 @@ def open_contents(
     trust_source: bool = False,
     like: nn.Module | None = None,
 ) -> Model:
-    """`load` for a file that has been read already; `like` is the Python object that an ``object/`` model was."""
+    """Rebuild the model of an artifact that has been read already; see `load` for arguments and errors."""
     in_metadata = KEY in contents.metadata
     text = contents.metadata[KEY] if in_metadata else contents.value[KEY]
     tensors = contents.value if in_metadata else contents.value.get("state_dict")
@@ -172,8 +174,8 @@ def open_contents(
 
 
 def _consented(path: Path, spec: ModelSpec, arch: str | None, trust_source: bool) -> ModelSpec:
-    # A manifest may name any Python file of the reader's disk and arguments for any function in it, so a file is run
-    # only when the user names it, or the caller vouches for the artifact.
+    # A manifest may name any Python file on the user's disk and arguments for any of its functions, so a file is run
+    # only if the user names it or the caller trusts the artifact.
     if user_file.is_reference(spec.arch):
         if arch is None and not trust_source:
             raise UsageError(
@@ -216,7 +218,7 @@ def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, T
         raise UsageError(f"store_dtype must be float16 or nothing, got {store_dtype!r}")
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        # A clone of its own: safetensors refuses tensors that share memory, as tied weights do.
+        # Cloned, since safetensors does not store tensors that share memory, such as tied weights.
         value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         if store_dtype == "float16" and value.ndim >= 2 and value.dtype == torch.float32:
             half = value.half()
@@ -228,7 +230,7 @@ def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, T
 
 
 def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
-    """Gives a freshly built `model` the shapes, dtypes and values of the stored tensors."""
+    """Load the shapes, data types and values of the stored tensors into a freshly built `model`."""
     apply_changes(model, dict(changes))
     targets = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -237,7 +239,7 @@ def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Te
             target.data = target.data.to(tensor.dtype)
     try:
         state = OrderedDict(tensors)
-        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which MNASNet asks for
+        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which MNASNet needs
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         first = " ".join(str(error).split("\n\t")[1].split()) if "\n\t" in str(error) else str(error)

@@ -1,4 +1,4 @@
-"""Opening whatever a user has: our artifacts, the embedded demo, and other projects' checkpoints."""
+"""Opening of model files: our artifacts, the embedded demo, and checkpoints of other projects."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def open_model(
     trust_pickle: bool = False,
     trust_source: bool = False,
 ) -> Model:
-    """Opens a model for any command.
+    """Open a model file, in eval mode on the CPU.
 
-    An artifact of ours knows all about itself; the data are only held against it. A state_dict needs `arch` and `data`.
-    It may be nested (``state_dict``, ``model``, ``ema`` and the like), carry prefixes (``module.``,
-    ``_orig_mod.``, ``backbone.``) and the buffers of a normalization layer, whose statistics then replace the data's.
+    An artifact describes itself; `data` are only checked against it. A state_dict requires `arch` and `data`. It may be
+    nested (under ``state_dict``, ``model``, ``ema`` and similar keys), have prefixes (``module.``, ``_orig_mod.``,
+    ``backbone.``), and contain the buffers of a normalization layer, whose statistics then replace those of the data.
 
     Args:
         path_or_name: a file, or ``"demo"`` for the embedded model.
-        arch: architecture of a foreign checkpoint; for an artifact of a ``file.py:function``, where that file is now.
-        data: what the model is to be used with; weights take their classes, image size and normalization from it.
-        kwargs: constructor arguments for `arch`.
-        trust_pickle: allow pickled modules, which run code from the file. `arch` is needed all the same, since the
-            result must be rebuilt without pickle.
+        arch: architecture of a foreign checkpoint, or the current location of an artifact's ``file.py:function``.
+        data: data set of the model, from which weights take classes, image size and normalization.
+        kwargs: constructor arguments of `arch`.
+        trust_pickle: whether to allow pickled modules, which run code from the file. `arch` is still required, since
+            the model must be rebuilt without pickle.
         trust_source: see `artifact.load`.
 
     Raises:
-        UsageError: a wrong path, kind of file, architecture, or data that do not fit the model.
+        UsageError: the path, kind of file or architecture is wrong, or the data do not fit the model.
         EnvironmentProblem: the embedded model is missing from the installation.
     """
     path = demo_path() if str(path_or_name) == DEMO else Path(path_or_name).expanduser()
@@ -89,7 +89,7 @@ def open_model(
 
 
 def check_data(spec: ModelSpec, *, num_classes: int | None = None, input_size: Sequence[int] | None = None) -> None:
-    """Raises `UsageError` unless data of these classes and this image size fit the model (None: unknown)."""
+    """Raise UsageError unless the number of classes and the image size fit the model; None is not checked."""
     if input_size is not None and tuple(input_size) != tuple(spec.input_size):
         wanted, found = ("x".join(map(str, size)) for size in (spec.input_size, input_size))
         hint = " Greyscale and colour do not mix." if input_size[0] != spec.input_size[0] else ""
@@ -101,10 +101,10 @@ def check_data(spec: ModelSpec, *, num_classes: int | None = None, input_size: S
 
 
 def demo_path() -> Path:
-    """Where the embedded model lies.
+    """Return the path of the embedded model.
 
     Raises:
-        EnvironmentProblem: the installation lacks it.
+        EnvironmentProblem: it is missing from the installation.
     """
     path = Path(str(resources.files("robust_prune") / "data" / "sample" / "demo.safetensors"))
     if not path.is_file():
@@ -130,6 +130,6 @@ def _open_foreign(path: Path, found: FoundWeights, spec: ModelSpec) -> Model:
 
 
 def _follow_pruned_module(backbone: nn.Module, module: nn.Module, prefix: str) -> None:
-    """Gives `backbone` the shapes and attributes of a pickled module that another tool may have pruned."""
+    """Apply to `backbone` the shapes and attributes of a pickled module, which another tool may have pruned."""
     inner = module.get_submodule(prefix.rstrip(".")) if prefix else module
     apply_changes(backbone, describe_changes(backbone, inner))

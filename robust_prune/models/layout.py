@@ -1,4 +1,4 @@
-"""Which memory layout and number format the hardware is fast in."""
+"""Memory formats and precisions that the hardware supports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """channels_last, in which convolutions are faster on CPUs and GPUs alike, unless `model` refuses such images.
+    """Return channels_last, in which convolutions are faster on CPUs and GPUs, unless `model` fails on it.
 
-    Code that calls ``view`` on its features does.
+    Models that call ``view`` on their features fail.
 
     Args:
         model: in eval mode.
-        images: a few of them [N, C, H, W], on the model's device and in its precision.
+        images: a few images [N, C, H, W], on the model's device and in its precision.
     """
     try:
         model(images.contiguous(memory_format=torch.channels_last))
@@ -27,12 +27,12 @@ def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype:
-    """The precision of the model's parameters, in which it wants its images; fp32 if it has none."""
+    """Return the data type of the model's parameters, which its images must have; float32 if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes bf16 itself; where it does not, emulation is many times slower than fp32."""
+    """Return whether the hardware supports bf16; emulation is many times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -42,9 +42,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether GPUs may round the inputs of fp32 convolutions and matrix products to TF32's 10 bits.
+    """Allow or forbid TF32 on GPUs inside the block, and restore the settings on exit.
 
-    torch allows it for convolutions unless told otherwise. Training gains by it; a verdict must not depend on it.
+    TF32 rounds the inputs of fp32 convolutions and matrix products to 10 bits of mantissa. torch allows it for
+    convolutions by default. It speeds up training, but the scoring of adversarial images must not depend on it.
     """
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:

@@ -1,8 +1,7 @@
-"""What surgery changed, as plain JSON: enough to turn a fresh dense model into the pruned one without pickle.
+"""Changes made by surgery, as plain JSON from which a fresh dense model becomes the pruned one without pickle.
 
-A pruned model differs from its dense architecture in tensor shapes and in plain attributes of its modules
-(`out_channels`, `num_heads`, `nChannels`, ...). Both are recorded; the weights travel beside them as an ordinary
-state_dict.
+A pruned model differs from its dense architecture in the shapes of tensors and in plain attributes of modules
+(`out_channels`, `num_heads`, `nChannels`, ...). Both are recorded here; the weights are an ordinary state_dict.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from torch import nn
 from ..errors import UsageError
 
 _SCALARS = (bool, int, float, str, type(None))
-# Mode and hook bookkeeping describe how a model is being used, not what it is.
+# Modes and hooks describe the use of a model, not its architecture.
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
-    """What must change in `base` (the dense architecture) for its tensors and attributes to be those of `pruned`.
+    """Return the changes of shapes and attributes that turn `base` into `pruned`.
 
     Args:
-        base: the model as its constructor makes it (weights are irrelevant).
+        base: the dense architecture as built by its constructor; weights do not matter.
         pruned: the same architecture after surgery.
 
     Returns:
         ``{"attributes": {module name: {attribute: value}}, "shapes": {state_dict key: [sizes]}}``, JSON values only,
-        with an entry only for what differs. A module's name is ``""`` for the model itself.
+        with entries only for differences. The name of the model itself is ``""``.
 
     Raises:
-        UsageError: the two are not the same architecture, or a non-persistent buffer changed shape (a state_dict cannot
-            carry it).
+        UsageError: the two are not the same architecture, or a non-persistent buffer, which a state_dict does not
+            contain, changed its shape.
     """
     modules = dict(base.named_modules(remove_duplicate=False))
     before, after = _tensors(base), _tensors(pruned)
@@ -60,18 +59,19 @@ def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
 
 
 def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
-    """Give `fresh_model` the attributes and tensor shapes of `changes`, in place; tensors that change are left empty.
+    """Apply the attributes and tensor shapes of `changes` to `fresh_model`, in place.
 
-    Load the pruned state_dict (``strict=True``) afterwards. Ties between parameters and their `requires_grad` are kept.
+    Changed tensors are left uninitialised; load the pruned state_dict (``strict=True``) afterwards. Tied parameters and
+    `requires_grad` flags are kept.
 
     Args:
         fresh_model: the dense architecture, freshly built.
-        changes: what `describe_changes` returned, possibly read back from JSON. It may come from an untrusted file:
-            only plain attributes that already exist are set, and no tensor can grow.
+        changes: result of `describe_changes`, possibly read from JSON. It may come from an untrusted file: only
+            existing plain attributes are set, and no tensor can grow.
 
     Raises:
-        UsageError: a module, attribute or tensor that the model does not have, or a value or shape that cannot be
-            right. The model is untouched then.
+        UsageError: the model does not have a module, attribute or tensor, or a value or shape is invalid. The model is
+            then not changed.
     """
     modules = dict(fresh_model.named_modules(remove_duplicate=False))
     tensors = _tensors(fresh_model)
@@ -104,12 +104,12 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer under every name it has."""
+    """Return all parameters and buffers under all of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value survives JSON (tuples as lists)."""
+    """Return whether JSON can represent a value, with tuples as lists."""
     return isinstance(value, _SCALARS) or (isinstance(value, (tuple, list)) and all(_plain(v) for v in value))
 
 

@@ -1,4 +1,4 @@
-"""A module that Python has in its hands, as a model of this package."""
+"""Torch modules from Python as models of this package."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .normalization import NormalizedClassifier
 
 
 def as_model(module: nn.Module, data: DataBundle) -> Model:
-    """`module` with what names it: an architecture that lives as long as the process does (see `registry.remember`).
+    """Return `module` as a `Model`, whose architecture is registered until the process ends (`registry.remember`).
 
     Args:
-        module: maps [0, 1] images [N, C, H, W] to logits [N, K]: whatever normalization it needs is inside.
-        data: gives the size of its images and the names of its classes.
+        module: maps [0, 1] images [N, C, H, W] to logits [N, K]; any normalization is inside.
+        data: data set, with the size of the images and the names of the classes.
 
     Raises:
-        UsageError: it cannot run on such images, or its logits are not those of the data's classes.
+        UsageError: the module has no parameters, does not run on such images, or has another number of logits.
     """
     parameter = next(module.parameters(), None)
     if parameter is None:
@@ -31,7 +31,7 @@ def as_model(module: nn.Module, data: DataBundle) -> Model:
     try:
         with eval_mode(module), torch.no_grad():
             logits = module(image)
-    except Exception as error:  # a module may fail in its own way on a size that it was not made for
+    except Exception as error:  # a module may raise any error on images of another size
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{type(module).__name__} cannot run on {size} images of {data.name}: {said}") from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -21,7 +21,7 @@ from .spec import ModelSpec
 
 SOURCES = ("timm", "torchvision", "cifar")
 OBJECT = "object"
-"""Source of modules that only Python knows."""
+"""Source of architectures that are Python objects of this process."""
 _OBJECTS: dict[str, nn.Module] = {}
 _FORMS = "timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function"
 _AUX_HEADS = ("googlenet", "inception_v3")
@@ -39,18 +39,18 @@ def make_spec(
     kwargs: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
 ) -> ModelSpec:
-    """A checked `ModelSpec`; for ``file.py:function`` the hash of the file is recorded.
+    """Return a checked `ModelSpec`; for ``file.py:function`` it records the hash of the file.
 
     Args:
-        arch: the architecture reference; its name is looked up, nothing is built.
+        arch: name of the architecture, which is looked up but not built.
         num_classes: number of logits, at least 2.
-        input_size: (channels, height, width).
-        mean, std: one number a channel, in [0, 1] units; `std` above 0.
+        input_size: (channels, height, width) of an image.
+        mean, std: mean and standard deviation of each channel of [0, 1] images; `std` is above 0.
         kwargs: further constructor arguments, JSON values only.
-        class_names: empty, or one a class.
+        class_names: name of each class; may be empty.
 
     Raises:
-        UsageError: a malformed or unknown architecture, or a value outside its range.
+        UsageError: the architecture is malformed or unknown, or a value is out of range.
     """
     size = tuple(int(n) for n in input_size)
     if len(size) != 3 or min(size) < 1:
@@ -81,11 +81,11 @@ def make_spec(
 
 
 def remember(module: nn.Module, arch: str | None = None) -> str:
-    """Makes a module that only Python knows an architecture, for as long as the process lives.
+    """Register a torch module as an architecture until the process ends.
 
     Args:
-        module: is copied; weights do not matter, its structure does.
-        arch: the name under which an earlier process remembered it; None makes one from class, structure and weights.
+        module: the module, which is copied; only its structure is used.
+        arch: name under which an earlier process registered it; by default a name from class, structure and weights.
 
     Returns:
         ``object/<Class>-<hash>``.
@@ -96,13 +96,13 @@ def remember(module: nn.Module, arch: str | None = None) -> str:
 
 
 def check_arch(arch: str) -> str:
-    """Looks `arch` up without building it.
+    """Look up `arch` without building it.
 
     Returns:
         The SHA-256 of the file for ``file.py:function``, else an empty string.
 
     Raises:
-        UsageError: the form is not one of ours, the name is unknown, or the file does not exist.
+        UsageError: the form or the name is unknown, or the file does not exist.
     """
     if user_file.is_reference(arch):
         return user_file.sha256(arch)
@@ -127,9 +127,9 @@ def check_arch(arch: str) -> str:
 
 
 def list_models(prefix: str = "") -> list[str]:
-    """Names of known architectures that start with `prefix`, e.g. ``"timm/resnet"`` or ``"cifar/"``.
+    """Return the names of known architectures that start with `prefix`, e.g. ``"timm/resnet"`` or ``"cifar/"``.
 
-    timm and torchvision are imported only if the prefix admits their names.
+    timm and torchvision are imported only if the prefix may match their names.
     """
     found: list[str] = []
     for source, names in (("cifar", cifar.names), ("timm", _timm_names), ("torchvision", _torchvision_names)):
@@ -139,17 +139,17 @@ def list_models(prefix: str = "") -> list[str]:
 
 
 def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True) -> NormalizedClassifier:
-    """The architecture of `spec` with fresh weights, behind its normalization; in train mode.
+    """Build the architecture of `spec` with fresh weights and its normalization, in train mode.
 
     Args:
-        spec: what to build; ``kwargs: {pretrained: true}`` downloads published weights.
-        pretrained: overrides ``kwargs["pretrained"]``; False never touches the network.
-        check: whether to run one black image through, so that a model that does not fit its images or classes is
-            refused here.
+        spec: specification; ``kwargs: {pretrained: true}`` downloads published weights.
+        pretrained: overrides ``kwargs["pretrained"]``; with False no network is used.
+        check: whether to run one black image through the model, to check its input size and number of logits.
 
     Raises:
-        UsageError: unknown name, refused argument, or a model that does not give [N, num_classes] logits.
-        EnvironmentProblem: published weights were asked for and cannot be downloaded.
+        UsageError: the name is unknown, the constructor does not accept an argument, the architecture has no published
+            weights, or the model does not return logits [N, num_classes].
+        EnvironmentProblem: published weights cannot be downloaded.
     """
     kwargs = dict(spec.kwargs)
     wanted = bool(kwargs.pop("pretrained", False))
@@ -178,7 +178,7 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
 
 
 def check_output(model: nn.Module, spec: ModelSpec) -> None:
-    """Runs one black image through `model` in eval mode and restores the mode of every module.
+    """Run one black image through `model` in eval mode, and restore the modes of all modules.
 
     Raises:
         UsageError: the model fails on images of `spec.input_size`, or its output is not [1, num_classes].
@@ -191,11 +191,11 @@ def check_output(model: nn.Module, spec: ModelSpec) -> None:
             output = model(image)
     except RobustPruneError:
         raise
-    except Exception as error:  # any constructor's model may fail in its own way on a size it was not made for
+    except Exception as error:  # a model may raise any error on images of another size
         where = user_file.blame(error, spec.arch)
         raise UsageError(f"{spec.arch} cannot run on {size} images: {where}{_one_line(error)}") from error
     with kept_modes(model):
-        model.train()  # some transformers cache a bias table in eval mode, which only a switch to train mode drops
+        model.train()  # some transformers cache a bias table in eval mode, which only train mode clears
     if not isinstance(output, torch.Tensor) or output.shape != (1, spec.num_classes):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise UsageError(
@@ -205,7 +205,7 @@ def check_output(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def without_pretrained(spec: ModelSpec) -> ModelSpec:
-    """The same spec without the request to download weights, as an artifact stores it."""
+    """Return the spec without ``pretrained``, as artifacts store it."""
     return replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key != "pretrained"})
 
 
@@ -268,7 +268,7 @@ def _guarded(spec: ModelSpec, pretrained: bool, make: Any) -> nn.Module:
         return make()
     except RobustPruneError:
         raise
-    except Exception as error:  # constructors and download libraries raise whatever they like
+    except Exception as error:  # constructors and download libraries raise errors of many kinds
         network = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
         if pretrained and network:
             raise EnvironmentProblem(

@@ -1,4 +1,4 @@
-"""What names a model: enough to build it again anywhere."""
+"""Specifications of models, from which they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture reference with everything that `build` needs.
+    """An architecture and all arguments that `registry.build` needs.
 
     Attributes:
         arch: ``timm/<name>``, ``torchvision/<name>``, ``cifar/<name>`` or ``path/to/file.py:function``.
         num_classes: number of logits.
-        input_size: (channels, height, width) of one image.
-        mean, std: per-channel normalization of [0, 1] images, applied inside the model.
-        kwargs: extra keyword arguments of the architecture's constructor (JSON values only).
-        class_names: names of the logits, or empty.
-        source_sha256: for ``file.py:function``, the hash of the file's text; else empty.
+        input_size: (channels, height, width) of an image.
+        mean, std: mean and standard deviation of each channel of [0, 1] images; the model normalizes with them.
+        kwargs: further keyword arguments of the constructor, JSON values only.
+        class_names: names of the classes; may be empty.
+        source_sha256: SHA-256 of the file for ``file.py:function``; else empty.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -36,5 +36,5 @@ class ModelSpec:
     source_sha256: str = ""
 
     def blank_image(self) -> Tensor:
-        """One black image [1, C, H, W] of the input size, where only the shape matters."""
+        """Return one black image [1, C, H, W] of the input size, for uses where only the shape matters."""
         return torch.zeros(1, *self.input_size)

@@ -1,4 +1,4 @@
-"""Weights inside checkpoints: where they are nested, under which prefix, and whether they fit a model."""
+"""Weights in checkpoints: their nesting, their prefix, and the check that they fit a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NESTS = (
     "model_ema",
     "ema",
 )
-"""Keys under which training scripts keep the weights, in order of preference."""
+"""Keys under which training scripts store weights, in order of preference."""
 
 _MEAN_NAMES = ("mean", "mu", "_mean")
 _STD_NAMES = ("std", "sigma", "_std")
@@ -39,10 +39,10 @@ class FoundWeights:
     """Weights found in a file.
 
     Attributes:
-        tensors: by the file's own names, compile marks removed.
-        where: path of keys that led to them, e.g. ``"state_dict"``; empty at the top level.
-        alternatives: other keys that hold weights too.
-        module: the module itself, if the file held a pickled one.
+        tensors: tensors by the names in the file, without ``_orig_mod.``.
+        where: path of keys to the weights, e.g. ``"state_dict"``; empty at the top level.
+        alternatives: other keys that contain weights.
+        module: the module, if the file contains a pickled one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -53,7 +53,13 @@ class FoundWeights:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights under a model's own names, and the normalization that lay beside them (empty if none did)."""
+    """Weights under the names of a model.
+
+    Attributes:
+        tensors: tensors by name.
+        prefix: prefix of the names in the file.
+        mean, std: statistics of a normalization layer in the file, in [0, 1] units; empty if there is none.
+    """
 
     tensors: dict[str, Tensor]
     prefix: str
@@ -62,14 +68,14 @@ class Fitted:
 
 
 def find_weights(value: Any, what: str) -> FoundWeights:
-    """Finds the weights in what a file held.
+    """Find the weights in the contents of a file.
 
     Args:
-        value: a dict of tensors, a dict that nests one, or a module.
-        what: the file, for the message.
+        value: a dict of tensors, a dict that contains one, or a module.
+        what: name of the file, for the message.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no weights.
     """
     if isinstance(value, nn.Module):
         inner = _unwrap(value)
@@ -91,17 +97,17 @@ def find_weights(value: Any, what: str) -> FoundWeights:
 def fit_to(
     wanted: Mapping[str, Tensor], found: FoundWeights, spec: ModelSpec, what: str, *, pruned_allowed: bool = False
 ) -> Fitted:
-    """Renames the found weights to a model's names and checks that they are all there, with the right shapes.
+    """Rename the weights to the names of a model, and check that they are complete and have the right shapes.
 
     Args:
         wanted: the model's state_dict.
-        found: what `find_weights` returned.
-        spec: the model, for messages and for its number of channels.
-        what: the file, for messages.
-        pruned_allowed: accept tensors smaller than the model's.
+        found: result of `find_weights`.
+        spec: specification of the model.
+        what: name of the file, for messages.
+        pruned_allowed: whether tensors may be smaller than those of the model.
 
     Raises:
-        UsageError: missing, unexpected or mismatching tensors; the first few are listed.
+        UsageError: tensors are missing, unexpected or of another shape; the message lists the first of them.
     """
     prefix = _best_prefix(wanted, found.tensors)
     inside = {k.removeprefix(prefix): t for k, t in found.tensors.items() if k.startswith(prefix)}
@@ -110,7 +116,7 @@ def fit_to(
     inside = {k: t for k, t in inside.items() if k in wanted or not _is_extra(k, t, bool(mean))}
     outside = {k: t for k, t in outside.items() if not _is_extra(k, t, bool(mean))}
     for name, tensor in wanted.items():
-        # Checkpoints from before batch-norm counted its batches; the counter is used only without momentum.
+        # Old checkpoints lack the batch counter of batch-norm, which is used only without momentum.
         if name.endswith("num_batches_tracked") and name not in inside:
             inside[name] = tensor.clone()
     problems = _problems(wanted, inside, outside, pruned_allowed)
@@ -140,7 +146,7 @@ def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """The prefix under which most of the wanted names are found; the shortest of equals."""
+    """Return the prefix under which most of the wanted names are found; the shortest of several."""
     prefixes = {""}
     for key in tensors:
         parts = key.split(".")[:-1][:_MAX_PREFIX_DEPTH]
@@ -149,7 +155,7 @@ def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
 
 
 def _statistics(tensors: Mapping[str, Tensor], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that a normalization layer kept, in [0, 1] units, or two empty tuples."""
+    """Return mean and standard deviation of a normalization layer, in [0, 1] units, or two empty tuples."""
     found: dict[str, tuple[float, ...]] = {}
     for key, tensor in tensors.items():
         last = key.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Models and losses that a user wrote: ``path/to/file.py:function``."""
+"""Functions in users' files, ``path/to/file.py:function``, such as models and losses."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .spec import ModelSpec
 
 
 def is_reference(arch: str) -> bool:
-    """Whether `arch` has the form ``file.py:function`` (or forgets the function)."""
+    """Return whether `arch` has the form ``file.py:function`` or ``file.py``."""
     return arch.endswith(".py") or ".py:" in arch
 
 
 def locate(arch: str) -> tuple[Path, str]:
-    """The file and the function's name of a reference; relative paths start at the working directory.
+    """Return the file and the name of the function; relative paths start at the working directory.
 
     Raises:
-        UsageError: no function named, or the file does not exist.
+        UsageError: no function is named, or the file does not exist.
     """
     text, _, name = arch.rpartition(":") if ".py:" in arch else (arch, "", "")
     path = Path(text).expanduser()
@@ -40,17 +40,25 @@ def locate(arch: str) -> tuple[Path, str]:
 
 
 def sha256(arch: str) -> str:
-    """SHA-256 of the referenced file. Files that it imports are not covered."""
+    """Return the SHA-256 of the referenced file; files that it imports are not included.
+
+    Raises:
+        UsageError: as `locate`.
+    """
     return file_sha256(locate(arch)[0])
 
 
 def versions(*names: str) -> list[str]:
-    """SHA-256 of each user's file among `names`: what an outcome depends on beside a recipe's own text."""
+    """Return the SHA-256 of each user's file among `names`, on whose contents results depend.
+
+    Raises:
+        UsageError: as `locate`.
+    """
     return [sha256(name) for name in names if is_reference(name)]
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """The function of ``file.py:function``.
+    """Return the function of ``file.py:function``; this runs the file.
 
     Raises:
         UsageError: the file does not exist, cannot be run, or lacks the function.
@@ -60,13 +68,18 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
-    """Runs the user's function; ``num_classes`` and ``in_chans`` are passed where it accepts them.
+    """Run the user's function and return its module.
 
-    The file's own folder is importable meanwhile, so that it may import its neighbours.
+    ``num_classes`` and ``in_chans`` are passed if the function accepts them. The file can import modules of its own
+    folder.
+
+    Args:
+        spec: specification whose `arch` is the reference.
+        kwargs: further keyword arguments.
 
     Raises:
-        UsageError: the file has changed since `spec` was made, cannot be run, lacks the function, or the function fails
-            or returns something other than a module. The message names file and line.
+        UsageError: the file has changed since `spec` was made, cannot be run or lacks the function, or the function
+            does not accept an argument, fails or returns no module. The message names file and line.
     """
     path, name = locate(spec.arch)
     found = file_sha256(path)
@@ -86,7 +99,7 @@ def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     with _importable(path.resolve().parent):
         try:
             model = function(**arguments)
-        except Exception as error:  # anything may go wrong in a stranger's code; all of it is theirs to mend
+        except Exception as error:  # any error of the user's code is reported as theirs
             raise UsageError(f"{spec.arch} failed: {blame(error, spec.arch)}{_message(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec.arch} must return a torch.nn.Module, got {type(model).__name__}")
@@ -94,7 +107,7 @@ def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def blame(error: BaseException, arch: str) -> str:
-    """``"file.py:12: "`` for the innermost line of the user's file in the traceback, else an empty string."""
+    """Return ``"file.py:12: "`` for the innermost line of the user's file in the traceback, else an empty string."""
     if not is_reference(arch):
         return ""
     path = locate(arch)[0]
@@ -111,7 +124,7 @@ def _function(path: Path, name: str, digest: str) -> Callable[..., Any]:
     if specification is None or specification.loader is None:
         raise UsageError(f"{path} cannot be imported as Python")
     module = importlib.util.module_from_spec(specification)
-    # Dataclasses and pickling look their module up by name while it runs.
+    # Dataclasses and pickle look up their module by name while it runs.
     sys.modules[module_name] = module
     with _importable(path.resolve().parent):
         try:

@@ -1,4 +1,4 @@
-"""Weight files of any kind, read without running code from them; every damaged or foreign file is one clear error."""
+"""Reading of weight files without running code from them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PICKLED = (
 
 @dataclass(frozen=True)
 class Contents:
-    """What a weight file holds.
+    """Contents of a weight file.
 
     Attributes:
-        value: ``{name: tensor}`` of a safetensors file, or whatever was saved with ``torch.save``.
-        metadata: the string metadata of a safetensors file.
+        value: ``{name: tensor}`` of a safetensors file, or the object saved by ``torch.save``.
+        metadata: metadata of a safetensors file.
     """
 
     value: Any
@@ -36,15 +36,15 @@ class Contents:
 
 
 def read(path: Path, *, trust_pickle: bool = False) -> Contents:
-    """Reads a ``.safetensors`` or ``torch.save`` file onto the CPU; the kind is told from its bytes, not its name.
+    """Read a ``.safetensors`` or ``torch.save`` file to the CPU; its kind is determined by its bytes, not by its name.
 
     Args:
         path: the file.
-        trust_pickle: whether pickled objects, which may run any code, are allowed.
+        trust_pickle: whether to allow pickled objects, which may run any code.
 
     Raises:
-        UsageError: the path is missing, a folder, empty, not a weight file, incomplete, or holds pickled objects
-            without `trust_pickle`.
+        UsageError: the path does not exist or is a folder; or the file is empty, damaged, not a weight file, or
+            contains pickled objects without `trust_pickle`.
     """
     head = _head(path)
     if _is_safetensors(head):
@@ -104,7 +104,7 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
                 named = f" ({culprit[1]})" if culprit else ""
                 raise UsageError(f"{path} {_PICKLED.replace('objects', 'objects' + named, 1)}") from error
             raise UsageError(f"{path} is not a file written by torch.save: {_one_line(error)}") from error
-    except Exception as error:  # a torn archive surfaces as RuntimeError, EOFError, KeyError or OSError
+    except Exception as error:  # a truncated archive raises RuntimeError, EOFError, KeyError or OSError
         if "TorchScript" in str(error):
             raise UsageError(f"{path} is a TorchScript archive. Give a state_dict and --arch instead.") from error
         raise UsageError(f"{path} is damaged, incomplete or not from torch.save: {_one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Modules that stand around a model without changing what it computes."""
+"""Wrappers around a model that do not change its function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]

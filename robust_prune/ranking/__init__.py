@@ -1,1 +1,1 @@
-"""Ranking: how much each channel of a group matters, by criteria of ours and of torch-pruning."""
+"""Ranking: importance scores of the channels of each group, by our own criteria and those of torch-pruning."""

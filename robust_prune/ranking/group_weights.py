@@ -1,4 +1,4 @@
-"""Reads the weights behind a group's slices: which positions of which tensor belong to which channel."""
+"""Weights of a group's slices, and sums over the positions of each channel."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..structure.types import GroupSlice
 
 
 def weight_of(model: nn.Module, part: GroupSlice) -> nn.Parameter | None:
-    """The weight that `part` cuts.
+    """Return the weight that `part` cuts, or None.
 
-    For `nn.MultiheadAttention`, channels being its embedding, that is the joint input projection on side ``in`` and
-    the output projection on side ``out``.
+    The channels of `nn.MultiheadAttention` are its embedding: its weight is the joint input projection on side ``in``
+    and the output projection on side ``out``.
 
     Returns:
-        The parameter; None where the module has none with one entry a channel (affine-free norms, one-parameter
-        PReLU, separate attention projections).
+        The parameter; None if the module has no weight with an entry for each channel (norms without affine weights,
+        PReLU with one parameter, separate attention projections).
     """
     if part.side == "param":
         return model.get_parameter(part.target)
@@ -32,7 +32,7 @@ def weight_of(model: nn.Module, part: GroupSlice) -> nn.Parameter | None:
 
 
 def parameters_of(model: nn.Module, part: GroupSlice) -> tuple[nn.Parameter, ...]:
-    """The weight and, where the slice takes its entries along (sides ``out`` and ``norm``), the bias."""
+    """Return the weight that `part` cuts and, for sides ``out`` and ``norm``, the bias; empty without a weight."""
     weight = weight_of(model, part)
     if weight is None:
         return ()
@@ -44,7 +44,7 @@ def parameters_of(model: nn.Module, part: GroupSlice) -> tuple[nn.Parameter, ...
 
 
 def per_channel(model: nn.Module, part: GroupSlice, values: Tensor, channels: int) -> Tensor:
-    """Sums `values`, shaped like one of `parameters_of`, over each group channel's positions.
+    """Sum `values`, shaped like one of `parameters_of`, over the positions of each of the group's channels.
 
     Returns:
         float64 [channels] on the CPU.
@@ -55,7 +55,7 @@ def per_channel(model: nn.Module, part: GroupSlice, values: Tensor, channels: in
 
 
 def _per_position(model: nn.Module, part: GroupSlice, values: Tensor) -> Tensor:
-    """Sums over everything but the positions of the slice's side."""
+    """Sum over all dimensions except the one of the slice's side."""
     if values.ndim == 1:
         return values
     if part.side == "param":
@@ -69,8 +69,8 @@ def _per_position(model: nn.Module, part: GroupSlice, values: Tensor) -> Tensor:
 
 
 def _conv_positions(module: _ConvNd, inputs: bool, values: Tensor) -> Tensor:
-    # A grouped convolution stores [out, in/groups, ...] (transposed: [in, out/groups, ...]): the short dimension
-    # counts within a block, and the block is told by the long one.
+    # A grouped convolution stores [out, in/groups, ...] (transposed: [in, out/groups, ...]): the second dimension
+    # counts channels within one group, and the first one determines the group.
     blocks = values.reshape(module.groups, values.shape[0] // module.groups, values.shape[1], -1)
     long_side_is_input = isinstance(module, _ConvTransposeNd)
     return blocks.sum((2, 3) if inputs == long_side_is_input else (1, 3)).flatten()

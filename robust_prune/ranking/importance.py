@@ -1,4 +1,4 @@
-"""How much each channel of a coupled group matters, relative to the other channels of that group."""
+"""Importance scores of the channels of each group, relative to the other channels of the group."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ def channel_scores(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Scores the channels of every group: higher is more important, mean 1 within each group.
+    """Score the channels of every group: higher is more important, mean 1 within each group.
 
     Args:
-        model: on `device`; left as it came.
-        groups: of this model.
-        criterion: a name of `catalogue.CRITERIA`, whose files say what each is, or ``file.py:function`` with a function
-            from a `Scoring` to scores.
-        adv: the adversarial set, for criteria that need it.
+        model: on `device`; it is not changed.
+        groups: groups of this model.
+        criterion: a name from `catalogue.CRITERIA`, or ``file.py:function`` with a function from `Scoring` to scores.
+        adv: adversarial set, for criteria that need it.
         clean: float images [N, C, H, W] in [0, 1] and int64 labels [N], for criteria that need them.
-        batch_size: most images per pass.
-        seed: of what is random.
-        device: where to compute.
+        batch_size: largest number of images in a batch.
+        seed: random seed of the criterion.
+        device: device on which to compute.
 
     Returns:
-        By group name, float64 [channels] on the CPU. A group whose scores are all zero keeps zeros.
+        Scores by group name, float64 [channels] on the CPU. A group whose scores are all zero keeps zeros.
 
     Raises:
-        UsageError: an unknown criterion, missing images, scores that are missing, NaN, infinite or of a wrong number,
-            or a group with no layer that the criterion can read.
+        UsageError: the criterion is unknown, images that it needs are missing, its scores are missing, NaN, infinite
+            or of another number, a group has no layer that it can read, or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
@@ -57,20 +56,20 @@ def channel_scores(
 
 
 def removal_order(group: ChannelGroup, scores: Tensor) -> Tensor:
-    """Channels in the order in which they go, least important first.
+    """Return the channels in the order of removal, least important first.
 
-    With `blocks` > 1 the order takes one channel from every block in turn, so that each multiple of `blocks` is a cut
-    that keeps the blocks equal.
+    With `blocks` > 1 the order takes one channel from each block in turn, so that removing any multiple of `blocks`
+    channels keeps the blocks equal.
 
     Args:
         group: the group.
-        scores: [channels].
+        scores: scores of its channels, [channels].
 
     Returns:
-        A permutation of 0..channels-1 (int64, [channels]); ties keep their order.
+        A permutation of 0..channels-1, int64 [channels]; equal scores keep the order of the channels.
 
     Raises:
-        UsageError: one score a channel is needed.
+        UsageError: the number of scores differs from the number of channels.
     """
     if scores.shape != (group.channels,):
         raise UsageError(f"group {group.name!r} has {group.channels} channels, got scores of {tuple(scores.shape)}")
@@ -80,22 +79,22 @@ def removal_order(group: ChannelGroup, scores: Tensor) -> Tensor:
 
 
 def removed_fraction_curve(model: nn.Module, group: ChannelGroup, scores: Tensor) -> Tensor:
-    """Relative size ρ_g(k) of the weight perturbation that removing the k least important channels is.
+    """Return ρ_g(k), the relative size of the weight perturbation by removing the k least important channels.
 
-    ρ_g(k) = ‖removed output slices‖_F / ‖W_g‖_F over the group's producers, with W_g their whole weights, so that it
-    is on the scale of MRS's radii.
+    ρ_g(k) = ‖removed output slices‖_F / ‖W_g‖_F over the group's producers, where W_g are their full weights; the
+    radii of MRS have the same scale.
 
     Args:
-        model: that the group belongs to.
+        model: the model of the group.
         group: the group.
-        scores: [channels]; the order is `removal_order`'s.
+        scores: scores of its channels, [channels]; `removal_order` sorts them.
 
     Returns:
-        float64 [channels + 1], ascending from 0; it ends at 1 if the group cuts all of its producers' outputs. All 0 if
-        their weights are zero.
+        float64 [channels + 1] in [0, 1], ascending from 0; the last entry is 1 if the group cuts all outputs of its
+        producers. All entries are 0 if the producers' weights are zero.
 
     Raises:
-        UsageError: the producers' weights are not finite, or of a kind that cannot be read.
+        UsageError: the producers' weights are not finite or cannot be read, or the number of scores is wrong.
     """
     model = unwrap(model)
     energy = weight_norm(model, group, is_out).square()

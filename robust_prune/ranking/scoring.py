@@ -1,4 +1,4 @@
-"""What a channel criterion is given."""
+"""Input of channel criteria."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Images = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Scoring:
-    """A request for scores. A criterion returns them by group name, [channels], higher is more important.
+    """Input of a channel criterion, which returns scores by group name, [channels]; higher is more important.
 
-    Scores need no scale: they are compared within a group, and brought to mean 1 afterwards.
+    The scale of scores does not matter: they are compared within a group and divided by their mean afterwards.
 
     Attributes:
-        model: without wrappers, on `device`; it must stay as it is.
-        groups: of this model.
-        adv: the adversarial set, if there is one.
-        clean: clean images, if there are any.
-        batch_size: most images a pass.
-        seed: of what is random.
-        device: where the model is.
+        model: model without wrappers, on `device`; the criterion must not change it.
+        groups: groups of this model.
+        adv: adversarial set, if there is one.
+        clean: clean images and labels, if there are any.
+        batch_size: largest number of images in a batch.
+        seed: random seed of the criterion.
+        device: device of the model.
     """
 
     model: nn.Module
@@ -41,20 +41,26 @@ class Scoring:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def adversarial_images(self, criterion: str) -> Images:
-        """Attacked images.
+        """Return the adversarial images and their labels.
+
+        Args:
+            criterion: name of the criterion, for the message.
 
         Raises:
-            UsageError: there are none.
+            UsageError: there is no adversarial set.
         """
         if self.adv is None:
             raise UsageError(f"criterion {criterion!r} needs an adversarial set, got none")
         return self.adv.images, self.adv.labels
 
     def clean_images(self, criterion: str) -> Images:
-        """Clean images.
+        """Return the clean images and their labels.
+
+        Args:
+            criterion: name of the criterion, for the message.
 
         Raises:
-            UsageError: there are none.
+            UsageError: there are no clean images.
         """
         if self.clean is None or len(self.clean[1]) == 0:
             raise UsageError(f"criterion {criterion!r} needs clean images and labels, got none")

@@ -1,22 +1,22 @@
 """Taylor scores: the first-order effect on a loss of removing a channel.
 
-**What Taylor means here.** Removing channel c from a network is, whatever produced it, the same as setting the weights
-that *read* it to zero: its coupled ``in`` slices. The first-order change of the loss is therefore -t_c with
-``t_c = Σ w·∂R/∂w`` over all ``in`` slices of c, signs kept, since the slices go together. The slices that *write* c
-describe the same removal a second time, so adding them would count it twice: behind conv, batch-norm and ReLU,
-``Σ w·∂R/∂w`` over the batch-norm's weight and bias *equals* t_c, while the convolution's own sum leaves out what the
-batch-norm's bias adds. So batch-norm is in t_c without being listed. Groups that no known layer reads fall back on
-the norm slices, then on the ``out`` slices.
+**Definition.** Removing channel c has the same effect as setting the weights that *read* it to zero: its coupled ``in``
+slices. The first-order change of the loss is therefore -t_c with ``t_c = Σ w·∂R/∂w`` over all ``in`` slices of c. Signs
+are kept, since the slices are removed together. The slices that *write* c describe the same removal, so adding them
+would count it twice: behind a convolution, batch-norm and ReLU, ``Σ w·∂R/∂w`` over weight and bias of the batch-norm
+*equals* t_c, while the sum over the convolution lacks the contribution of the batch-norm's bias. Batch-norm is thus
+included in t_c without being listed. Groups that no known layer reads use the norm slices or, without those, the
+``out`` slices.
 
-Attention is the exception, since no weight reads queries and keys: they meet in a product. Dimension d takes with it
-the value's share, ``t_v``, which is what the projection's ``in`` slice says, and one term of the logits, which
-query and key each tell whole: ``t_q = t_k``. The ``out`` slices sum to ``t_q + t_k + t_v``, so half of ``out`` and
-half of ``in`` together are the effect ``t_q + t_v``.
+Attention is an exception, since no weight reads queries and keys; they are multiplied with each other. Removing
+dimension d removes the value's contribution ``t_v``, which the ``in`` slice of the projection gives, and one term of
+the attention logits, which query and key each give in full: ``t_q = t_k``. The ``out`` slices sum to ``t_q + t_k +
+t_v``, so half of ``out`` and half of ``in`` together are the effect ``t_q + t_v``.
 
-**Why squares.** At a trained model the mean of t_c is close to zero, being a derivative at a minimum, and what is left
-is noise. So t_c is taken over small batches b of fixed size and the score is ``sqrt(mean_b t_{c,b}²)``: the mean's
-magnitude plus the spread, which is the empirical Fisher estimate of the second-order term (as in Molchanov et al.,
-2019, arXiv 1906.10771). With a single batch it is plain |t_c|.
+**Squares.** The mean of t_c is a derivative near a minimum, so it is close to zero at a trained model, and noise
+dominates. Therefore t_c is computed on small batches b of fixed size, and the score is ``sqrt(mean_b t_{c,b}²)``. It
+combines the magnitude of the mean with the variance, the empirical Fisher estimate of the second-order term (as in
+Molchanov et al., 2019, arXiv 1906.10771). With a single batch the score is |t_c|.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .group_weights import parameters_of, per_channel
 from .scoring import Images, Scoring
 
 TAYLOR_BATCH = 32
-"""Most images a batch, so that scores do not depend on how much memory a machine has."""
+"""Largest number of images in a batch; fixed, so that scores do not depend on the memory of the machine."""
 
 
 def _face(model: nn.Module, group: ChannelGroup, attention: bool) -> list[tuple[GroupSlice, float]]:
-    """Slices with factors such that their w·∂R/∂w tell the effect of removing a channel exactly once."""
+    """Return slices and factors such that the weighted w·∂R/∂w count the removal of each channel exactly once."""
     if attention:
         return [(s, 0.5) for s in group.slices if s.side in ("out", "in") and parameters_of(model, s)]
     for sides in (("in",), ("norm", "param"), ("out",)):
@@ -50,10 +50,10 @@ def _face(model: nn.Module, group: ChannelGroup, attention: bool) -> list[tuple[
 
 
 def taylor_scores(asked: Scoring, given: Images) -> dict[str, Tensor]:
-    """sqrt(mean_b t²) by group, float64 [channels], with the cross-entropy on `given` as the loss.
+    """Return sqrt(mean_b t²) by group name, float64 [channels], for the cross-entropy on the images `given`.
 
     Raises:
-        UsageError: a group without a layer that tells the effect of its channels.
+        UsageError: a group has no convolution, linear or norm layer that Taylor scores can use.
     """
     model, groups, device, (images, labels) = asked.model, asked.groups, asked.device, given
     batch_size = min(asked.batch_size, TAYLOR_BATCH)
@@ -80,7 +80,7 @@ def taylor_scores(asked: Scoring, given: Images) -> dict[str, Tensor]:
 
 
 def _products(model: nn.Module, x: Tensor, y: Tensor, weights: list[nn.Parameter]) -> dict[int, Tensor | None]:
-    """w·∂R/∂w elementwise for each weight; None for weights that the loss does not reach."""
+    """Return w·∂R/∂w elementwise for each weight, by `id`; None for weights on which the loss does not depend."""
     with torch.enable_grad():
         loss = F.cross_entropy(model(x), y)
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -1,7 +1,7 @@
-"""torch-pruning's channel criteria, read through our groups.
+"""torch-pruning's channel criteria, computed on our groups.
 
-Its importance classes walk a group as pairs of a dependency and positions. `_View` shows one of our proven groups in
-that form, so the figures are torch-pruning's own while groups, ratios and rounding stay ours.
+torch-pruning's importance classes iterate over pairs of a dependency and positions. `_View` presents one of our proved
+groups in that form, so the scores are torch-pruning's own, while groups, ratios and rounding are ours.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ..structure.types import ChannelGroup, GroupSlice
 from .scoring import Images
 
 HESSIAN_IMAGES = 256
-"""Each image takes a backward pass of its own."""
+"""Largest number of images of the Hessian criterion; each takes one backward pass."""
 
 
 def baseline_scores(scorer: Any, criterion: str, model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
-    """Scores of one of torch-pruning's importance classes.
+    """Return the scores of one of torch-pruning's importance classes.
 
     Args:
         scorer: an instance of the class.
-        criterion: its name, for messages.
-        model: left as it came.
-        groups: of this model.
+        criterion: name of the criterion, for messages.
+        model: the model; it is not changed.
+        groups: groups of this model.
 
     Returns:
-        By group name, float64 [channels] on the CPU.
+        Scores by group name, float64 [channels] on the CPU.
 
     Raises:
-        UsageError: a group without a layer that the criterion reads.
+        UsageError: a group has no layer that the criterion can read.
     """
     found = {}
     for group in groups:
@@ -51,7 +51,7 @@ def baseline_scores(scorer: Any, criterion: str, model: nn.Module, groups: Seque
 
 
 class _View:
-    """One group in the form that torch-pruning's importance classes read."""
+    """A group in the form that torch-pruning's importance classes expect."""
 
     def __init__(self, model: nn.Module, group: ChannelGroup) -> None:
         self._items = [item for part in group.slices if (item := _item(model, part)) is not None]
@@ -70,7 +70,7 @@ def _item(model: nn.Module, part: GroupSlice) -> Any:
     handler = _handler(layer, part.side)
     if handler is None:
         return None
-    # Both names of the same things: its classes use the one or the other.
+    # torch-pruning's classes use either of two names for the layer and for the pruning function.
     dep = SimpleNamespace(layer=layer, pruning_fn=handler, target=SimpleNamespace(module=layer), handler=handler)
     return SimpleNamespace(dep=dep, idxs=list(part.index), root_idxs=list(part.root))
 
@@ -86,7 +86,13 @@ def _handler(layer: nn.Module, side: str) -> Any:
 
 
 def with_mean_squares(model: nn.Module, clean: Images, device: torch.device) -> nn.Module:
-    """A copy in eval mode whose parameters hold, as their gradient, the mean of squared single-image gradients."""
+    """Return a copy in eval mode whose parameters' ``grad`` is the mean of squared per-sample gradients.
+
+    It uses at most `HESSIAN_IMAGES` of the clean images and the cross-entropy.
+
+    Raises:
+        UsageError: a weight is re-parametrised.
+    """
     images, labels = clean[0][:HESSIAN_IMAGES], clean[1][:HESSIAN_IMAGES]
     copied = copy_model(model).eval().requires_grad_(True)
     weights = [p for p in copied.parameters() if p.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Norms of the weights that go with a channel."""
+"""L2 norms of the weights that belong to a channel."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from .group_weights import per_channel, weight_of
 
 
 def is_out(part: GroupSlice) -> bool:
-    """Whether a slice writes the group's channels."""
+    """Return whether a slice is on the output side of a layer."""
     return part.side == "out"
 
 
 def is_any(part: GroupSlice) -> bool:
-    """Every slice."""
+    """Return True for every slice."""
     return True
 
 
 def weight_norm(model: nn.Module, group: ChannelGroup, keep: Callable[[GroupSlice], bool]) -> Tensor:
-    """L2 norm per channel of the weights (not biases) of the group's slices."""
+    """Return the L2 norm of the weights, without biases, of each channel over the slices that `keep` selects.
+
+    Returns:
+        float64 [channels] on the CPU.
+
+    Raises:
+        UsageError: no selected slice has weights.
+    """
     squares = torch.zeros(group.channels, dtype=torch.float64)
     seen = False
     for part in group.slices:

@@ -1,4 +1,4 @@
-"""The outcome of a run for people (HTML, Markdown, terminal) and for programs (JSON, CSV)."""
+"""Reports of runs: HTML, Markdown and terminal tables for people, JSON and CSV for programs."""
 
 from .files import write
 from .table import headline_markdown, headline_table

@@ -1,4 +1,4 @@
-"""The charts of the report: latency against robustness, training curves, sensitivity and widths by layer."""
+"""Charts of the report: robust accuracy against latency, speed-ups, training curves, MRS and widths by layer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LETTER, LINE = 7.8, 13.0
 
 
 def tradeoff(run: RunReport) -> Markup:
-    """Robust accuracy over median latency, with both 95 % intervals; empty unless two models have both figures.
+    """Return a chart of robust accuracy over median latency, with 95 % intervals; empty unless two models have both.
 
-    A line joins two models, and the Pareto front of more: those that no other is both faster and more robust than. A
-    file's own accuracy is taken where it was measured.
+    A line connects two models or, with more models, the Pareto front. The accuracy is that of the ONNX file if it was
+    measured, else that of the torch model.
     """
     keys = latency_keys(run)
     if not keys:
@@ -55,7 +55,7 @@ def tradeoff(run: RunReport) -> Markup:
         parts.append(svg.dot(px, py, 5, f"dot {css}", tip))
         width = LETTER * len(name)
         shift, anchor = (-10.0, "end") if px + 10 + width > RIGHT else (10.0, "start")
-        # On the side that the connecting line does not run to.
+        # On the side away from the connecting line.
         drop = 18.0 if position and py > places[0][1] else -9.0
         left = px + shift - (width if anchor == "end" else 0)
         at = _free_height(left, left + width, py + drop, taken)
@@ -65,7 +65,7 @@ def tradeoff(run: RunReport) -> Markup:
 
 
 def _free_height(left: float, right: float, wanted: float, taken: Sequence[tuple[float, float, float]]) -> float:
-    """The height nearest to the wanted one at which a label between `left` and `right` covers no other."""
+    """Return the height nearest to `wanted` at which a label from `left` to `right` overlaps no other."""
     near = [height for a, b, height in taken if a < right and left < b]
     free = [h for h in (wanted + sign * LINE * k for k in range(len(near) + 2) for sign in (-1, 1)) if h > TOP / 2]
     clear = [h for h in free if all(abs(h - other) >= LINE for other in near)]
@@ -73,7 +73,7 @@ def _free_height(left: float, right: float, wanted: float, taken: Sequence[tuple
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points (cost, value) that no other point beats in both, by rising cost."""
+    """Return the positions of the Pareto-optimal points (cost, value) in order of increasing cost."""
     front: list[int] = []
     for position in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[position][1] > points[front[-1]][1]:
@@ -82,7 +82,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def speedups(run: RunReport) -> Markup:
-    """Speed-up of every measurement with its 95 % interval, around the line of equal speed; empty without any."""
+    """Return a chart of all speed-ups with 95 % intervals and a line at 1; empty without any."""
     rows = [(m.label, r, r.speedup) for m in run.models[1:] for r in m.latency if r.speedup is not None]
     if not rows:
         return Markup("")
@@ -109,7 +109,7 @@ def speedups(run: RunReport) -> Markup:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: its name, its CSS class and its points."""
+    """A curve: its name, its CSS class and its points (x, y)."""
 
     name: str
     css: str
@@ -152,7 +152,7 @@ def _curves(series: Sequence[Series], title: str, y_title: str) -> Markup:
 def _spread(
     ends: list[tuple[tuple[float, float], Series]], gap: float = 14.0
 ) -> list[tuple[tuple[float, float], Series, float]]:
-    """Heights of the labels at the curves' ends, moved apart where they would overlap."""
+    """Return the heights of the labels at the ends of curves, moved apart where they would overlap."""
     placed: list[tuple[tuple[float, float], Series, float]] = []
     last = -math.inf
     for place, series in sorted(ends, key=lambda end: end[0][1]):
@@ -163,7 +163,7 @@ def _spread(
 
 
 def accuracy_curves(history: Sequence[EpochRecord]) -> Markup:
-    """Held-out clean and robust accuracy by epoch; empty without them."""
+    """Return a chart of held-out clean and robust accuracy by epoch; empty without epochs."""
     series = [
         _series(history, "val_clean", "clean", "base", 100),
         _series(history, "val_robust", "robust", "main", 100),
@@ -172,13 +172,13 @@ def accuracy_curves(history: Sequence[EpochRecord]) -> Markup:
 
 
 def loss_curve(history: Sequence[EpochRecord]) -> Markup:
-    """Training loss by epoch; empty without it."""
+    """Return a chart of the training loss by epoch; empty without epochs."""
     return _curves([_series(history, "train_loss", "loss", "main")], "Training loss by epoch", "training loss")
 
 
 @dataclass(frozen=True)
 class SensitivityBar:
-    """A module on the logarithmic MRS scale: `position` in [0, 100] per cent of the scale's width."""
+    """A module on the logarithmic scale of MRS; `position` is in [0, 100] per cent of the scale's width."""
 
     name: str
     kind: str
@@ -188,17 +188,17 @@ class SensitivityBar:
 
 @dataclass(frozen=True)
 class Scale:
-    """Ticks of a logarithmic scale: (label, position in per cent)."""
+    """Ticks of a logarithmic scale as (label, position in [0, 100] per cent)."""
 
     ticks: tuple[tuple[str, float], ...]
 
 
 def sensitivity_bars(profile: SensitivityProfile) -> tuple[list[SensitivityBar], Scale]:
-    """One mark a module, in network order. MRS is heavy-tailed, hence the logarithm; zeros stand at the left end."""
+    """Return one bar for each module, in the order of the profile, and the log scale; zeros are at its start."""
     positive = [m.mrs for m in profile.modules if m.mrs > 0 and math.isfinite(m.mrs)]
     if not positive:
         return [], Scale(())
-    # Five decades at most: what is smaller is as good as zero and would squeeze the rest.
+    # At most five decades, since smaller values are practically zero and would compress the others.
     high = math.ceil(math.log10(max(positive)) - 1e-9)
     low = max(math.floor(math.log10(min(positive)) + 1e-9), high - 5)
     low = min(low, high - 1)
@@ -219,7 +219,7 @@ def sensitivity_bars(profile: SensitivityProfile) -> tuple[list[SensitivityBar],
 
 @dataclass(frozen=True)
 class WidthBar:
-    """A group's channels before and after, as per cent of the widest group."""
+    """Channels of a group before and after, and both in per cent of the widest group."""
 
     name: str
     before: int
@@ -229,12 +229,12 @@ class WidthBar:
 
     @property
     def kept(self) -> str:
-        """Share of channels kept."""
+        """Share of kept channels in per cent, as text."""
         return f"{100 * self.after / self.before:.0f} %" if self.before else text.NONE
 
 
 def width_bars(plan: PruningPlan, rolled_back: Sequence[str] = ()) -> list[WidthBar]:
-    """One bar a group, in the plan's order; groups that were rolled back keep all of their channels."""
+    """Return one bar for each group, in the order of the plan; `rolled_back` groups keep all channels."""
     widest = max((group.channels for group in plan.groups), default=1)
     names = text.short_names([group.name for group in plan.groups])
     bars = []

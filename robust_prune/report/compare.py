@@ -1,4 +1,4 @@
-"""Several runs in one report."""
+"""Comparison of several runs in one report."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RESULT = "result.json"
 
 
 def load_run(path: str | Path) -> RunReport:
-    """The report of a run folder, or of its ``result.json``.
+    """Return the report of a run folder or of its ``result.json``.
 
     Raises:
-        UsageError: there is none, or it is no result of robust-prune.
+        UsageError: there is no ``result.json``, or it is not a result of robust-prune.
     """
     path = Path(path)
     file = path / RESULT if path.is_dir() else path
@@ -31,19 +31,19 @@ def load_run(path: str | Path) -> RunReport:
 
 
 def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
-    """One report over the models of several runs.
+    """Return one report on the models of several runs.
 
-    Runs that start from the same dense file, evaluated in the same way, share its row, the first run's; others bring
-    their own. Latencies were measured run by run: every ratio is against the dense file of its own run, in which the
-    two were interleaved, and is the figure to compare across runs.
+    Runs with the same dense file and the same accuracies share the row of the dense model of the first of them. Each
+    speed-up is relative to the dense file of its own run, with which it was interleaved; compare speed-ups across runs,
+    not milliseconds.
 
     Args:
-        runs: by the name that their models carry in the tables; two or more.
-        command: what repeats the report.
+        runs: two or more reports by name; the name becomes part of the models' labels.
+        command: command line that reproduces the report.
 
     Raises:
-        UsageError: fewer than two runs, a run without models, or runs whose robust accuracies differ in threat model,
-            tier, data or number of images and so cannot stand in one table.
+        UsageError: there are fewer than two runs, a run has no models, or robust accuracies cannot be compared because
+            they differ in threat model, tier, attack, data or number of images.
     """
     if len(runs) < 2:
         raise UsageError(f"a comparison needs at least two runs, got {len(runs)}.")
@@ -76,7 +76,11 @@ def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:
-    """A short name for each run: its folder's, with as much of the path as tells it from the others."""
+    """Return a short name for each run: the end of its folder's path, as long as needed to be unique.
+
+    Raises:
+        UsageError: the same run was given twice.
+    """
     parts = [(p.parent if p.name == RESULT else p).absolute().parts for p in map(Path, paths)]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -1,4 +1,4 @@
-"""Writes a report in the four forms that people and programs read."""
+"""Writes a report as JSON, CSV, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .types import ModelRow, RunReport
 
 
 def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Writes ``result.json``, ``result.csv``, ``result.md`` and ``report.html`` into `folder`, each atomically.
+    """Write ``result.json``, ``result.csv``, ``result.md`` and ``report.html`` to `folder`, each atomically.
 
     Args:
-        run: what to report.
-        folder: created if it is not there.
-        examples: images to show on the page, as `evaluation.examples.make_examples` returns them.
+        run: the report.
+        folder: folder of the files, which is created if it does not exist.
+        examples: images for the HTML page, as returned by `evaluation.examples.make_examples`.
 
     Raises:
         EnvironmentProblem: the folder cannot be written.
@@ -36,7 +36,10 @@ def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = 
 
 
 def to_csv(run: RunReport) -> str:
-    """One line a model and latency measurement (one a model where there is none); rates in [0, 1], times in ms."""
+    """Return CSV with a line for each model and latency measurement; accuracies in [0, 1], times in milliseconds.
+
+    A model without measurements has one line.
+    """
     rows = [
         {**_model_columns(model), **_latency_columns(latency)}
         for model in run.models
@@ -91,7 +94,7 @@ def _latency_columns(row: LatencyRow | None) -> dict[str, Any]:
 
 
 def to_markdown(run: RunReport) -> str:
-    """Headline, summary, table, warnings, notes and the command, as Markdown."""
+    """Return title, summary, table, warnings, notes and command as Markdown."""
     parts = [f"# {run.title}", " ".join(summary(run)), headline_markdown(run).rstrip()]
     caution = warnings(run)
     if caution:

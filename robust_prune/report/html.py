@@ -1,4 +1,4 @@
-"""The page: one file that needs no network and no script."""
+"""The HTML report: one file without scripts that needs no network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .types import RunReport
 
 
 def render(run: RunReport, examples: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The report as HTML text; every value of the run is escaped.
+    """Return the report as HTML; every value of the run is escaped.
 
     Args:
-        run: what to report.
-        examples: images to show, as `evaluation.examples.make_examples` returns them.
+        run: the report.
+        examples: images to show, as returned by `evaluation.examples.make_examples`.
     """
     template = _environment().from_string(files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
     return template.render(**_context(run, examples))
@@ -75,12 +75,12 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def unbroken(sentence: str) -> str:
-    """The sentence with figures kept on one line with their per cent sign."""
+    """Return the sentence with non-breaking spaces before per cent signs."""
     return sentence.replace(" %", "\u00a0%")
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (name, value) lines, empty values left out."""
+    """Return a nested mapping as (name, value) lines without empty values."""
     lines: list[tuple[str, str]] = []
     for key, item in value.items():
         name = f"{prefix}{key}".replace("_", " ")

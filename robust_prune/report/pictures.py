@@ -1,4 +1,4 @@
-"""Images for the page: originals, what the attack added, and the attacked result, as inline PNG."""
+"""Images of the HTML report as inline PNG: originals, perturbations and adversarial images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_SIDE = 160
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one model says of an image and of its attacked version."""
+    """Predictions of one model for an image and for its adversarial version, and whether they are correct."""
 
     model: str
     clean: str
@@ -28,7 +28,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Example:
-    """One strip: three pictures as data URIs, the true label, and the models' verdicts."""
+    """An image with its perturbation and its adversarial version.
+
+    Attributes:
+        label: name of the true class.
+        original, perturbation, attacked: the pictures as data URIs.
+        amplification: factor of the perturbation in its picture.
+        verdicts: predictions of the models.
+    """
 
     label: str
     original: str
@@ -39,7 +46,7 @@ class Example:
 
 
 def data_uri(image: NDArray[np.uint8]) -> str:
-    """A uint8 image ([C, H, W], C of 1 or 3) as an inline PNG, no side longer than 160 pixels."""
+    """Return a uint8 image [C, H, W], with C of 1 or 3, as an inline PNG of at most 160 pixels on each side."""
     array = np.repeat(image, 3, axis=0) if image.shape[0] == 1 else image
     picture = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -53,7 +60,7 @@ def _to_bytes(image: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def strips(examples: Sequence[Mapping[str, Any]]) -> list[Example]:
-    """The strips of `examples` as `make_examples` returns them; all perturbations share one amplification."""
+    """Return the pictures of `examples` from `make_examples`; all perturbations have the same amplification."""
     deltas = [np.asarray(e["adversarial"]) - np.asarray(e["image"]).astype(np.float64) / 255 for e in examples]
     largest = max((float(np.abs(d).max()) for d in deltas), default=0.0)
     gain = 0.5 / largest if largest > 0 else 1.0

@@ -1,4 +1,4 @@
-"""The rows of a report: each model with its files."""
+"""Rows of a report: each model with its files."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) 
 
 
 def with_latency(rows: Sequence[ModelRow], table: LatencyTable) -> tuple[ModelRow, ...]:
-    """The rows with the measurements of their files."""
+    """Return the rows with the latency measurements of the same label."""
     return tuple(replace(row, latency=tuple(r for r in table.rows if r.label == row.label)) for row in rows)

@@ -1,4 +1,4 @@
-"""The outcome in plain sentences, and the few figures that stand on top of the page."""
+"""Summary of a run in sentences, and the key figures at the top of the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .types import ModelRow, RunReport
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure in large print: its name, its value, and what it is compared with."""
+    """A key figure: its name, its value and its comparison with the first model."""
 
     name: str
     value: str
@@ -20,7 +20,7 @@ class Tile:
 
 
 def tiles(run: RunReport) -> list[Tile]:
-    """The second model against the first: compute, size, speed, robustness."""
+    """Return key figures of the second model relative to the first: MACs, parameters, speed and robust accuracy."""
     if len(run.models) < 2:
         return []
     before, after = run.models[0], run.models[1]
@@ -45,7 +45,7 @@ def _from_to(before: int, after: int) -> str:
 
 
 def summary(run: RunReport) -> list[str]:
-    """What a reader without the tables understands: the first two models compared, a sentence for each further one."""
+    """Return sentences that compare the first two models, and one sentence for each further model."""
     if len(run.models) < 2:
         return [_alone(run.models[0])] if run.models and run.models[0].card else []
     before, after = run.models[0], run.models[1]
@@ -90,7 +90,7 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
 
 
 def _further(run: RunReport, model: ModelRow) -> str:
-    """A file after the first two: of lower precision, or of another run. Its accuracy is its own."""
+    """Return a sentence on a model after the first two, by its own accuracy: another precision or another run."""
     keys = latency_keys(run)
     row = find_latency(model, keys[0]) if keys else None
     robust = model.onnx_robust or (model.card.robust if model.card else None)
@@ -120,7 +120,7 @@ def _accuracy(before: ModelRow, after: ModelRow) -> str:
 
 
 def warnings(run: RunReport) -> list[str]:
-    """Every flag of every card, noisy latencies and failed parity, each with the model's label."""
+    """Return all warnings, with the models' labels: flags of cards, noisy latencies, failed parity, missed budget."""
     found = []
     for model in run.models:
         found += [f"{model.label}: {flag}" for flag in (model.card.flags if model.card else ())]
@@ -143,7 +143,7 @@ REPAIRS = {
 
 
 def after_the_cut(run: RunReport) -> str:
-    """Accuracy between the cut and the fine-tuning, in a sentence; empty if it was not measured."""
+    """Return a sentence with the accuracy after the cut and before fine-tuning; empty if it was not measured."""
     card = run.before_finetune
     if card is None:
         return ""
@@ -158,7 +158,7 @@ UNITS = {"macs": "the MACs", "params": "the parameters", "channels": "the channe
 
 
 def how_cut(run: RunReport) -> str:
-    """What was to be removed and how it was chosen; empty without a plan."""
+    """Return sentences on the target of the cut and how channels were selected; empty without a plan."""
     plan = run.plan
     if plan is None:
         return ""

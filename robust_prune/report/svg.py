@@ -1,4 +1,4 @@
-"""A small vocabulary for charts as inline SVG; colours come from the page's CSS variables."""
+"""Elements of charts as inline SVG; colours are CSS variables of the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear map from data to pixels, with its tick values."""
+    """A linear map from data in [low, high] to pixels from `start` to `end`, with tick values."""
 
     low: float
     high: float
@@ -20,12 +20,12 @@ class Axis:
     ticks: tuple[float, ...]
 
     def __call__(self, value: float) -> float:
-        """Pixel position of a data value."""
+        """Return the pixel position of a data value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 def nice_ticks(low: float, high: float, count: int = 5, integer: bool = False) -> tuple[float, ...]:
-    """Round values that cover [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    """Return tick values that cover [low, high]: multiples of 1, 2 or 5 times a power of ten."""
     if high - low <= 1e-7 * max(abs(low), abs(high), 1.0):
         high = low + (abs(low) if abs(low) > 1e-6 else 1.0)
     raw = (high - low) / max(count - 1, 1)
@@ -39,49 +39,49 @@ def nice_ticks(low: float, high: float, count: int = 5, integer: bool = False) -
 
 
 def axis(values: Sequence[float], start: float, end: float, *, count: int = 5, integer: bool = False) -> Axis:
-    """An axis whose ends are ticks and which covers all `values`."""
+    """Return an axis that covers all `values` and whose ends are ticks."""
     ticks = nice_ticks(min(values), max(values), count, integer)
     return Axis(ticks[0], ticks[-1], start, end, ticks)
 
 
 def number(value: float) -> str:
-    """A tick label without needless zeros."""
+    """Return a tick label without trailing zeros."""
     return f"{value:.10g}"
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
-    """A straight line."""
+    """Return a straight line."""
     return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>').format(x1, y1, x2, y2, css)
 
 
 def label(x: float, y: float, content: str, css: str = "", anchor: str = "start") -> Markup:
-    """A piece of text; the content is escaped."""
+    """Return a text element; the content is escaped."""
     return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}">{}</text>').format(
         x, y, anchor, css, escape(content)
     )
 
 
 def dot(x: float, y: float, radius: float, css: str, title: str = "") -> Markup:
-    """A disc, with a tooltip where `title` is given."""
+    """Return a disc, with a tooltip if `title` is given."""
     tip = Markup("<title>{}</title>").format(title) if title else Markup("")
     return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}">{}</circle>').format(x, y, radius, css, tip)
 
 
 def polyline(points: Sequence[tuple[float, float]], css: str) -> Markup:
-    """Connected points."""
+    """Return a line through all points."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return Markup('<polyline points="{}" class="{}"/>').format(path, css)
 
 
 def figure(width: int, height: int, title: str, parts: Sequence[Markup]) -> Markup:
-    """The chart itself; it scales with its container and is announced by `title`."""
+    """Return the chart; it scales with its container, and `title` is its accessible name."""
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         width, height, title, Markup("").join(parts)
     )
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str, unit: str = "") -> list[Markup]:
-    """Horizontal grid lines, tick labels and the axes' titles."""
+    """Return horizontal grid lines, tick labels and titles of the axes."""
     parts = [label(x.start - 30, y.end - 14, y_title, "axis-title")]
     for tick in y.ticks:
         parts.append(line(x.start, y(tick), x.end, y(tick), "grid"))

@@ -1,4 +1,4 @@
-"""The headline table: the models beside each other, one figure a line."""
+"""The headline table: models side by side, one figure in each line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LatencyKey = tuple[str, str, int, int]
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: its value, its 95 % interval (or empty), and its change against the first model (or empty)."""
+    """A figure: its value, its 95 % interval and its change relative to the first model; the latter may be empty."""
 
     value: str
     interval: str = ""
@@ -28,19 +28,19 @@ class Cell:
 
     @property
     def plain(self) -> str:
-        """Value and interval on one line."""
+        """Value and interval in one line."""
         return f"{self.value} {self.interval}".strip()
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table.
+    """A line of the table.
 
     Attributes:
-        short: label for the terminal, units included.
-        label, detail: label for the page, and the conditions in small print.
-        unit: appended to values on the page.
-        cells: one a model.
+        short: label in the terminal, with the unit.
+        label, detail: label and conditions on the HTML page.
+        unit: unit of the values on the HTML page.
+        cells: one cell for each model.
     """
 
     short: str
@@ -51,22 +51,22 @@ class Line:
 
 
 def key_of(row: LatencyRow) -> LatencyKey:
-    """What must be equal for two latencies to be compared."""
+    """Return the conditions of a measurement, which must be equal for two latencies to be compared."""
     return row.provider, row.kind, row.batch, row.threads
 
 
 def latency_keys(run: RunReport) -> list[LatencyKey]:
-    """Conditions of the first model's measurements, in order."""
+    """Return the conditions of all models' measurements, in order and without repeats."""
     return list(dict.fromkeys(key_of(row) for model in run.models for row in model.latency))
 
 
 def find_latency(model: ModelRow, key: LatencyKey) -> LatencyRow | None:
-    """The model's measurement under `key`, if there is one."""
+    """Return the model's measurement under the conditions `key`, or None."""
     return next((row for row in model.latency if key_of(row) == key), None)
 
 
 def headline_lines(run: RunReport) -> list[Line]:
-    """Every line of the table; lines that no model has a value for are left out."""
+    """Return all lines of the table; lines without any value are left out."""
     first = run.models[0] if run.models else None
     if first is None:
         return []
@@ -117,7 +117,7 @@ def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Li
 
 
 def _short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
-    """What tells one measurement from the others, e.g. ``b32 t2``."""
+    """Return a short name of the conditions that differ between measurements, e.g. ``b32 t2``."""
     _, kind, batch, threads = key
     many_threads = len({k[3] for k in keys}) > 1
     many_kinds = len({k[1] for k in keys}) > 1
@@ -144,7 +144,7 @@ def _accuracy_line(
 
 
 def caption(run: RunReport) -> str:
-    """What the figures of the table mean, in one sentence or two."""
+    """Return sentences on the attack, the latency measurement and the intervals of the table."""
     sentences = []
     card = next((m.card for m in run.models if m.card), None)
     if card:
@@ -163,12 +163,12 @@ def caption(run: RunReport) -> str:
 
 
 def is_wide(run: RunReport) -> bool:
-    """Whether there are so many models that they stand below each other rather than side by side."""
+    """Return whether the models are listed below each other, which is the case for more than two."""
     return len(run.models) > SIDE_BY_SIDE
 
 
 def wide_heads(run: RunReport, brief: bool = False) -> list[str]:
-    """Column heads of the table with a line a model."""
+    """Return the column headings of the table with one line for each model; see `wide_rows`."""
     keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
     times = [f"{_short_latency(key, keys)}, ms" for key in keys]
     sizes = ["MACs", "file"] if brief else ["MACs", "params", "file"]
@@ -176,11 +176,13 @@ def wide_heads(run: RunReport, brief: bool = False) -> list[str]:
 
 
 def wide_rows(run: RunReport, brief: bool = False) -> list[list[Cell]]:
-    """A line a model: its name, size, latencies with speed-up, and the accuracies of its file, else of the model.
+    """Return one line for each model: label, size, latencies with speed-ups, and accuracies.
+
+    Accuracies are those of the ONNX file if they were measured, else those of the torch model.
 
     Args:
-        run: what to show.
-        brief: as much as 80 columns hold.
+        run: the report.
+        brief: whether to leave out columns so that the table fits into 80 characters.
     """
     keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
     rows = []
@@ -213,7 +215,7 @@ def _with_change(cell: Cell) -> str:
 
 
 def headline_table(run: RunReport) -> Table:
-    """The headline table for a terminal; its lines are Markdown, so that it can be pasted into a report."""
+    """Return the headline table for a terminal, with Markdown lines so that it can be pasted."""
     table = Table(box=box.MARKDOWN, caption=caption(run), caption_justify="left", title=None)
     if is_wide(run):
         for position, head in enumerate(wide_heads(run, brief=True)):
@@ -238,7 +240,7 @@ def _plain_cells(line: Line, pair: bool) -> list[str]:
 
 
 def headline_markdown(run: RunReport) -> str:
-    """The headline table as Markdown."""
+    """Return the headline table as Markdown."""
     if is_wide(run):
         heads = wide_heads(run)
         body = [[_with_change(cell) for cell in row] for row in wide_rows(run)]

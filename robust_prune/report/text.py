@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers and names for people."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ATTACK_NAMES = {"apgd": "APGD", "aa-fast": "AA-fast", "standard": "AutoAttack"}
 
 
 def quantity(value: float) -> str:
-    """A count with a decimal prefix: ``160.2 M``."""
+    """Return a count with a decimal prefix: ``160.2 M``."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.4g} {unit}"
@@ -23,7 +23,7 @@ def quantity(value: float) -> str:
 
 
 def file_size(count: int | None) -> str:
-    """Bytes with a decimal prefix: ``1.10 MB``."""
+    """Return bytes with a decimal prefix: ``1.10 MB``; a dash for None."""
     if count is None:
         return NONE
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -33,48 +33,48 @@ def file_size(count: int | None) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A number with its sign, minus as a real minus."""
+    """Return a number with its sign, with a typographic minus."""
     text = f"{value:+.{digits}f}"
     return "0" if float(text) == 0 else text.replace("-", MINUS)
 
 
 def relative(after: float | None, before: float | None) -> str:
-    """Change in per cent: ``-50.0 %``; empty when one side is unknown."""
+    """Return the relative change in per cent: ``-50.0 %``; empty if one value is unknown."""
     if after is None or not before:
         return ""
     return f"{signed(100 * (after / before - 1))} %"
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share in [0, 1] as per cent."""
+    """Return a share in [0, 1] in per cent."""
     return f"{100 * share:.{digits}f} %"
 
 
 def decimals(milliseconds: float) -> int:
-    """Digits after the point that give a duration three significant figures."""
+    """Return the number of decimals that give a duration in milliseconds three significant digits."""
     return 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2 if milliseconds >= 1 else 3
 
 
 def span(low: float, high: float, digits: int) -> str:
-    """An interval: ``[42.2, 44.1]``."""
+    """Return an interval: ``[42.2, 44.1]``."""
     return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def accuracy_span(accuracy: Accuracy) -> str:
-    """The 95 % interval in per cent."""
+    """Return the 95 % interval in per cent: ``[42.2, 44.1]``."""
     low, high = accuracy.interval
     return span(100 * low, 100 * high, 1)
 
 
 def points(after: Accuracy | None, before: Accuracy | None) -> str:
-    """Difference of two accuracies: ``-1.2 points``; empty when one is unknown."""
+    """Return the difference of two accuracies: ``-1.2 points``; empty if one is unknown."""
     if after is None or before is None or not after.total or not before.total:
         return ""
     return f"{signed(100 * (after.value - before.value))} points"
 
 
 def speedup(ratio: Ratio | None) -> str:
-    """Speed-up with its interval; ``no difference`` inside the noise floor."""
+    """Return a speed-up with its interval, preceded by ``no difference`` within the noise floor; empty for None."""
     if ratio is None:
         return ""
     text = f"{ratio.value:.2f}{TIMES} {span(ratio.low, ratio.high, 2)}"
@@ -82,26 +82,26 @@ def speedup(ratio: Ratio | None) -> str:
 
 
 def short_speedup(ratio: Ratio | None) -> str:
-    """Speed-up without its interval; ``=`` inside the noise floor."""
+    """Return a speed-up without its interval; ``=`` within the noise floor, empty for None."""
     if ratio is None:
         return ""
     return "=" if ratio.verdict == "no difference" else f"{ratio.value:.3g}{TIMES}"
 
 
 def attack_name(card: ResultCard) -> str:
-    """The attack's short name, e.g. ``PGD-20`` or ``AutoAttack``."""
+    """Return the short name of the attack, e.g. ``PGD-20`` or ``AutoAttack``."""
     if card.tier in ATTACK_NAMES:
         return ATTACK_NAMES[card.tier]
     return card.attack.split(",")[0].split(":")[0]
 
 
 def threat_name(card: ResultCard) -> str:
-    """The threat model, e.g. ``Linf 8/255``."""
+    """Return the threat model, e.g. ``Linf 8/255``."""
     return str(card.threat)
 
 
 def duration(seconds: float) -> str:
-    """Wall time: ``4 min 12 s``."""
+    """Return a wall time given in seconds: ``4 min 12 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -110,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(iso: str) -> str:
-    """An ISO 8601 time to the minute, ``2026-01-02 03:04 UTC``; anything else as it is."""
+    """Return an ISO 8601 time to the minute, ``2026-01-02 03:04 UTC``; other text is returned unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
@@ -119,7 +119,7 @@ def moment(iso: str) -> str:
 
 
 def short_names(names: list[str]) -> dict[str, str]:
-    """Module names without the dotted prefix that all of them share."""
+    """Return module names, by name, without the dotted prefix that all of them share."""
     if not names:
         return {}
     parts = [name.split(".") for name in names]

@@ -1,4 +1,4 @@
-"""Everything that a report says, as one value."""
+"""Contents of a report."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..training.types import EpochRecord
 
 @dataclass(frozen=True)
 class ModelRow:
-    """What is known of one model.
+    """Results of one model.
 
     Attributes:
-        label: how tables name it, e.g. ``dense`` or ``pruned``.
+        label: name in tables, e.g. ``dense`` or ``pruned``.
         macs: multiply-accumulates for one image.
         params: number of parameters.
-        file_bytes: size of its ONNX file, where there is one.
+        file_bytes: size of its ONNX file in bytes; None without a file.
         card: accuracy of the torch model.
-        onnx_clean: accuracy of the ONNX file itself without an attack.
-        onnx_robust: accuracy of the ONNX file at the worst points found on the torch model.
+        onnx_clean: accuracy of the ONNX file without an attack.
+        onnx_robust: accuracy of the ONNX file under attack; see `ExportedAccuracy.robust`.
         onnx: the exported file and its parity.
-        latency: measurements of the file, one a batch size, thread count and kind.
+        latency: latency of the file for each batch size, number of threads and kind.
     """
 
     label: str
@@ -48,25 +48,25 @@ class ModelRow:
 
 @dataclass(frozen=True, repr=False)
 class RunReport(Shown):
-    """A whole run.
+    """Results of a run.
 
     Attributes:
         title: heading of the report.
-        command: the command line that repeats the run.
+        command: command line that reproduces the run.
         recipe: the resolved recipe.
-        notes: sentences that the reader must know, such as "figures on the embedded sample are indicative".
-        models: the first is the one the others are compared with.
-        profile: the sensitivity measurement.
-        plan: the cut.
-        rolled_back: groups whose surgery failed its checks, and why.
-        history: one record an epoch of (fine-)tuning.
-        before_finetune: accuracy right after the cut.
+        notes: sentences to show with the results, such as "figures on the embedded sample are indicative".
+        models: results of each model; the first one is the baseline.
+        profile: sensitivity profile of the dense model.
+        plan: the plan as it was carried out.
+        rolled_back: groups whose cut failed its proof, with the reasons; with several cuts those of the last one.
+        history: records of the epochs of training, or of fine-tuning after the last cut.
+        before_finetune: accuracy after the last cut and its repair, before fine-tuning.
         environment: hardware, versions and load.
-        seconds: wall time by stage.
-        created: when the report was made, ISO 8601.
-        version: of robust-prune.
-        latency_protocol: one line saying how latency was measured.
-        noise_floor: A/A ratio by measurement, as (value, low, high).
+        seconds: wall time of each stage in seconds.
+        created: time of the report, ISO 8601.
+        version: version of robust-prune.
+        latency_protocol: one line that describes the latency measurement.
+        noise_floor: A/A ratio by conditions, as (value, low, high).
     """
 
     title: str
@@ -87,11 +87,11 @@ class RunReport(Shown):
     noise_floor: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def short(self) -> str:
-        """Title and models."""
+        """Return the title and the labels of the models."""
         return f"{self.title}: {', '.join(model.label for model in self.models)}"
 
     def table(self) -> Table:
-        """The headline table."""
+        """Return the headline table."""
         from .table import headline_table
 
         return headline_table(self)

@@ -1,1 +1,1 @@
-"""Runs: folders, files that are written whole, and stages that are not done twice."""
+"""Runs: run folders, atomic files, and stages that are resumed."""

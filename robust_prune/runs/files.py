@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and hashes of values and files."""
+"""Atomic writing of files, and hashes of values and files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..errors import EnvironmentProblem, UsageError
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary neighbour of `path`, then renames it over `path`.
+    """Call `write` with a temporary file in the folder of `path`, then rename it to `path`.
 
-    Of several processes only the first one writes.
+    In a distributed run only the first process writes.
 
     Raises:
-        EnvironmentProblem: the folder is not writable or the disk is full; nothing is left behind.
+        EnvironmentProblem: the folder is not writable or the disk is full; the temporary file is removed.
     """
     if not distributed.is_first():
         return
@@ -39,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         part.chmod(0o666 & ~_umask())
         part.replace(path)
     except Exception as error:
-        # torch and safetensors have errors of their own for a full disk.
+        # torch and safetensors raise errors of their own for a full disk.
         full = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
         if not (full or isinstance(error, OSError)):
             raise
@@ -55,7 +55,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Write UTF-8 text atomically; see `atomic_write`."""
     atomic_write(path, lambda part: _plain_write(part, text))
 
 
@@ -64,7 +64,7 @@ def _plain_write(path: Path, text: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has no such numbers and other readers refuse them."""
+    """Return the value with NaN and infinities replaced by None, since JSON has no such numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -75,15 +75,15 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, indented."""
+    """Write indented JSON atomically; see `atomic_write`."""
     write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
-        UsageError: the file is missing or not JSON.
+        UsageError: the file is missing or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -94,12 +94,12 @@ def read_json(path: Path) -> Any:
 
 
 def digest(value: Any) -> str:
-    """A short hash of a JSON value: the key of a stage's inputs."""
+    """Return a hash of a JSON value, 16 hex digits of SHA-256, as the key of inputs."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A run folder: claimed by one command, and filled stage by stage; run again, a finished stage is taken from it."""
+"""Run folders: each belongs to one command and stores the results of its stages, from which a run is resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .files import digest, read_json, write_json, write_text
 T = TypeVar("T")
 
 FORMAT = 2
-"""Of a run folder; one of another format is refused."""
+"""Format of run folders; folders of another format cannot be resumed."""
 
 _WRITTEN = (
     "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
@@ -29,12 +29,12 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Run:
-    """A claimed run folder.
+    """A run and its folder.
 
     Attributes:
-        folder: where everything of the run lies, a sub-folder a stage.
-        key: hash of everything that the run depends on.
-        seconds: wall time of each stage so far, by name; of the run that did the work.
+        folder: folder of the run, with a sub-folder for each stage.
+        key: hash of everything on which the run depends.
+        seconds: wall time in seconds of each stage so far, by name; for a stored result that of its computation.
     """
 
     folder: Path
@@ -43,12 +43,12 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, key: str, recipe: Recipe, command: str) -> Run:
-        """Claims `folder` for the run with hash `key`, and notes recipe, command and environment in it.
+        """Claim `folder` for the run with hash `key`, and write recipe, command and environment to it.
 
         Raises:
-            UsageError: the folder holds another run, a run of an older version or files of another origin that would be
-                overwritten, or is a file.
-            EnvironmentProblem: it cannot be written.
+            UsageError: the folder contains another run, a run of another format or other files that would be
+                overwritten, or it is a file.
+            EnvironmentProblem: the folder cannot be written.
         """
         claim(folder, key, command)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -65,17 +65,17 @@ class Run:
         files: Sequence[Path] = (),
         shared: bool = False,
     ) -> T:
-        """The outcome of a stage: what `make` returns, or what it returned when the same inputs went through it before.
+        """Return the stored result of a stage with the same inputs, or call `make` and store its result.
 
-        Of several processes (see `distributed`) the first one makes it while the others wait, or, `shared`, all of them
-        work on it; the first one's outcome counts. The folder must be one that all of them see.
+        In a distributed run the first process calls `make` while the others wait; with `shared` all processes call it,
+        and the result of the first one is used. All processes must have access to the folder.
 
         Args:
-            name: of the stage and its sub-folder.
-            kind: what `make` returns: a dataclass.
-            inputs: JSON values that the outcome depends on beside the run's key.
-            make: does the work, and writes `files`.
-            files: must exist for a stored outcome to count.
+            name: name of the stage and of its sub-folder.
+            kind: dataclass that `make` returns.
+            inputs: JSON values on which the result depends, in addition to the run's key.
+            make: computes the result and writes `files`.
+            files: files that must exist for a stored result to be used.
             shared: whether all processes call `make`.
         """
         first, mark = distributed.is_first(), self.folder / name / "stage.json"
@@ -91,7 +91,7 @@ class Run:
             stored = distributed.broadcast(stored)
         assert stored is not None
         self.seconds[name] = stored["seconds"]
-        # A fresh outcome comes back from its JSON too, so that a resumed run works with the very same values.
+        # A fresh result is read back from JSON too, so that a resumed run has exactly the same values.
         return from_json(kind, stored["value"])
 
 
@@ -107,16 +107,17 @@ def _stored(mark: Path, key: str, kind: type[Any]) -> dict[str, Any] | None:
 
 
 def run_key(*inputs: Any) -> str:
-    """The hash of everything that a run depends on: `inputs` (JSON values), and this package's version."""
+    """Return the hash of everything on which a run depends: `inputs` (JSON values) and the version of this package."""
     return digest([FORMAT, __version__, *inputs])
 
 
 def claim(folder: Path, key: str, command: str) -> None:
-    """Makes `folder` the place of the run whose inputs have hash `key`; a second call with the same key is a resume.
+    """Claim `folder` for the run with hash `key`; a further call with the same key resumes the run.
 
     Raises:
-        UsageError: the folder holds a run with other inputs or files of another origin that would be overwritten, or is
-            a file.
+        UsageError: the folder contains a run with other inputs, a run of another format or other files that would be
+            overwritten, or it is a file.
+        EnvironmentProblem: the folder cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file. Name a folder.")

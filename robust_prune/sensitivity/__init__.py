@@ -1,1 +1,1 @@
-"""Module Robustness Sensitivity: where a model's robustness lives, layer by layer."""
+"""Module Robustness Sensitivity (MRS): how much each layer contributes to a model's robustness."""

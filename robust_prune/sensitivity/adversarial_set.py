@@ -1,4 +1,4 @@
-"""The adversarial set D_adv on which sensitivity and importance are measured, made once per model."""
+"""The adversarial set D_adv on which sensitivity and importance are measured; it is generated once for each model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class AdversarialSet:
         images: float32 [N, C, H, W] in [0, 1], on the CPU.
         labels: int64 [N], on the CPU.
         threat: norm and radius of the attack.
-        seed: what chose the images and the random starts.
+        seed: random seed of the choice of images and of the random starts.
+
+    Raises:
+        UsageError: the set is empty, the images have another type or shape, or the number of labels differs.
     """
 
     images: Tensor
@@ -56,21 +59,21 @@ def make_adversarial_set(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AdversarialSet:
-    """Attacks random images with PGD in eval mode.
+    """Attack random images with PGD in eval mode.
 
-    Pass the training split: the set steers what is pruned, so neither validation nor test images belong in it.
+    Pass the training split: the set decides what is pruned, so it must contain neither validation nor test images.
 
     Args:
-        model: maps [0, 1] images to logits; already on `device`, left as it came.
-        images: where the images are drawn from, without replacement; all of them, if there are too few.
-        threat: what the attacker may do.
-        section: number of images and of PGD steps; the defaults of recipes without it.
-        batch_size: images attacked at once; see `images_at_once` for the default.
-        seed: of the choice of images and of the random starts.
-        device: where the attack runs.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; already on `device`, not changed.
+        images: set from which the images are drawn without replacement; all of them if there are too few.
+        threat: norm and radius.
+        section: number of images and of PGD steps; by default those of `SensitivitySection`.
+        batch_size: images in each batch; by default `images_at_once`.
+        seed: random seed of the choice of images and of the random starts.
+        device: device on which the attack runs.
 
     Raises:
-        UsageError: no images, or `batch_size` below 1.
+        UsageError: there are no images, or `batch_size` is below 1.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size of the adversarial set must be at least 1, got {batch_size}")

@@ -1,9 +1,9 @@
 """Projected gradient ascent of the robust loss over perturbations of one weight.
 
-Steps are long: `STRIDE` radii along the normalised gradient before projecting. On a convex loss a step of infinite
-length (the generalised power method, Journee et al., 2010, arXiv 0811.4724) rises in every step; a finite one remembers
-where it was, which keeps it from cycling where the loss is not convex. Where to begin
-`initial_directions` says.
+Each step moves `STRIDE` radii along the normalised gradient before it is projected. On a convex loss, infinitely long
+steps (the generalised power method, Journee et al., 2010, arXiv 0811.4724) increase the loss in every iteration. Finite
+steps retain part of the previous iterate, which prevents cycles where the loss is not convex. `initial_directions`
+finds the starting points.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from .recordings import Recordings
 from .targets import Target, exchanged
 
 STRIDE = 3.0
-"""Length of an ascent step in radii of the ball, at first."""
+"""Initial step size, in radii of the ball."""
 
 SHORTER = 0.25
-"""What a step that led down is shortened to before it is tried again from the highest point."""
+"""Factor of the step size after a step that did not increase the loss; the next step starts at the best iterate."""
 
 PLATEAU, PLATEAU_STEPS = 0.002, 2
-"""When an ascent has arrived: this many steps in a row that gain less than this share of what was gained before."""
+"""An ascent stops after `PLATEAU_STEPS` steps in a row that each raise the loss increase by less than this share."""
 
 
 def ascend(
     recordings: Recordings, target: Target, starts: Sequence[Tensor], radius: float, steps: int, base: float
 ) -> Tensor:
-    """Projected gradient ascent of R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each start.
+    """Maximise R over perturbations of one weight with ‖Δ‖_F <= `radius`, once from each initial direction.
 
-    The first iterate is the boundary point along the start; each later one steps from the highest so far along the
-    normalised gradient, by `STRIDE` radii or, after steps that led down, less, and projects back. Per step one forward
-    and one backward over the set, both only through what lies behind the weight where a batch is recorded.
+    The first iterate is the boundary point along the initial direction. Each later iterate is a projected step along
+    the normalised gradient from the best iterate; the step size is `STRIDE` radii and shrinks after steps that do not
+    increase the loss. Cost of each step: one forward and one backward pass over the set; where a batch is recorded,
+    both pass only through the layers behind the weight.
 
     Args:
-        recordings: of the loss to maximise, for this weight among others.
-        target: whose weight moves.
-        starts: directions to begin with, at least one; not zero.
-        radius: of the ball, > 0.
-        steps: most iterates of each ascent, >= 1. One ends before that once `PLATEAU_STEPS` of them in a row raise the
-            rise of the loss by less than `PLATEAU`.
-        base: R at the given weights.
+        recordings: recordings of the loss to maximise that cover this weight.
+        target: the weight to perturb.
+        starts: initial directions, at least one, none of them zero.
+        radius: Frobenius norm of the largest perturbation, > 0.
+        steps: largest number of iterates of each ascent, >= 1; an ascent stops earlier on a plateau (`PLATEAU`).
+        base: R at the unperturbed weights, in nats.
 
     Returns:
-        The direction of the best iterate, unit Frobenius norm.
+        The direction of the best iterate, with unit Frobenius norm.
 
     Raises:
         UsageError: a loss is not finite.
@@ -58,18 +58,19 @@ def ascend(
 
 
 def first_step(recordings: Recordings, target: Target, start: Tensor, radius: float) -> tuple[Tensor, float]:
-    """The direction after one step from the boundary point along `start`, and how high it leads to first order.
+    """Return the direction after one step from the boundary point along `start`, and a first-order estimate of R.
 
-    One forward and backward over the set, partial as in `ascend`.
+    Cost: one forward and one backward pass over the set, partial as in `ascend`.
 
     Args:
         recordings: as for `ascend`.
-        target: whose weight moves.
-        start: direction to begin with, unit Frobenius norm.
-        radius: of the ball, > 0.
+        target: the weight to perturb.
+        start: initial direction with unit Frobenius norm.
+        radius: Frobenius norm of the largest perturbation, > 0.
 
     Returns:
-        A direction of unit Frobenius norm, and the maximum over the ball of R made linear about the boundary point.
+        A direction of unit Frobenius norm, and the maximum over the ball, in nats, of R linearised at the boundary
+        point.
 
     Raises:
         UsageError: a loss is not finite.
@@ -90,7 +91,7 @@ def _stepped(delta: Tensor, slope: Tensor, stride: float, radius: float) -> Tens
 def _climb(
     recordings: Recordings, target: Target, direction: Tensor, radius: float, steps: int, base: float
 ) -> tuple[Tensor, float]:
-    """The direction of the best iterate, and R there."""
+    """Return the direction of the best iterate, and R there."""
     delta = radius * unit(direction)
     best, best_loss, uphill, idle, stride = delta, -math.inf, None, 0, STRIDE
     for step in range(steps):
@@ -115,7 +116,9 @@ def _loss_and_slope(
     for x, y, recording in recordings.batches():
         with exchanged(target, moved) as weight, torch.set_grad_enabled(need_slope), loss.autocast():
             value = cross_entropy_sum(recordings.replay(target.weight, x, recording), y)
-        if slope is not None and value.requires_grad:  # else this batch took a path that does not use the weight
+        if (
+            slope is not None and value.requires_grad
+        ):  # else this batch takes a path through the model that does not use the weight
             (part,) = torch.autograd.grad(value, weight, allow_unused=True)
             slope += 0 if part is None else part
         total += finite(value.item(), f"while ascending on {target.name!r}")

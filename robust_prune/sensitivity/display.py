@@ -1,4 +1,4 @@
-"""A sensitivity profile as a table."""
+"""Sensitivity profiles as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BAR_WIDTH = 16
 
 
 def render_table(profile: SensitivityProfile) -> Table:
-    """One row a module in order of execution: MRS, its rank (1 is the most sensitive) and a bar on a log scale."""
+    """Return a table with one row for each module in order of execution: MRS, rank (1 is the highest) and a bar."""
     table = Table(
         title=f"Module robustness sensitivity ({profile.estimator}, rho {profile.rho:g}, {profile.images} images)",
         caption=f"robust loss {profile.base_loss:.3f} nats; MRS is its largest rise found",
@@ -39,7 +39,7 @@ def render_table(profile: SensitivityProfile) -> Table:
 
 
 def _log_share(value: float, values: list[float]) -> float:
-    """Where `value` lies between a tenth of the smallest and the largest positive value, on a log scale in [0, 1]."""
+    """Map `value` to [0, 1], log-scaled between a tenth of the smallest and the largest positive value."""
     positive = [v for v in values if v > 0]
     if value <= 0 or not positive:
         return 0.0

@@ -1,14 +1,14 @@
-"""Module Robustness Sensitivity (MRS): how much robust loss a relative weight perturbation can cost a module.
+"""Module Robustness Sensitivity (MRS): the robust loss that a relative perturbation of a module's weights can cost.
 
     MRS_m(ρ) = max over ‖Δ‖_F <= ρ‖W_m‖_F of  R(θ with W_m + Δ) − R(θ)
 
 R is the mean cross-entropy over a fixed adversarial set in eval mode. The definition is our reading of "Adaptive
 Pruning with Module Robustness Sensitivity" (arXiv 2410.15176), built on the Module Robust Criticality of RiFT
-(arXiv 2308.02533). Because Δ is relative to W, the value does not change when a layer is scaled up and its follower
-down.
+(arXiv 2308.02533). The radius is relative to W, so MRS does not change when one layer is scaled up and the next is
+scaled down.
 
-A maximum over a ball cannot fall as the ball grows and cannot be negative, so the estimators report the largest loss
-increase that they saw within each radius.
+The maximum over a ball is not negative and does not decrease with the radius, so the estimators report the largest
+increase of the loss found within each radius.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ DEFAULT_RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_IMAGES = 2
 GRADIENT_IMAGES = 60
 BF16_RHO = 0.03
-"""Relative radius below which bf16 would round a perturbation of the weights away, so that the search is not in it."""
+"""Smallest relative radius at which the search runs in bf16, whose rounding would erase smaller perturbations."""
 FINE_BELOW = 0.02
-"""Rises of the loss, in nats, below which bf16 is not fine enough: its rounding moves a mean loss by up to 0.001."""
+"""Increases of the loss, in nats, below which it is computed again without bf16, whose error is up to 0.001 nats."""
 
 
 def measure(
@@ -59,42 +59,45 @@ def measure(
     memory_bytes: int = 2 << 30,
     device: torch.device | str = "cpu",
 ) -> SensitivityProfile:
-    """Measures the MRS of every convolution, linear layer and attention projection.
+    """Measure the MRS of every convolution, linear layer and attention projection.
 
-    Estimators, with their cost in passes over the adversarial set for M modules and K radii (`rho` included):
+    Estimators and their cost over the adversarial set, for K radii (`rho` included):
 
-    - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. One forward and backward; the curve is linear in the radius.
-    - ``boundary``: the real loss at the ball's boundary, along a direction that a short search finds on few images (see
-      `search`). Two forwards more than K partial forwards a module; each begins at the module (see `replay`), about
-      half a forward on average. The search costs the same however large the set.
-    - ``ascent``: the same with a longer search, which also goes on from where the short one arrives and ends in up to
-      ``section.ascent_steps`` steps on the whole set.
+    - ``gradient``: ρ‖W‖‖∂R/∂W‖, exact to first order. It takes one forward and one backward pass; the curve is linear
+      in the radius.
+    - ``boundary``: the loss at the ball's boundary, along a direction that a short search finds on few images (see
+      `search`). It takes two forward passes and, for each module, K partial forward passes that begin at the module
+      (see `replay`), on average about half a forward pass each. The cost of the search does not depend on the size of
+      the set.
+    - ``ascent``: the same with a longer search, which also continues from the direction found by the short one and
+      ends with up to ``section.ascent_steps`` steps on the full set.
 
-    Search and losses are computed in bf16 where the hardware has it, and small losses again in the model's own
-    precision. Curves go along the direction found at `rho`, rather than searching again at each radius.
+    The search and the losses run in bf16 where the hardware supports it; small increases of the loss are computed
+    again in the model's own precision. A curve follows the direction found at `rho`; there is no search for each
+    radius.
 
-    A module that the loss does not depend on, or whose gradient vanishes on the search's images, has MRS 0. Results
-    are deterministic as far as the device's kernels are. The model leaves as it came: weights, modes, flags, gradients
-    and hooks.
+    A module on which the loss does not depend, or whose gradient vanishes on the images of the search, has MRS 0.
+    Results are as deterministic as the device's kernels. The model's weights, modes, flags, gradients and hooks are
+    restored.
 
     Args:
-        model: maps [0, 1] images to logits; already on `device`.
-        adv: the adversarial set, made at these weights.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; already on `device`.
+        adv: adversarial set, generated at these weights.
         section: estimator, relative radius ``rho`` of the reported MRS, aggregation over a group (see
-            `aggregate_groups`), steps of ``ascent``; the defaults of recipes without it.
+            `aggregate_groups`) and steps of ``ascent``; by default `SensitivitySection`.
         radii: relative radii of the curves, > 0; ``rho`` is added.
-        groups: coupled groups to aggregate for.
-        batch_size: most images per pass.
-        memory_bytes: limit on what recordings and backward passes keep of the images: batches are made smaller to fit
-            (of one image at least), and ascents compute again what does not. On top come about ten copies of the
-            measured weights, for ``gradient`` three.
-        device: where to compute.
+        groups: coupled groups for which MRS is aggregated.
+        batch_size: largest number of images in a batch.
+        memory_bytes: limit, in bytes, on the activations that recordings and backward passes keep. Batches are reduced
+            to fit it, to one image at least, and ascents recompute activations that do not fit. About ten copies of the
+            measured weights (three for ``gradient``) come on top.
+        device: device on which to compute.
 
     Returns:
-        The profile, modules in the order of execution (unused ones last).
+        The profile, with modules in the order of execution and unused ones last.
 
     Raises:
-        UsageError: an argument out of range, a model without such layers, or a loss that is NaN or infinite.
+        UsageError: an argument is out of range, the model has no such layer, or a loss is NaN or infinite.
     """
     section = section or SensitivitySection()
     estimator, rho = section.estimator, section.rho
@@ -108,7 +111,7 @@ def measure(
         few = next(loss.batches())[0][:TRACE_IMAGES]
         loss = replace(loss, layout=fastest_layout(model, few))
         trace = trace_calls(model, few, weights)
-        half = memory_bytes // 2  # for what is kept, and for the batch that is at work
+        half = memory_bytes // 2  # one half for recordings, one for the current batch
         loss = bounded(loss, trace, weights, half)
         searched = loss if estimator == "gradient" else loss.stratified()
         base, gradients = _gradients(loss if estimator == "gradient" else searched.part(GRADIENT_IMAGES), weights)
@@ -155,10 +158,10 @@ def _check(radii: Sequence[float], batch_size: int) -> None:
 
 @contextmanager
 def _plain_passes(model: nn.Module) -> Iterator[None]:
-    """Keeps attention on one code path, and timm's models from checkpointing.
+    """Disable the attention fast path and gradient checkpointing inside the block.
 
-    Fused attention runs without gradients only and hides its inner modules; a checkpointed part runs again during the
-    backward pass, when its recorded outputs and exchanged weights are gone.
+    The fast path runs only without gradients and hides inner modules. A checkpointed block runs again during the
+    backward pass, when recorded outputs and exchanged weights are no longer in place.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()
     checkpointing = [module for module in model.modules() if getattr(module, "grad_checkpointing", False) is True]
@@ -196,7 +199,7 @@ def _along(
     directions: list[Tensor],
     radii: tuple[float, ...],
 ) -> tuple[float, dict[int, list[float]]]:
-    """R, and by target how much it rises at each radius."""
+    """Return R and, for each target, its increase at each radius."""
     line_searches = [
         LineSearch(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""From the sensitivity of modules to that of coupled groups."""
+"""Aggregation of the sensitivity of modules over coupled groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AGGREGATIONS = tuple(_RULES)
 
 
 def check_aggregation(aggregation: str) -> None:
-    """Raises UsageError unless `aggregation` is one of `AGGREGATIONS`."""
+    """Raise UsageError unless `aggregation` is one of `AGGREGATIONS`."""
     if aggregation not in _RULES:
         raise UsageError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
 
@@ -29,23 +29,23 @@ def check_aggregation(aggregation: str) -> None:
 def aggregate_groups(
     profile: SensitivityProfile, groups: Sequence[ChannelGroup], aggregation: str = "sum"
 ) -> SensitivityProfile:
-    """The profile with one MRS and curve for each of `groups`, replacing those it had.
+    """Return the profile with one MRS and one curve for each of `groups`, replacing those that it had.
 
-    A group's members are its producers: the layers whose output channels it cuts.
+    A group's members are its producers, the layers whose output channels it cuts.
 
     - ``sum`` (default): cutting the group perturbs all producers at once. If each stays within its own ball of
-      relative radius ρ, the worst joint rise of the loss is to first order exactly the sum of the members' MRS.
-    - ``quadrature``: root of the sum of squares; what uncorrelated members add up to on average, below the worst case.
+      relative radius ρ, the largest joint increase of the loss is, to first order, the sum of the members' MRS.
+    - ``quadrature``: square root of the sum of squares, as for uncorrelated members; below the worst case.
     - ``max``: the most sensitive member alone; a lower bound of the joint worst case.
     - ``mean``: for comparison; it rates a residual stream with many producers no higher than a single layer.
 
     Args:
-        profile: with the producers' sensitivities.
-        groups: from the same model.
+        profile: profile that contains the producers.
+        groups: groups of the same model.
         aggregation: one of `AGGREGATIONS`.
 
     Raises:
-        UsageError: an unknown aggregation, or a group none of whose producers was measured.
+        UsageError: the aggregation is unknown, or none of a group's producers was measured.
     """
     check_aggregation(aggregation)
     modules = {module.name: module for module in profile.modules}
@@ -54,21 +54,20 @@ def aggregate_groups(
 
 
 def tempered(profile: SensitivityProfile, groups: Sequence[ChannelGroup], exponent: float) -> SensitivityProfile:
-    """The profile for spending a budget by: each module's losses raised to `exponent`, then aggregated as they were.
+    """Return the profile with each module's MRS raised to `exponent`, aggregated over `groups` with the same rule.
 
-    Sensitivities span three orders of magnitude and are those of the worst perturbation, before any repair and
-    recovery, while a cut is none of these: taken at their word they spend all on the few most sensitive layers and
-    leave bottlenecks that no fine-tuning mends. Their order is worth having: `benchmarks/results/allocation.md`
-    compares exponents on held-out images. Modules are tempered, not groups: a residual stream counts as many times as
-    layers write to it.
+    Raw MRS spans three orders of magnitude and assumes a worst-case perturbation without repair or fine-tuning. An
+    allocation by raw MRS spends the budget on the few most sensitive layers and starves bottlenecks that fine-tuning
+    cannot recover. `benchmarks/results/allocation.md` compares exponents on held-out images. The exponent is applied to
+    modules before aggregation, so that a residual stream counts once for each layer that writes to it.
 
     Args:
-        profile: with the producers' sensitivities.
-        groups: from the same model.
-        exponent: in [0, 1]: 1 takes nats at their word, 0 leaves the sizes of the cuts and their costs alone.
+        profile: profile that contains the producers.
+        groups: groups of the same model.
+        exponent: in [0, 1]: 1 keeps MRS in nats; 0 ignores MRS, so that only the sizes and costs of cuts count.
 
     Raises:
-        UsageError: a group none of whose producers was measured.
+        UsageError: none of a group's producers was measured.
     """
     if exponent == 1:
         return profile

@@ -1,16 +1,17 @@
-"""Where to begin the search for the perturbation of one weight that raises the robust loss most.
+"""Initial directions of the search for the perturbation of one weight that raises the robust loss most.
 
-The loss in a ball around a trained weight has several maxima, up to fourfold apart in height. At the high ones the
-network gives most images one and the same class, another at another maximum. Near the centre the gradient says little
-about them; it is almost zero, and an ascent along it ends in whichever is nearest.
+The loss in a ball around a trained weight has several local maxima, whose heights differ by up to a factor of four. At
+the high ones the network assigns most images to one class, which differs between the maxima. Near the centre the
+gradient is almost zero and carries little information about them, and an ascent along it ends in the nearest maximum.
 
-So we start once towards each class, and once along the gradient. Moving one weight towards a class at the centre shows
-only what is linear there. Moving *all* weights together, each by a small share of its ball, reaches a network that
-does give one class, where each weight's gradient says how it best takes part in that: the same maximum, seen from
-inside. Such a joint climb costs no more for all weights than a step of an ascent costs for one at the first layer.
+The search therefore starts once towards each of the likeliest classes and once along the gradient. Moving a single
+weight towards a class shows only the linear part of the loss. Moving *all* weights jointly, each by a small share of
+its radius, reaches a network that predicts one class, and the gradient of each weight there points to its
+contribution. One joint step for all weights costs as much as one ascent step for a weight of the first layer.
 
-The loss right there does not tell which initial direction leads highest: the best one may be the lowest. Its slope
-tells more. So every weight takes one step from each of them, and those that promise most are kept.
+The loss at an initial direction does not predict the maximum to which it leads, but the gradient there helps. Every
+weight therefore takes one step from each initial direction, and the directions with the highest first-order estimates
+are kept.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from .losses import RobustLoss
 from .targets import Target, exchanged
 
 JOINT_SHARE = 0.2
-"""How far into its ball each weight goes in a joint climb. All move at once: more leaves what single weights reach."""
+"""Share of its radius by which each weight moves in a joint ascent; a single weight cannot follow larger shares."""
 
 JOINT_STEPS = 2
 CLASSES = 10
-"""Most classes to start towards: those to which the model gives most probability on the images of the search."""
+"""Number of target classes: those to which the model assigns most probability on the images of the search."""
 
 ALIKE = 0.8
-"""Cosine from which on two directions count as one."""
+"""Cosine similarity above which two directions count as the same."""
 
 
 def shortlist(
@@ -45,21 +46,22 @@ def shortlist(
     count: int,
     step: Callable[[int, Tensor], tuple[Tensor, float]],
 ) -> list[list[Tensor]]:
-    """The most promising initial directions of each target, one step on, best first.
+    """Return the most promising initial directions of each target after one step, best first.
 
-    For each initial direction, `JOINT_STEPS` + 1 forwards and backwards over the set, and one step a target. Memory:
-    `count` + 5 copies of the targets' weights.
+    Cost of each initial direction: `JOINT_STEPS` + 1 forward and backward passes over the set and one `step` for each
+    target. Memory: `count` + 5 copies of the targets' weights.
 
     Args:
-        loss: what to raise, over few images.
+        loss: robust loss to raise, over few images.
         targets: distinct weights.
-        gradients: of R with respect to each, not zero.
+        gradients: gradient of R with respect to each weight, not zero.
         rho: relative radius of the balls, > 0.
-        count: most initial directions a target, >= 1.
-        step: from the position of a target and a direction to the next direction, and how high that leads.
+        count: largest number of directions of each target, >= 1.
+        step: maps the index of a target and a direction to the next direction and an estimate of the loss there.
 
     Returns:
-        For each target 1 to `count` directions of unit Frobenius norm, no two of them alike.
+        For each target 1 to `count` directions of unit Frobenius norm, no two of them with a cosine similarity above
+        `ALIKE`.
 
     Raises:
         UsageError: a loss is not finite.
@@ -78,12 +80,12 @@ def shortlist(
 
 
 def unit(direction: Tensor) -> Tensor:
-    """`direction`, not zero, scaled to Frobenius norm 1."""
+    """Return `direction`, which is not zero, scaled to unit Frobenius norm."""
     return direction / direction.norm()
 
 
 def keep(held: list[tuple[float, Tensor]], value: float, direction: Tensor, count: int) -> None:
-    """Puts a direction among the `count` best ones; of two that are alike the better one stays."""
+    """Insert a direction into the `count` best ones, in place; of two similar directions the better one is kept."""
     alike = [float((other * direction).sum()) > ALIKE for _, other in held]
     if any(same and pair[0] >= value for pair, same in zip(held, alike, strict=True)):
         return
@@ -98,7 +100,7 @@ def _joint_climb(
     lengths: Sequence[float],
     label: int | None,
 ) -> list[Tensor]:
-    """One direction a target from the climb of all targets together, begun towards a class or along the gradients."""
+    """Return a direction for each target from a joint ascent of all, towards class `label` or along the gradients."""
     directions = [unit(gradient) for gradient in gradients]
     if label is not None:
         towards = replace(loss, adv=replace(loss.adv, labels=torch.full_like(loss.adv.labels, label)))
@@ -112,7 +114,7 @@ def _joint_climb(
 def _gradients_at(
     loss: RobustLoss, targets: Sequence[Target], directions: Sequence[Tensor], lengths: Sequence[float]
 ) -> list[Tensor]:
-    """Unit gradients where every target has moved along its direction; the direction itself where one vanishes."""
+    """Return unit gradients at targets moved along their directions, or the direction where a gradient vanishes."""
     with ExitStack() as stack:
         moved = [
             stack.enter_context(exchanged(t, (t.weight.detach() + length * d).requires_grad_(True)))

@@ -1,4 +1,4 @@
-"""Robust loss over the adversarial set, its weight gradients, and its value under perturbed weights."""
+"""The robust loss over the adversarial set, its weight gradients, and its value at perturbed weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ from .targets import Target, exchanged
 class RobustLoss:
     """R(theta): mean cross-entropy of `model` over a fixed adversarial set, in nats.
 
-    The model must be in eval mode and on `device`. Images come in `layout`. With `bf16`, passes run under autocast;
-    the cross-entropy itself is always taken in single precision or better.
+    Attributes:
+        model: in eval mode and on `device`.
+        adv: the adversarial set.
+        batch_size: images in each batch.
+        device: device on which to compute.
+        layout: memory format of the images.
+        bf16: whether passes run under bf16 autocast; the cross-entropy is computed in float32 or float64.
     """
 
     model: nn.Module
@@ -33,7 +38,7 @@ class RobustLoss:
     bf16: bool = False
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images in the model's precision and labels, in order, on the device."""
+        """Yield images [B, C, H, W] in the model's precision and labels [B], in order, on the device."""
         dtype = weights_dtype(self.model)
         for start in range(0, len(self.adv), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -41,17 +46,17 @@ class RobustLoss:
             yield images.contiguous(memory_format=self.layout), self.adv.labels[part].to(self.device)
 
     def part(self, count: int) -> RobustLoss:
-        """The same over at most `count` images: the middle ones of as many equal pieces of the set."""
+        """Return the loss over at most `count` images, the middle ones of `count` equal parts of the set."""
         if count >= len(self.adv):
             return self
         return self._of((2 * torch.arange(count) + 1) * len(self.adv) // (2 * count))
 
     @torch.no_grad()
     def stratified(self) -> RobustLoss:
-        """The same over the same images, in order of their class and within a class of their loss.
+        """Return the loss over the same images, sorted by class and within each class by loss.
 
-        A `part` of it has every class, and images of low and high loss, in the proportions of the set, and depends
-        neither on the set's order nor on luck: systematic sampling of an ordered population. One forward over the set.
+        A `part` of it represents the classes and the losses of the set in proportion and does not depend on the order
+        of the set (systematic sampling of an ordered population). Cost: one forward pass over the set.
 
         Raises:
             UsageError: the loss is not finite.
@@ -69,25 +74,25 @@ class RobustLoss:
         return replace(self, adv=replace(self.adv, images=self.adv.images[chosen], labels=self.adv.labels[chosen]))
 
     def fast(self) -> RobustLoss:
-        """The same in bf16, where the hardware has it and the weights are single precision."""
+        """Return the loss computed in bf16 where the hardware supports it and the weights are float32."""
         single = weights_dtype(self.model) == torch.float32
         return replace(self, bf16=single and has_fast_bf16(self.device))
 
     def autocast(self) -> torch.autocast:
-        """The context in which passes run."""
+        """Return the autocast context of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @property
     def num_batches(self) -> int:
-        """Number of batches of one pass."""
+        """Number of batches in one pass over the set."""
         return math.ceil(len(self.adv) / self.batch_size)
 
     @torch.no_grad()
     def value(self) -> float:
-        """R at the present weights: one forward over the set.
+        """Return R at the current weights, in nats; it takes one forward pass over the set.
 
         Raises:
-            UsageError: it is not finite.
+            UsageError: the loss is not finite.
         """
         total = 0.0
         for x, y in self.batches():
@@ -96,14 +101,14 @@ class RobustLoss:
         return total / len(self.adv)
 
     def gradients(self, weights: Sequence[Tensor], tick: Callable[[], None]) -> tuple[float, list[Tensor | None]]:
-        """R and its gradient with respect to each of `weights`, from one forward and backward over the set.
+        """Return R and its gradient with respect to each of `weights`, by one forward and backward pass over the set.
 
         Args:
             weights: parameters of the model that require gradients.
             tick: called after each batch.
 
         Returns:
-            The loss and the gradients, None for a weight that the loss does not depend on.
+            The loss in nats and the gradients; None for a weight on which the loss does not depend.
 
         Raises:
             UsageError: the loss or a gradient is not finite.
@@ -128,13 +133,13 @@ class RobustLoss:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each image in nats, shape (B,); half-precision logits are widened first."""
+    """Return the cross-entropy [B] of each image, in nats; half-precision logits are converted to float32 first."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(wide, y, reduction="none")
 
 
 def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
-    """Summed cross-entropy in nats."""
+    """Return the sum of the cross-entropy over the batch, in nats."""
     return cross_entropy(logits, y).sum()
 
 
@@ -143,8 +148,8 @@ class LineSearch:
     """Perturbations of one weight along one direction.
 
     Attributes:
-        target: whose weight.
-        direction: unit Frobenius norm, the weight's shape.
+        target: the weight.
+        direction: tensor of the weight's shape with unit Frobenius norm.
         lengths: Frobenius norms of the perturbations.
     """
 
@@ -156,19 +161,19 @@ class LineSearch:
 def losses_along(
     loss: RobustLoss, trace: Trace, line_searches: Sequence[LineSearch], tick: Callable[[], None]
 ) -> tuple[float, list[list[float]]]:
-    """R at the given weights and at every point of every line search.
+    """Return R at the unperturbed weights and at every point of every line search, in nats.
 
-    Each batch is recorded once and then serves all line searches, so memory holds the recorded outputs of one batch,
-    and a perturbation costs only what lies behind its weight.
+    Each batch is recorded once for all line searches, so memory holds the recorded outputs of one batch, and a
+    perturbation costs a forward pass only through the layers behind its weight.
 
     Args:
-        loss: what to measure.
-        trace: of the same model.
-        line_searches: what to try, one weight at a time.
+        loss: the robust loss.
+        trace: trace of the same model.
+        line_searches: perturbations to evaluate, one weight at a time.
         tick: called after each line search of each batch.
 
     Returns:
-        The unperturbed loss, and for each line search one loss a length.
+        The unperturbed loss, and for each line search one loss for each length.
 
     Raises:
         UsageError: a loss is not finite.
@@ -193,10 +198,14 @@ def losses_along(
 
 
 def finite(value: float, where: str) -> float:
-    """`value`, if it is a finite number.
+    """Return `value`, which must be finite.
+
+    Args:
+        value: a robust loss.
+        where: place at which it was computed, for the message.
 
     Raises:
-        UsageError: it is NaN or infinite.
+        UsageError: the value is NaN or infinite.
     """
     if not math.isfinite(value):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The outcome of a sensitivity measurement."""
+"""Results of a sensitivity measurement."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ModuleSensitivity:
     Attributes:
         name: qualified module name.
         kind: the module's class name, e.g. ``Conv2d``.
-        mrs: Module Robustness Sensitivity at the profile's `rho`: cross-entropy in nats, >= 0.
+        mrs: Module Robustness Sensitivity at the profile's `rho`, in nats, >= 0.
         weight_norm: Frobenius norm of the weight.
-        curve: MRS at each of the profile's `radii` (same order).
+        curve: MRS in nats at each of the profile's `radii`.
     """
 
     name: str
@@ -31,12 +31,12 @@ class ModuleSensitivity:
 
 @dataclass(frozen=True)
 class GroupSensitivity:
-    """MRS of a coupled group: its members' curves under the profile's `aggregation`.
+    """MRS of a coupled group, aggregated over its members by the profile's `aggregation`.
 
     Attributes:
-        name: the group's name (its root module).
-        mrs: aggregated MRS at `rho`.
-        curve: aggregated MRS at each radius.
+        name: name of the group, which is that of its root module.
+        mrs: aggregated MRS at `rho`, in nats.
+        curve: aggregated MRS at each radius, in nats.
     """
 
     name: str
@@ -52,11 +52,13 @@ class SensitivityProfile(Shown):
         estimator: ``gradient``, ``boundary`` or ``ascent``.
         rho: relative radius at which `mrs` is reported.
         radii: relative radii of the curves, ascending; contains `rho`.
-        aggregation: how members make a group's value.
-        base_loss: robust loss R(theta) in nats on the adversarial set; within 0.001 where it was computed in bf16.
-        images: size of the adversarial set.
-        seed: seed of the adversarial set.
-        threat: norm and radius that the set was made for.
+        aggregation: rule by which MRS is aggregated over a group: ``sum``, ``max``, ``mean`` or ``quadrature``.
+        base_loss: robust loss R(theta) on the adversarial set in nats; exact to 0.001 where it was computed in bf16.
+        images: number of images in the adversarial set.
+        seed: random seed of the adversarial set.
+        threat: norm and radius of the adversarial set.
+        modules: sensitivity of each module, in the order of execution.
+        groups: sensitivity of each group.
     """
 
     estimator: str
@@ -71,14 +73,14 @@ class SensitivityProfile(Shown):
     groups: tuple[GroupSensitivity, ...] = ()
 
     def short(self) -> str:
-        """How it was measured, on what."""
+        """Return one sentence: number of modules and groups, estimator, radius, images and threat model."""
         return (
             f"MRS of {len(self.modules)} modules and {len(self.groups)} groups, {self.estimator}, relative radius "
             f"{self.rho:g}, {self.images:,} images under {self.threat}"
         )
 
     def table(self) -> Table:
-        """MRS by layer and group."""
+        """Return a table of MRS by module."""
         from .display import render_table
 
         return render_table(self)

@@ -1,4 +1,4 @@
-"""Recordings of what lies before a weight, over the batches of a set and within a limit of memory."""
+"""Recorded outputs of the layers before a weight, over the batches of a set and within a memory limit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from .losses import RobustLoss
 from .replay import Recording, Trace, record, replay
 
 FEW = 2
-"""Images to weigh recordings on."""
+"""Number of images on which the size of recordings is measured."""
 
 
 class Recordings:
-    """What some weights leave unchanged, recorded once a batch and kept across passes while it fits.
+    """Outputs that do not depend on some weights, recorded once for each batch and kept across passes.
 
     Args:
-        loss: whose batches are recorded.
-        trace: of the same model.
-        weights: which may change, one at a time.
-        limit: bytes to keep at most; batches beyond that have empty recordings, from which everything is computed.
+        loss: loss whose batches are recorded.
+        trace: trace of the same model.
+        weights: weights that may change, one at a time.
+        limit: largest number of bytes to keep; batches beyond it have empty recordings and are computed in full.
+
+    Attributes:
+        loss: the same loss.
     """
 
     def __init__(self, loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> None:
@@ -33,7 +36,7 @@ class Recordings:
         self._bytes = 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Recording]]:
-        """Images, labels and recording of each batch."""
+        """Yield images [B, C, H, W], labels [B] and the recording of each batch."""
         for position, (x, y) in enumerate(self.loss.batches()):
             if position not in self._held:
                 self._held[position] = self._record(x)
@@ -51,12 +54,12 @@ class Recordings:
         return Recording()
 
     def replay(self, weight: nn.Parameter, x: Tensor, recording: Recording) -> Tensor:
-        """The model's output on a batch, with what lies before `weight` taken from the recording."""
+        """Return the logits [B, K] of a batch, with the outputs of layers before `weight` taken from the recording."""
         return replay(self.loss.model, self._trace, x, recording, self._reuse[id(weight)])
 
 
 def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter]) -> int:
-    """Memory that recordings for `weights` take per image."""
+    """Return the size of recordings for `weights`, in bytes for each image."""
     few = next(loss.part(FEW).batches())[0]
     keep = frozenset[int]().union(*(trace.frontier(weight) for weight in weights))
     with loss.autocast():
@@ -64,9 +67,9 @@ def bytes_an_image(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Paramete
 
 
 def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], limit: int) -> RobustLoss:
-    """The same loss in batches of which recordings and what a backward pass keeps fit into `limit` bytes each.
+    """Return the loss with batches small enough that recordings and saved activations take at most `limit` bytes each.
 
-    A batch is of one image at least.
+    A batch has at least one image.
     """
     weights = list(weights)
     one, two = (_saved_bytes(loss, next(loss.part(count).batches())[0], weights) for count in (1, 2))
@@ -75,7 +78,7 @@ def bounded(loss: RobustLoss, trace: Trace, weights: Iterable[nn.Parameter], lim
 
 
 def _saved_bytes(loss: RobustLoss, x: Tensor, weights: Sequence[nn.Parameter]) -> int:
-    """What autograd keeps of one forward, converted weights included."""
+    """Return the bytes that autograd saves in one forward pass, converted weights included."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _saved_bytes(loss: RobustLoss, x: Tensor, weights: Sequence[nn.Parameter]) -
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad(), loss.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            logits = loss.model(x)  # held, so that no two storages have one address
+            logits = loss.model(x)  # kept alive, so that no two storages share an address
     finally:
         for weight, flag in zip(weights, wanted, strict=True):
             weight.requires_grad_(flag)

@@ -1,16 +1,16 @@
-"""Forward passes that skip what a changed weight cannot have changed.
+"""Partial forward passes that skip the calls whose outputs do not depend on a changed weight.
 
-A *trace* of the model, made once on a few images, lists every module call in order, and for each weight the moment
-of its first use: whether by its own module, by a parent that reads it, or by a tied copy. Calls that returned before
-that moment give the same output whatever the weight is. A *recording* keeps those outputs for one batch, and a
-*replay* returns them instead of computing them: a whole stage where possible, single layers next to the weight.
+A *trace* of the model, made once on a few images, lists every module call in order and, for each weight, the moment of
+its first use by its own module, by a parent that reads it, or by a tied copy. Calls that return before that moment do
+not depend on the weight. A *recording* keeps their outputs for one batch, and a *replay* returns these outputs instead
+of computing them: whole stages where possible, single layers next to the weight.
 
-Some calls are always computed, since a stored output cannot stand for them: those that write to their inputs (in-place
-activations), and those that return a view of their inputs (flatten, identity) or a weight. Outputs that later code
-overwrites are copied at recording and at every replay. If a batch takes another path through the model than the trace
-did, the rest of that pass is computed plainly.
+Some calls are always computed, since a stored output cannot replace them: those that write to their inputs (in-place
+activations) and those that return a view of their inputs (flatten, identity) or a weight. Outputs that later code
+overwrites are copied when they are recorded and at every replay. If a batch takes another path through the model than
+the trace, the rest of that pass is computed in full.
 
-What is assumed: in eval mode a module's output depends on its inputs and weights alone.
+The method assumes that in eval mode the output of a module depends only on its inputs and weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 Handler = Callable[..., Any]
 NEVER = 1 << 62
 
-# Reading these says nothing about a weight's values, so it is not a use of the weight.
+# Reading these does not depend on the weight's values, so it is no use of the weight.
 _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "is_nested")
@@ -41,11 +41,11 @@ class Call:
     """One call of a module.
 
     Attributes:
-        module: what was called.
-        end: index of the first call after this one and everything inside it.
-        finish: moment of its return.
-        reusable: a stored output can stand for the call.
-        overwritten: later code writes into its output.
+        module: the module that was called.
+        end: index of the first call after this one and all calls inside it.
+        finish: moment at which the call returned.
+        reusable: whether a stored output can replace the call.
+        overwritten: whether later code writes into its output.
     """
 
     module: nn.Module
@@ -57,13 +57,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """Module calls in the order in which they began, and the moment each watched weight (by `id`) is first used."""
+    """Module calls in the order in which they began, and the moment of first use of each watched weight, by `id`."""
 
     calls: tuple[Call, ...]
     first_use: dict[int, int]
 
     def frontier(self, weight: nn.Parameter) -> frozenset[int]:
-        """Indices of the outermost calls that are over before `weight` is used: all that a replay needs."""
+        """Return the indices of the outermost reusable calls that return before the first use of `weight`."""
         moment = self.first_use.get(id(weight), 0)
         found: list[int] = []
         index = 0
@@ -79,12 +79,12 @@ class Trace:
 
 @dataclass
 class Recording:
-    """Outputs of some calls on one batch, by call index, as flat leaves with their structure."""
+    """Outputs of some calls on one batch, by index of the call, as flat leaves with their tree structure."""
 
     outputs: dict[int, tuple[list[Any], TreeSpec]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        """Bytes held, each storage counted once."""
+        """Return the size of all outputs in bytes; each storage is counted once."""
         storages = {
             leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
             for leaves, _ in self.outputs.values()
@@ -96,7 +96,7 @@ class Recording:
 
 @contextmanager
 def _intercepted(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Routes every submodule's forward through ``handler(module, forward, *args, **kwargs)``."""
+    """Route every submodule's forward through ``handler(module, forward, *args, **kwargs)``."""
     missing = object()
     saved: list[tuple[nn.Module, Any]] = []
     try:
@@ -115,7 +115,7 @@ def _intercepted(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 
 class _Tracer(TorchFunctionMode):
-    """Writes down calls, what they do to their tensors, and first uses of weights."""
+    """Records module calls, whether they modify their tensors, and the first use of each weight."""
 
     def __init__(self, watched: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -168,12 +168,12 @@ def _storage(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def trace_calls(model: nn.Module, x: Tensor, weights: Iterable[nn.Parameter]) -> Trace:
-    """Runs `model` once on a few images and writes down its calls.
+    """Run `model` once on a few images and return the trace of its calls.
 
     Args:
         model: in eval mode.
         x: a few images [N, C, H, W].
-        weights: the parameters whose first use matters.
+        weights: parameters whose first use is recorded.
     """
     tracer = _Tracer(weights)
     with _intercepted(model, tracer.handle), tracer:
@@ -182,7 +182,7 @@ def trace_calls(model: nn.Module, x: Tensor, weights: Iterable[nn.Parameter]) ->
 
 
 class _Pass:
-    """Follows one forward pass along the trace; `lost` once it leaves the traced path."""
+    """Follows one forward pass along the trace; all calls are computed once it leaves the traced path."""
 
     def __init__(self, trace: Trace, recording: Recording, keep: frozenset[int], reuse: frozenset[int]) -> None:
         self._calls, self._recording, self._keep, self._reuse = trace.calls, recording, keep, reuse
@@ -220,12 +220,12 @@ def _rebuild(leaves: list[Any], spec: TreeSpec, copy: bool) -> Any:
 
 @torch.no_grad()
 def record(model: nn.Module, trace: Trace, x: Tensor, keep: frozenset[int]) -> tuple[Tensor, Recording]:
-    """A forward pass that keeps the outputs of the calls in `keep`.
+    """Run a forward pass and records the outputs of the calls with indices `keep`.
 
-    Memory: those outputs for the batch `x`, until the recording is dropped.
+    Memory: the recorded outputs of the batch `x` [B, C, H, W], until the recording is deleted.
 
     Returns:
-        The model's output and the recording.
+        The logits [B, K] and the recording.
     """
     recording = Recording()
     with _intercepted(model, _Pass(trace, recording, keep, frozenset()).handle):
@@ -233,12 +233,12 @@ def record(model: nn.Module, trace: Trace, x: Tensor, keep: frozenset[int]) -> t
 
 
 def replay(model: nn.Module, trace: Trace, x: Tensor, recording: Recording, reuse: frozenset[int]) -> Tensor:
-    """A forward pass on the recorded batch that takes the outputs of the calls in `reuse` from the recording.
+    """Run a forward pass on the recorded batch and take the outputs of the calls with indices `reuse` from it.
 
-    Calls in `reuse` that the recording lacks are computed. Gradients do not flow into what is reused.
+    Calls in `reuse` that were not recorded are computed. Gradients do not flow into recorded outputs.
 
     Returns:
-        The model's output.
+        The logits [B, K].
     """
     with _intercepted(model, _Pass(trace, recording, frozenset(), reuse).handle):
         return model(x)

@@ -1,4 +1,4 @@
-"""The search for the perturbation of each weight that raises the robust loss most, on as few images as will do."""
+"""Search on few images for the perturbation of each weight that raises the robust loss most."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class SearchBudget:
-    """How long to search on few images: directions are made, the best compared, and the best of these climbs on.
+    """Images and steps of the three stages of a search: initial directions, their comparison, and ascent from the best.
 
     Attributes:
-        initial_images: images on which initial directions are made and take their first step.
-        initial_directions: how many of them are compared for each target.
-        compare_images: images that they are compared on.
-        compare_steps: iterates of an ascent from each of them there.
-        images: images that the best one goes on with.
-        steps: iterates there.
+        initial_images: images on which initial directions are found and take their first step.
+        initial_directions: initial directions of each target that are compared.
+        compare_images: images on which they are compared.
+        compare_steps: iterates of the ascent from each initial direction in the comparison.
+        images: images of the ascent from the best direction.
+        steps: iterates of that ascent.
     """
 
     initial_images: int
@@ -37,8 +37,8 @@ class SearchBudget:
     steps: int
 
 
-# Multiples of ten: of ten classes, parts of a stratified set then have as many images each, and no initial direction
-# towards one of them is favoured by chance.
+# Multiples of ten give each of ten classes the same number of images in a stratified part, so that no initial direction
+# towards a class is favoured by chance.
 SHORT = SearchBudget(initial_images=20, initial_directions=3, compare_images=30, compare_steps=1, images=60, steps=3)
 LONG = SearchBudget(initial_images=60, initial_directions=4, compare_images=120, compare_steps=5, images=120, steps=4)
 
@@ -53,21 +53,20 @@ def find_directions(
     memory_bytes: int,
     others: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """The steepest direction found for each target.
+    """Return for each target the direction of the largest loss found on the ball.
 
     Args:
-        loss: what to raise, over the whole set; parts of it should represent it, see `RobustLoss.stratified`.
-        trace: of the same model.
+        loss: robust loss over the full set, sorted so that parts of it are representative (`RobustLoss.stratified`).
+        trace: trace of the same model.
         live: distinct weights, each with its gradient, which is not zero.
         rho: relative radius of the balls, > 0.
-        search_budget: how long to search on parts of the set.
-        whole_steps: most iterates on the whole set after that; 0 for none.
-        memory_bytes: limit on the recordings kept for the ascents.
-        others: for each target one more direction, to be compared with the best initial direction, and taken
-            if it is better.
+        search_budget: images and steps of the search on parts of the set.
+        whole_steps: largest number of iterates on the full set after that; 0 for none.
+        memory_bytes: limit on the recordings kept for the ascents, in bytes.
+        others: for each target an additional starting direction of the ascent that follows the comparison.
 
     Returns:
-        A direction a target, unit Frobenius norm.
+        For each target a direction of unit Frobenius norm.
 
     Raises:
         UsageError: a loss is not finite.
@@ -112,7 +111,7 @@ def find_directions(
 def _recorder(
     stage: RobustLoss, trace: Trace, weights: Sequence[nn.Parameter], limit: int
 ) -> Callable[[nn.Parameter], Recordings]:
-    """What gives the recordings for one weight: the same ones for all, where they fit, or new ones for each."""
+    """Return a function from a weight to its recordings: shared by all weights if they fit, else new for each."""
     if bytes_an_image(stage, trace, weights) * len(stage.adv) > limit:
         return lambda weight: Recordings(stage, trace, [weight], limit)
     shared = Recordings(stage, trace, weights, limit)

@@ -1,4 +1,4 @@
-"""Which weights have a sensitivity, and how to exchange one of them without touching the original."""
+"""Weights whose sensitivity is measured, and their temporary exchange."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Target:
     """One weight whose sensitivity is measured.
 
     Attributes:
-        name: the module's qualified name; for the separate projections of `nn.MultiheadAttention` (used when key
-            and value sizes differ) the parameter's qualified name.
-        kind: the module's class name.
-        weight: the parameter itself.
-        owners: every (module, attribute) that holds this parameter; several when weights are tied.
+        name: qualified name of the module; for the separate projections of `nn.MultiheadAttention` (used when key and
+            value sizes differ) that of the parameter.
+        kind: class name of the module.
+        weight: the parameter.
+        owners: every (module, attribute) that holds the parameter; more than one if weights are tied.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Target:
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
-    """Weights of convolutions, linear layers and attention input projections, in registration order.
+    """Return the weights of convolutions, linear layers and attention input projections, in registration order.
 
-    The output projection of `nn.MultiheadAttention` is a linear layer of its own. A module registered twice appears
-    once; two modules that tie one parameter appear both, since either is where a reader would look it up.
+    The output projection of `nn.MultiheadAttention` is a linear layer of its own. A module that is registered twice
+    appears once; two modules that share a parameter both appear, so that it can be found under either name.
 
     Raises:
         UsageError: the model has none of these layers, or a weight is computed by a parametrization.
@@ -85,13 +85,13 @@ def _weight_names(module: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def exchanged(target: Target, weight: Tensor) -> Iterator[nn.Parameter]:
-    """Lets the model run with `weight` in place of the target's.
+    """Replace the target's parameter by `weight` inside the ``with`` block.
 
-    The original parameter is put aside, not written to, so it returns bit-identical whatever happens meanwhile.
+    The original parameter is never written to, so it is restored bit for bit.
 
     Args:
-        target: whose weight to exchange.
-        weight: same shape; gradients flow to what this context yields if `weight` requires them.
+        target: the parameter to replace.
+        weight: tensor of the same shape; the yielded parameter requires gradients if it does.
 
     Yields:
         The temporary parameter.

@@ -1,1 +1,1 @@
-"""Structure: which channels of a model hang together, found on the model and proved by cutting a copy."""
+"""Structure: groups of coupled channels, found in the dependency graph and proved by trial cuts on a copy."""

@@ -1,7 +1,7 @@
-"""Attention blocks: which layers make queries, keys and values, in how many heads; found by watching a forward pass.
+"""Attention blocks: their query, key, value and projection layers and their heads, found by tracing a forward pass.
 
-Cut are equal numbers of dimensions from every head: the same channels of query, key and value, which are the same
-inputs of the projection after them. Heads stay, so that their number, relative position biases and reshapes do too.
+A cut removes the same number of dimensions from every head: the same channels of query, key and value, and the
+corresponding inputs of the projection. The number of heads, relative position biases and reshapes are kept.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .types import ChannelGroup, GroupSlice
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How an attention block is told of a cut.
+    """Changes that adapt an attention block to a cut.
 
     Attributes:
-        attributes: new values of its module's attributes.
-        fold: whether the change of softmax temperature goes into the query.
+        attributes: new values of attributes of the block's module.
+        fold: whether the change of the softmax temperature is folded into the query weights.
     """
 
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -38,14 +38,14 @@ class Attention:
     """One attention block.
 
     Attributes:
-        owner: qualified name of the module that computes it.
-        producers: names of the linear layers that make query, key and value: one fused, query and a fused pair, or
-            three.
-        projection: name of the linear layer that reads the result.
+        owner: qualified name of the module that computes the attention.
+        producers: names of the linear layers that compute query, key and value: one fused layer, a query layer and a
+            fused pair, or three layers.
+        projection: name of the linear layer behind the attention.
         heads: number of heads.
-        width: channels of one of query, key, value: heads * head dimension.
-        head_major: for a fused layer, whether each head's query, key and value lie together.
-        obstacle: why it cannot be cut, or empty.
+        width: channels of the query (and of key and value): heads * head dimension.
+        head_major: whether a fused layer stores query, key and value of each head together.
+        obstacle: why the block cannot be cut; empty if it can.
     """
 
     owner: str
@@ -58,11 +58,11 @@ class Attention:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
+        """Channels of each head."""
         return self.width // self.heads
 
     def group(self) -> ChannelGroup:
-        """Its channels: ``head * head_dim + d`` is dimension d of a head, in query, key, value and projection."""
+        """Return the block as a group; channel ``head * head_dim + d`` is dimension d of a head in every layer."""
         whole = tuple(range(self.width))
         first, *others = self.producers
         slices = [self._rows(first, 1 if others else 3), *(self._rows(p, 2 // len(others)) for p in others)]
@@ -79,15 +79,15 @@ class Attention:
         return row // (3 * self.head_dim) * self.head_dim + row % self.head_dim
 
     def other_layout(self) -> Attention | None:
-        """The same block with the other order of a fused layer's rows, which only a proof can tell apart."""
+        """Return the block with the other row order of a fused layer, or None; a proof decides which is right."""
         return replace(self, head_major=True) if len(self.producers) == 1 and not self.head_major else None
 
     def alternatives(self, model: nn.Module, keep: int) -> Iterator[Adaptation]:
-        """Ways of telling the owner of a cut to `keep` channels, the likeliest first, for `adapt`; a proof decides."""
+        """Yield adaptations of the owner to `keep` channels, the likeliest first; a proof decides between them."""
         values = vars(model.get_submodule(self.owner))
         new = {self.head_dim: keep // self.heads, self.width: keep, 3 * self.width: 3 * keep}
         sizes = {k: new[v] for k, v in values.items() if type(v) is int and v in new and k != "training"}
-        # A number equal to the head count may be the head count: such attributes are first left alone, then tried.
+        # A value equal to the number of heads may be the number of heads: leave such attributes first, then try them.
         unclear = [k for k in sizes if values[k] == self.heads][:4]
         subsets = [set(chosen) for n in range(len(unclear) + 1) for chosen in combinations(unclear, n)]
         old = self.head_dim**-0.5
@@ -101,10 +101,11 @@ class Attention:
             yield Adaptation({**chosen, **(scales if fold else {})}, fold)
 
     def adapt(self, model: nn.Module, keep: int, how: Adaptation) -> None:
-        """Set the owner's attributes; fold the change of softmax temperature into the query.
+        """Set the owner's attributes and fold the change of the softmax temperature into the query weights, in place.
 
-        Scaled dot-product attention divides by the root of the *present* head dimension, so a cut from d to d' would
-        sharpen the softmax by √(d/d'). Query rows times √(d'/d) keep it as it was, on the fused and the explicit path.
+        Scaled dot-product attention divides by the square root of the *current* head dimension, so a cut from d to d'
+        would sharpen the softmax by √(d/d'). Multiplying the query rows by √(d'/d) cancels this, in the fused and in
+        the explicit implementation.
         """
         vars(model.get_submodule(self.owner)).update(how.attributes)
         if not how.fold:
@@ -120,11 +121,11 @@ class Attention:
 
 
 def find_attention(model: nn.Module, images: Tensor) -> list[Attention]:
-    """Every attention block of `model` whose query, key, value and projection are linear layers.
+    """Return every attention block of `model` whose query, key, value and projection are linear layers.
 
     Args:
         model: in eval mode.
-        images: a batch [N, C, H, W] that it runs on.
+        images: a batch [N, C, H, W].
     """
     log = _watch(model, images)
     found: dict[str, Attention] = {}
@@ -138,16 +139,17 @@ def find_attention(model: nn.Module, images: Tensor) -> list[Attention]:
 
 @dataclass(frozen=True)
 class _Event:
-    """A layer that ran (`heads` 0), or an attention product with its number of heads; in which module."""
+    """A layer that ran (`heads` is 0), or an attention product with its number of heads and the module it ran in."""
 
     name: str
     heads: int = 0
 
 
 class _Watcher(TorchFunctionMode):
-    """Notes attention products and softmaxes over them, with the module in which they happen.
+    """Records attention products and their softmaxes, with the module in which they run.
 
-    Linear layers are known by their weights: a module may hand those to a function and never call the layer.
+    Linear layers are identified by their weights, since a module may pass the weights to a function and never call the
+    layer.
     """
 
     def __init__(self, model: nn.Module, log: list[_Event], stack: list[str]) -> None:
@@ -199,7 +201,7 @@ def _normalises(module: nn.Module) -> bool:
 
 
 def _classify(model: nn.Module, log: list[_Event], at: int) -> Attention | None:
-    """The attention block of the product at position `at`: the innermost module with layers before and after it."""
+    """Return the attention block of the product at position `at`: the innermost module with layers on both sides."""
     owner = log[at].name
     while True:
         before, after = _own(log[:at], owner, model), _own(log[at + 1 :], owner, model)

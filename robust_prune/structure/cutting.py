@@ -1,4 +1,4 @@
-"""The physical cut: positions leave tensors, through torch-pruning's functions, in coordinates of the dense model."""
+"""Physical removal of channels through torch-pruning's functions; positions refer to the dense model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Place = tuple[str, str, int]  # target, side, dimension
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether each input channel of `module` has exactly one filter, so that both sides are cut together."""
+    """Return whether `module` is a depthwise convolution, whose inputs and outputs are cut together."""
     return (
         isinstance(module, nn.modules.conv._ConvNd)
         and 1 < module.in_channels == module.groups == module.out_channels
@@ -46,7 +46,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def gone_positions(group: ChannelGroup, removed: tuple[int, ...]) -> dict[Place, list[int]]:
-    """For each place that `group` cuts, the positions (of the dense model) that go with the channels `removed`."""
+    """Return, for each place that `group` cuts, the positions in the dense model of its channels `removed`."""
     removed_set = set(removed)
     found: dict[Place, list[int]] = {}
     for part in group.slices:
@@ -56,7 +56,7 @@ def gone_positions(group: ChannelGroup, removed: tuple[int, ...]) -> dict[Place,
 
 
 def place_size(model: nn.Module, part: GroupSlice) -> int:
-    """Positions that `part`'s place has in `model`."""
+    """Return the number of positions along the side of `part` in `model`."""
     if part.side == "param":
         return model.get_parameter(part.target).shape[part.dim]
     module: Any = model.get_submodule(part.target)
@@ -68,10 +68,10 @@ def place_size(model: nn.Module, part: GroupSlice) -> int:
 
 
 class Cutter:
-    """Cuts one model, group after group; every index is a position of the dense model.
+    """Cuts one model group by group; all positions refer to the dense model.
 
     Args:
-        model: cut in place.
+        model: the model, which is cut in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,10 +79,10 @@ class Cutter:
         self._alive: dict[Place, list[int]] = {}
 
     def cut(self, group: ChannelGroup, removed: tuple[int, ...]) -> None:
-        """Remove channels `removed` of `group` from all of its places.
+        """Remove channels `removed` of `group` from all of its layers.
 
         Raises:
-            ValueError: a layer of a kind, or in a state, that cannot be cut.
+            ValueError: a layer cannot be cut, would lose all of its channels, or has lost some of them already.
         """
         for place, positions in gone_positions(group, removed).items():
             if not positions:
@@ -101,7 +101,7 @@ class Cutter:
             self._alive[place] = [dense for dense in alive if dense not in removed_set]
 
     def snapshot(self) -> tuple[Any, ...]:
-        """A cheap state for `restore`: cuts replace tensors, they never write into them."""
+        """Return a state for `restore`. No tensor is copied, since cuts replace tensors and never write into them."""
         states = [
             (m, {**vars(m), "_parameters": dict(m._parameters), "_buffers": dict(m._buffers)})
             for m in self.model.modules()
@@ -109,7 +109,7 @@ class Cutter:
         return states, dict(self._alive)
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
-        """Undo everything since `snapshot`."""
+        """Undo all cuts since `snapshot`."""
         for module, state in snapshot[0]:
             vars(module).clear()
             vars(module).update(state, _parameters=dict(state["_parameters"]), _buffers=dict(state["_buffers"]))
@@ -117,12 +117,17 @@ class Cutter:
 
 
 def cut_module(module: nn.Module, side: str, positions: list[int]) -> None:
-    """Remove `positions` (current coordinates, ascending) from one side of a layer, in place.
+    """Remove `positions` from one side of a layer, in place.
 
-    `requires_grad` and the channels_last format of its parameters stay.
+    `requires_grad` and the channels_last format of its parameters are kept.
+
+    Args:
+        module: the layer.
+        side: ``out``, ``in`` or ``norm``, as in GroupSlice.
+        positions: positions in the layer as it is now, ascending.
 
     Raises:
-        ValueError: a kind of layer that cannot be cut, or unequal cuts of the parts of a grouped one.
+        ValueError: the layer cannot be cut, or its groups would lose different numbers of channels.
     """
     before = dict(module.named_parameters(recurse=False))
     depthwise = is_depthwise(module) and side == "out"
@@ -144,7 +149,7 @@ def cut_module(module: nn.Module, side: str, positions: list[int]) -> None:
 
 
 def like(new: torch.Tensor, old: torch.Tensor) -> nn.Parameter:
-    """`new` as a parameter with the memory format and `requires_grad` of `old`."""
+    """Return `new` as a parameter with the memory format and `requires_grad` of `old`."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     return nn.Parameter(new, requires_grad=old.requires_grad)
@@ -165,7 +170,7 @@ def _require_equal_parts(size: int, parts: int, positions: list[int]) -> None:
 
 
 def _cut_grouped(conv: nn.modules.conv._ConvNd, side: str, positions: list[int]) -> None:
-    """Grouped convolution; torch-pruning's function applies the first part's cut to every part."""
+    """Cut a grouped convolution; torch-pruning's function would apply the cut of the first group to every group."""
     if conv.transposed:
         raise ValueError("a grouped transposed convolution cannot be cut")
     size = conv.out_channels if side == "out" else conv.in_channels
@@ -186,7 +191,7 @@ def _cut_grouped(conv: nn.modules.conv._ConvNd, side: str, positions: list[int])
 
 
 def scale_rows(module: nn.Module, rows: slice, factor: float) -> None:
-    """Multiply the given output rows of a linear layer by `factor`, by replacing its tensors."""
+    """Multiply output rows of a linear layer by `factor`, replacing its tensors."""
     for name in ("weight", "bias"):
         old = module._parameters.get(name)
         if old is not None:
@@ -196,14 +201,14 @@ def scale_rows(module: nn.Module, rows: slice, factor: float) -> None:
 
 
 def cut_copy(module: nn.Module, side: str, positions: list[int]) -> nn.Module:
-    """A cut copy of one layer."""
+    """Return a copy of one layer without `positions`; see `cut_module`."""
     fresh = copy.deepcopy(module)
     cut_module(fresh, side, positions)
     return fresh
 
 
 def old_to_new_sizes(before: dict[Place, int], after: dict[Place, int], parts: int) -> dict[int, int]:
-    """Channel counts that a cut changed, as numbers an attribute may hold: whole places and each of `parts` parts."""
+    """Return old and new channel counts that attributes may hold, of each place and of each of its `parts` parts."""
     sizes: dict[int, int] = {}
     for place, old in before.items():
         new = after[place]

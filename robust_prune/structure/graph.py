@@ -1,4 +1,4 @@
-"""A dependency graph that always ends: torch-pruning's tracing and index mappings under our own bounded propagation."""
+"""Dependency graph: torch-pruning's tracing and index mappings, with a propagation that is bounded and terminates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UsageError
 from .layernorm import OrderedLayerNormPruner
 from .types import GroupSlice, Side
 
-# What torch-pruning's shape inference raises on operations it does not know.
+# torch-pruning's shape inference raises these on operations that it does not know.
 _MAPPING_ERRORS = (
     ArithmeticError,
     TypeError,
@@ -41,32 +41,35 @@ _STEP_LIMIT = 20_000
 
 
 class BrokenMapping(Exception):
-    """Channels could not be followed through the graph; the text says where."""
+    """Raised where channels cannot be followed through the graph; the message names the layer."""
 
 
 class BoundedGraph(DependencyGraph):
-    """torch-pruning's graph with a correct LayerNorm function, tolerant index mappings and its outputs remembered.
+    """torch-pruning's dependency graph with a correct LayerNorm function, tolerant index mappings and known outputs.
 
     Attributes:
-        outputs: the nodes whose values are the model's outputs.
-        widest: most positions along one dimension of any weight; an index beyond it has run away.
+        outputs: nodes whose values are outputs of the model.
+        widest: largest size of any dimension of any weight; an index above it is invalid.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.outputs: list[Any] = []
         self.widest = 0
-        # REGISTERED_PRUNERS is this graph's own copy, so other users of torch-pruning see no change.
+        # REGISTERED_PRUNERS is a copy owned by this graph, so other users of torch-pruning see no change.
         self.REGISTERED_PRUNERS[ops.OPTYPE.LN] = OrderedLayerNormPruner()
         pruners = [p for p in self.REGISTERED_PRUNERS.values() if p is not None]
         self._in_channel_pruning_fn = {p.prune_in_channels for p in pruners}
         self._out_channel_pruning_fn = {p.prune_out_channels for p in pruners}
 
     def build(self, model: nn.Module, example: Tensor) -> BoundedGraph:
-        """Trace `model` (in eval mode, every parameter requiring gradients) on one image [1, C, H, W].
+        """Trace `model` on one image [1, C, H, W]; it is in eval mode and every parameter requires gradients.
+
+        Returns:
+            The graph itself.
 
         Raises:
-            UsageError: the model's operations cannot be traced through autograd.
+            UsageError: autograd cannot trace the model's operations.
         """
         self.verbose = False
         self.model = model
@@ -84,7 +87,7 @@ class BoundedGraph(DependencyGraph):
                     f"the graph of {type(model).__name__} could not be traced: {type(error).__name__}: {error}. "
                     "Its logits must depend on its weights through autograd: look for torch.no_grad or detach."
                 ) from error
-            # Where a size or mapping stays unknown, the groups that cross it are found out by their proof.
+            # Groups that cross an unknown size or mapping fail their proof later.
             with suppress(*_MAPPING_ERRORS):
                 shape_infer.init_shape_information(self)
             for node in self.module2node.values():
@@ -103,12 +106,12 @@ class BoundedGraph(DependencyGraph):
 
 @dataclass(frozen=True)
 class Coupling:
-    """Everything that loses a channel with one module's output channels.
+    """All positions that must be removed together with output channels of one module.
 
     Attributes:
-        channels: number of independently removable channels.
-        slices: as in ChannelGroup; the root's own first.
-        reaches_output: whether some of the channels are the model's outputs.
+        channels: number of channels that can be removed independently.
+        slices: as in ChannelGroup; the root's slice is first.
+        reaches_output: whether some of the channels are outputs of the model.
     """
 
     channels: int
@@ -117,18 +120,19 @@ class Coupling:
 
 
 def couple(graph: BoundedGraph, module: nn.Module, channels: Iterable[int]) -> Coupling:
-    """Follow output channels of `module` through the graph until nothing new is reached.
+    """Follow output channels of `module` through the graph until no new positions are reached.
 
-    Channels that meet in one position of another layer (the halves of a gate, a residual sum) cannot be removed
+    Channels that reach the same position of another layer (the halves of a gate, a residual sum) cannot be removed
     separately; they become one channel of the coupling.
 
     Args:
         graph: a built graph.
         module: a convolution or linear layer of its model.
-        channels: the output channels to follow, ascending.
+        channels: output channels to follow, ascending.
 
     Raises:
-        BrokenMapping: an index mapping points outside its layer, or propagation does not end.
+        BrokenMapping: an index mapping fails or points outside its layer, the channels reach a layer that cannot be
+            cut, or propagation does not end within 20,000 steps.
     """
     root = graph.module2node[module]
     handler = graph.get_pruner_of_module(module).prune_out_channels
@@ -168,7 +172,7 @@ def couple(graph: BoundedGraph, module: nn.Module, channels: Iterable[int]) -> C
 
 
 class _Classes:
-    """Union-find over root channels; the smallest member represents a class."""
+    """Union-find over root channels; the smallest member represents its class."""
 
     def __init__(self, members: list[int]) -> None:
         self._parent = {m: m for m in members}
@@ -184,7 +188,7 @@ class _Classes:
         self._parent[b] = a
 
     def numbered(self) -> dict[int, int]:
-        """Each member's class, as 0, 1, 2, ... in the order of the classes' smallest members."""
+        """Return each member's class number; classes are numbered from 0 in the order of their smallest members."""
         order = {r: i for i, r in enumerate(sorted({self.find(m) for m in self._parent}))}
         return {m: order[self.find(m)] for m in self._parent}
 
@@ -206,13 +210,13 @@ def _check_range(graph: BoundedGraph, dependency: Any, arrived: list[Any]) -> No
     out = graph.is_out_channel_pruning_fn(dependency.handler)
     size = graph.get_out_channels(node) if out else graph.get_in_channels(node)
     if node.type == ops.OPTYPE.OUTPUT or size is None:
-        size = graph.widest  # operations without a channel count of their own: only a runaway mapping gets here
+        size = graph.widest  # operations without a channel count: only an invalid mapping exceeds the widest layer
     if any(not 0 <= item.idx < size for item in arrived):
         raise BrokenMapping(f"the index mapping at {_label(node)} points outside its {size} channels")
 
 
 def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], number: dict[int, int]) -> GroupSlice | None:
-    """What `node` physically loses, or None for operations that hold no channels."""
+    """Return the positions that `node` loses, or None for operations without channels."""
     side: Side
     dim = 0
     if node.type in _OPAQUE:
@@ -236,7 +240,7 @@ def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], numbe
 
 
 def _changes_value(graph: BoundedGraph, node: Any, fn: Any) -> bool:
-    """Whether cutting `node` through `fn` changes its output channels: all but the input side of conv and linear."""
+    """Return whether cutting `node` with `fn` cuts its output; false for inputs of convolutions and linear layers."""
     if node.type in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR):
         return bool(fn == graph.get_pruner_of_module(node.module).prune_out_channels)
     return True

@@ -1,4 +1,4 @@
-"""Coupled groups of channels: found in a model's graph, each proven by a trial cut before anyone plans with it."""
+"""Groups of coupled channels, found in a model's graph and each proved by a trial cut before planning."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _SEED = 308
 
 @dataclass(frozen=True)
 class GroupSearch:
-    """What can be pruned, and what cannot.
+    """Groups that can be pruned, and layers that cannot.
 
     Attributes:
-        groups: proven groups, in the order in which their root layers run.
-        skipped: layers whose channels must stay, each with its reason. The classifier is in neither.
+        groups: proved groups, in the order of their root layers in the model.
+        skipped: layers whose channels are kept, each with the reason. The classifier is in neither.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -37,20 +37,21 @@ class GroupSearch:
 
 
 def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
-    """Find every group of channels of `model` that can be cut, and prove each on a private copy.
+    """Find every group of channels of `model` that can be cut, and prove each on a copy.
 
-    Groups are proven when some of their channels, cut for real, leave a model equal to the dense one with the same
-    channels zeroed (random weights, double precision); where that fails, sets of them are halved until it is known
-    which group fails. Layers that the graph leaves without a group are looked at again by perturbing values (see
-    `tracing`). The layers that make the logits are never cut.
+    A group is proved if the model with some of its channels removed equals the dense model with the same channels set
+    to zero (random weights, float64, or float32 where the model needs it). All groups are cut together first; if that
+    fails, the set is halved until the failing groups are known. Layers without a proved group are searched again by
+    perturbing values (`tracing`). Layers that compute the logits are never cut.
 
     Args:
-        model: a classifier of images [N, C, H, W] that returns logits [N, K]; untouched. Wrappers (DataParallel,
-            torch.compile) are looked through, and names are those of the model inside.
-        example: one image [1, C, H, W] of the size that the model is used at; only its shape and device matter.
+        model: a classifier that maps images [N, C, H, W] to logits [N, K]; it is not changed. Wrappers (DataParallel,
+            torch.compile) are removed first, and names are those of the inner model.
+        example: one image [1, C, H, W] of the model's input size; only its shape and device matter.
 
     Raises:
-        UsageError: the model does not run on `example`, or re-parametrises its weights.
+        UsageError: `example` has another shape, the model does not run on it or cannot be traced, or a weight is
+            re-parametrised.
     """
     check_example(example)
     trial = Trial(unwrap(model), example)
@@ -82,7 +83,7 @@ def check_example(example: Tensor) -> None:
 
 
 def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
-    """Groups of the trial's reference as its graph tells them, not yet proven, and the layers without one."""
+    """Return the groups of the trial's dense reference found in its graph, not yet proved, and the skipped layers."""
     model = trial.dense
     graph = BoundedGraph().build(model, trial.images[:1])
     blocks = find_attention(model, trial.images)
@@ -94,7 +95,7 @@ def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
         _add_attention(block, candidates, skipped)
     layers = [m for m in graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     order = {m: i for i, m in enumerate(model.modules())}
-    # Depthwise layers follow what feeds them; they are roots only when nothing else led to them.
+    # A depthwise layer belongs to the group of its input; it is a root only if no other root reaches it.
     for module in sorted(layers, key=lambda m: (is_depthwise(m), order[m])):
         name = graph._module2name[module]
         if name in in_attention:
@@ -116,15 +117,15 @@ def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
 
 
 def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
-    """Groups of the trial's reference as `tracing` tells them, not yet proven, apart from those `found` already."""
+    """Return groups of the trial's dense reference found by `tracing`, not yet proved, without positions of `found`."""
     if any(isinstance(module, nn.MultiheadAttention) for module in trial.dense.modules()):
-        return []  # it mixes all that reaches it, which no cut gets past, and makes every pass of the search dear
+        return []  # it mixes all channels that reach it, and makes every pass of the search slow
     blocks = find_attention(trial.dense, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]
     try:
         found_by_value = trace_groups(trial.dense, trial.images[:1], taken=taken, skip=in_attention.keys())
-    except Exception:  # the model meets made-up values there, which its code need not bear
+    except Exception:  # the model runs on made-up activations, which its code need not support
         return []
     candidates = []
     for traced in found_by_value:
@@ -135,7 +136,7 @@ def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
 
 
 def _remaining(stuck: Sequence[Skipped], ledger: Ledger) -> tuple[Skipped, ...]:
-    """Those of `stuck` that no proven group covers, each with the last reason found for its group, or for its layer."""
+    """Return the `stuck` layers that no proved group covers, each with the last reason found for it or its group."""
     covered = {producer for cut in ledger.done for producer in cut.candidate.group.producers}
     reasons = {
         producer: failed.reason
@@ -146,10 +147,10 @@ def _remaining(stuck: Sequence[Skipped], ledger: Ledger) -> tuple[Skipped, ...]:
 
 
 def bundled(members: Sequence[Candidate]) -> Candidate:
-    """One group of groups with equally many channels: channel c of it is channel c of each.
+    """Return one group that bundles groups with equal numbers of channels; its channel c is channel c of each member.
 
-    A model's code may tie widths that no value ties, for instance when an attention block reshapes its result to the
-    width of its input. Which channels of the one go with which of the other is then free.
+    A model's code may tie widths that the graph does not, for instance when an attention block reshapes its result to
+    the width of its input. Any pairing of the members' channels is then valid.
     """
     groups = [m.group for m in members]
     group = ChannelGroup(
@@ -163,7 +164,7 @@ def bundled(members: Sequence[Candidate]) -> Candidate:
 
 
 def _bundles(lost: Sequence[Candidate]) -> list[Candidate]:
-    """Bundles of groups that cannot be cut one by one: those with equally many channels."""
+    """Bundle the groups of equal width among those that cannot be cut alone."""
     by_width: dict[int, list[Candidate]] = {}
     for candidate in lost:
         by_width.setdefault(candidate.group.channels, []).append(candidate)
@@ -189,10 +190,10 @@ def _add_attention(block: Attention, candidates: list[Candidate], skipped: list[
 def _as_group(
     name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention], blocks: int = 1
 ) -> ChannelGroup:
-    """The coupling as a group of at least `blocks` blocks.
+    """Return the coupling as a group with at least `blocks` blocks.
 
     Raises:
-        BrokenMapping: its channels cannot be removed one by one or block by block.
+        BrokenMapping: its channels cannot be removed, neither one by one nor block by block.
     """
     producers = {s.target for s in coupling.slices if s.side == "out"}
     if mixed := sorted(producers & in_attention.keys()):
@@ -212,7 +213,7 @@ def _as_group(
 
 
 def _tied_parameter(model: nn.Module, targets: set[str]) -> str:
-    """The name of a parameter of `targets` that a different module holds too, or an empty string."""
+    """Return the name of a parameter of `targets` that another module shares, or an empty string."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -226,7 +227,7 @@ def _tied_parameter(model: nn.Module, targets: set[str]) -> str:
 
 
 def _parts(model: nn.Module, part: GroupSlice) -> int:
-    """Into how many parts of equal size the layer divides the positions of `part`."""
+    """Return the number of equal parts (groups) into which the layer divides the positions of `part`."""
     if part.side == "param":
         return 1
     module = model.get_submodule(part.target)
@@ -238,13 +239,13 @@ def _parts(model: nn.Module, part: GroupSlice) -> int:
 
 
 def _spread(part: GroupSlice, count: int, size: int) -> bool:
-    """Whether each channel has equally many positions in every part of the layer, so that any may go."""
+    """Return whether each channel has equally many positions in every part, so that any channel may be removed."""
     per_part = Counter((root, position * count // size) for position, root in zip(part.index, part.root, strict=True))
     return len(per_part) == count * len(set(part.root)) and len(set(per_part.values())) == 1
 
 
 def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None:
-    """Each part of the layer must hold exactly the channels of the same part of the group, equally often."""
+    """Raise BrokenMapping unless each part of the layer holds the channels of the same part of the group."""
     if len(part.index) != size or channels % count or size % channels:
         raise BrokenMapping(f"the {count} parts of {part.target} do not hold whole parts of its channels")
     for position, root in zip(part.index, part.root, strict=True):
@@ -253,9 +254,9 @@ def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None
 
 
 def _trial_cut(group: ChannelGroup) -> tuple[int, ...]:
-    """Channels to remove for a proof: equally many, different ones, from each block; a share of the group's own.
+    """Return channels to remove for a proof: a random share that differs between groups, equal in each block.
 
-    With one share for all, groups whose widths the model's code ties would pass together, and fail in a plan.
+    With the same share everywhere, groups whose widths the model's code ties would pass together and fail in a plan.
     """
     generator = random.Random(f"{_SEED} {group.name}")
     size = group.channels // group.blocks

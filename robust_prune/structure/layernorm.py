@@ -1,7 +1,8 @@
-"""torch-pruning's LayerNorm function, replaced: its own leaves kept weights in hash order, not in channel order.
+"""Replacement of torch-pruning's LayerNorm pruning function, which does not preserve the order of channels.
 
-It calls ``Tensor.sort()`` as if that worked in place, so weights land on wrong channels once more than about half of a
-wide norm goes (torch-pruning 1.6.1). Ours is registered per graph; torch-pruning's global state is not touched.
+torch-pruning 1.6.1 calls ``Tensor.sort()`` as if it worked in place. Kept weights stay in hash order, so once more than
+about half of a wide norm is removed, weights are assigned to wrong channels. The replacement is registered for each
+graph; torch-pruning's global state is not changed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch_pruning.pruner.function import LayernormPruner
 
 
 class OrderedLayerNormPruner(LayernormPruner):
-    """Removes channels of an `nn.LayerNorm` over one dimension and keeps the rest in their order."""
+    """Removes channels of an `nn.LayerNorm` over one dimension and preserves the order of the others."""
 
     def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
         """Remove the channels `idxs` (0..channels-1) from `layer`, in place.

@@ -1,4 +1,4 @@
-"""The dense model with channels zeroed: what a correct cut must be equal to."""
+"""Masked model: the dense model with channels set to zero, which a correct cut must equal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ _STATISTICS = (nn.LayerNorm, nn.GroupNorm)
 
 @contextmanager
 def masked(model: nn.Module, removed: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
-    """`model` with the given positions zeroed, inside the ``with`` block; bit-identical to before after it.
+    """Set the given positions of `model` to zero inside the ``with`` block and restore them bit for bit on exit.
 
-    Weights, biases and free parameters are zeroed. Layer and group norms take their statistics over channels, so zeroed
-    channels would still count: such a norm is made to see the remaining channels alone and return zeros for the rest.
+    Weights, biases and free parameters are zeroed. Layer and group norms compute statistics over channels, in which
+    zeroed channels would still count. Such a norm is replaced by one that normalises the remaining channels alone and
+    returns zeros for the others.
 
     Args:
-        model: the dense model; only the calling thread may use it meanwhile.
-        removed: for each place (target, side, dimension), the positions to zero.
+        model: the dense model; no other thread may use it inside the block.
+        removed: for each place (target, side, dimension) the positions to set to zero.
+
+    Yields:
+        The same model.
     """
     undo: list[tuple[Tensor, Tensor]] = []
     norms: list[nn.Module] = []
@@ -72,7 +76,7 @@ def _zero_inputs(module: Any, index: list[int], undo: list[tuple[Tensor, Tensor]
 
 
 def _remaining_only(norm: Any, index: list[int]) -> Any:
-    """A forward for `norm` over the channels that remain."""
+    """Return a forward function of `norm` over the remaining channels."""
     size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
     keep = sorted(set(range(size)) - set(index))
     small = cut_copy(norm, "norm", index)
@@ -87,7 +91,7 @@ def _remaining_only(norm: Any, index: list[int]) -> Any:
 
 
 def _channel_dim(norm: Any, x: Tensor) -> int:
-    """Channels come first in group norms and in two-dimensional variants of layer norm, last in layer norm itself."""
+    """Return the channel dimension of `x`: 1 for group norm and two-dimensional layer norms, else the last."""
     if isinstance(norm, nn.GroupNorm):
         return 1
     size = norm.normalized_shape[-1]

@@ -1,7 +1,7 @@
-"""A model's passes with its layers stood in for: fixed values leave them, and what comes in is compared.
+"""Perturbation probe: forward passes in which layers return fixed values and their inputs are compared between passes.
 
-Nothing but the operations between the layers is left of the model, so that a channel that came in changed tells of the
-channels that left another layer changed.
+Only the operations between layers remain of the model, so a changed input channel shows which output channels of other
+layers it depends on.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ _PER_CHANNEL = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "prel
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer: what came in and goes out when nothing is changed, and where the channels lie in both.
+    """One call of a layer in the first pass, in which nothing is perturbed.
 
     Attributes:
-        entering: the place that the incoming channels have.
-        leaving: the place of the outgoing ones, the same if the layer works channel by channel.
+        entering: place of the input channels.
+        leaving: place of the output channels; equal to `entering` if the layer works on each channel alone.
+        came: input of the layer.
+        came_dim: dimension of `came` that holds the channels.
+        returned: fixed values that replace the layer's output.
+        returned_dim: dimension of `returned` that holds the channels.
+        step: perturbation that is added to perturbed channels of `returned`.
     """
 
     entering: Place
@@ -44,7 +49,11 @@ class Call:
 
 
 class Probe(TorchFunctionMode):
-    """Stands in for the layers of a model during its passes."""
+    """Replaces the outputs of a model's layers by fixed values during forward passes; see `probing`.
+
+    Attributes:
+        calls: calls of layers in the first pass, in order.
+    """
 
     def __init__(self, model: nn.Module, stack: list[nn.Module]) -> None:
         super().__init__()
@@ -64,12 +73,12 @@ class Probe(TorchFunctionMode):
         self._seen: list[Tensor] = []
 
     def start(self, image: Tensor) -> None:
-        """The pass in which nothing is changed."""
+        """Run the first pass on `image` [1, C, H, W], in which nothing is perturbed."""
         self._output = self._model(image)
         self._started = True
 
     def producers(self) -> list[Place]:
-        """Places whose channels can be changed: outputs of convolutions and linear layers, and free parameters."""
+        """Return the places that can be perturbed: outputs of convolutions and linear layers, and free parameters."""
         layers = dict.fromkeys(c.leaving for c in self.calls if c.leaving != c.entering)
         free = [
             (name, "param", dim)
@@ -81,16 +90,23 @@ class Probe(TorchFunctionMode):
         return [*layers, *free]
 
     def size(self, place: Place) -> int:
-        """Channels of a place that `producers` returned."""
+        """Return the number of channels of a place that `producers` returned."""
         if place[1] == "param":
             return self._model.get_parameter(place[0]).shape[place[2]]
         return next(c.returned.shape[c.returned_dim] for c in self.calls if c.leaving == place)
 
     def run(self, image: Tensor, changes: Mapping[Place, Tensor]) -> list[Tensor]:
-        """A pass with the given channels changed: for each call, and last the logits, which channels came in changed.
+        """Run a pass on `image` [1, C, H, W] with perturbed channels.
+
+        Args:
+            image: the image of the first pass.
+            changes: for each perturbed place, which of its channels are perturbed, bool [C].
+
+        Returns:
+            For each call which of its input channels changed, bool [C], and last the same for the logits [K].
 
         Raises:
-            BrokenMapping: the calls are not those of the first pass.
+            BrokenMapping: the model does not make the same calls as in the first pass.
         """
         self._at, self._changes, self._seen = 0, changes, []
         with self._changed_parameters():
@@ -129,7 +145,7 @@ class Probe(TorchFunctionMode):
         return self._again(came)
 
     def _layer(self, function: str, arguments: Iterable[Any]) -> nn.Module | None:
-        """The layer that calls `function`: the owner of a tensor in its arguments, or the module that is running."""
+        """Return the layer that calls `function`: the owner of a tensor among its arguments, or the running module."""
         owners = [self._owners[id(a)] for a in arguments if isinstance(a, Tensor) and id(a) in self._owners]
         for layer in (*owners, *self._stack[-1:]):
             products = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
@@ -149,7 +165,7 @@ class Probe(TorchFunctionMode):
         side = "norm" if function in _PER_CHANNEL else "out"
         leaving: Place = (name, side, 0)
         entering = leaving if side == "norm" or is_depthwise(layer) else (name, "in", 0)
-        # Small and positive, so that neither a rectifier nor a saturating gate hides a change.
+        # Small positive values, so that neither a rectifier nor a saturating gate hides a perturbation.
         value, step = (torch.rand(result.shape, generator=self._generator).to(result) * 0.3 + 0.1 for _ in range(2))
         return Call(entering, leaving, came.clone(), dim, value, dim, step)
 
@@ -167,18 +183,18 @@ class Probe(TorchFunctionMode):
 
 
 def _moved(now: Tensor, before: Tensor, dim: int) -> Tensor:
-    """Which positions along `dim` differ anywhere, on the CPU."""
+    """Return which positions along `dim` differ anywhere, as a bool tensor on the CPU."""
     return (now != before).movedim(dim, 0).flatten(1).any(1).cpu()
 
 
 def _along(mask: Tensor, dim: int, like: Tensor) -> Tensor:
-    """`mask`, shaped to lie along `dim` of `like`."""
+    """Return `mask` shaped to broadcast along `dim` of `like`."""
     return mask.to(like.device).view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[Probe]:
-    """A `Probe` of `model`, which is in eval mode; inside the ``with`` block its layers are stood in for."""
+    """Yield a `Probe` of `model` (in eval mode); inside the ``with`` block it replaces the outputs of the layers."""
     stack: list[nn.Module] = []
     handles = []
     for module in model.modules():

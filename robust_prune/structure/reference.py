@@ -1,4 +1,4 @@
-"""Private copies of a model on which cuts are tried: double precision, random weights, the original untouched."""
+"""Reference copies of a model for trial cuts: double precision and random weights; the original is not changed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SEED = 2410
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, if its weights are plain ones.
+    """Return a deep copy of `model`, whose weights must be plain parameters.
 
     Raises:
-        UsageError: the model re-parametrises weights (weight norm, spectral norm), which cannot be cut.
+        UsageError: a weight is re-parametrised (weight norm, spectral norm) and cannot be cut.
     """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
@@ -33,16 +33,17 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def images_like(example: Tensor, dtype: torch.dtype, count: int = 2) -> Tensor:
-    """Seeded random images [count, C, H, W] in [0, 1], shaped as `example` [1, C, H, W]."""
+    """Return seeded random images [count, C, H, W] in [0, 1], of the size and device of `example` [1, C, H, W]."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.rand(count, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device, dtype)
 
 
 def precise_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
-    """A copy in eval mode and double precision, or single where the model's own code insists on it.
+    """Return a copy in eval mode and float64, or float32 if the model cannot run in float64, and the data type.
 
     Raises:
-        UsageError: the model does not run on `example`, or does not return one tensor of logits [N, K].
+        UsageError: a weight is re-parametrised, the model does not run on images like `example` [1, C, H, W], or it
+            does not return one tensor of logits [N, K].
     """
     for dtype in (torch.float64, torch.float32):
         precise = copy_model(model).to(dtype).eval()
@@ -66,10 +67,14 @@ def precise_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dt
 
 
 def make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.dtype]:
-    """A precise copy with random weights, for proofs about structure.
+    """Return a precise copy with seeded random weights, in eval mode, and its data type.
 
-    Trained or freshly initialised values can hide a wrong channel (norm weights of one or zero, attention that is
-    almost uniform); random ones cannot. Batch-norm statistics are the copy's own, or depth would overflow.
+    Trained or freshly initialised weights can hide a wrong channel (norm weights of one or zero, nearly uniform
+    attention); random weights do not. Batch-norm statistics are estimated on the copy, since activations would
+    otherwise overflow in deep models.
+
+    Raises:
+        UsageError: as `precise_copy`.
     """
     reference, dtype = precise_copy(model, example)
     generator = torch.Generator().manual_seed(_SEED)
@@ -86,14 +91,14 @@ def make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, torch.
                 parameter.copy_(_normal(parameter, generator, 0.3) if wide else _uniform(parameter, generator))
     for parameter in reference.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    reference.train()  # drops what the model has computed from its former weights and kept: attention biases, say
+    reference.train()  # drops values cached from the former weights, such as attention biases
     reference.eval()
     _settle_batch_norms(reference, images_like(example, dtype, 8))
     return reference, dtype
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference over the largest |wanted|; inf where shapes differ or a value is not finite."""
+    """Return max |found - wanted| / max |wanted|; infinity if shapes differ or a value is not finite."""
     if found.shape != wanted.shape or not bool(torch.isfinite(found).all() and torch.isfinite(wanted).all()):
         return math.inf
     difference, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
@@ -103,7 +108,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """The start of an error's message, on one line."""
+    """Return the first 160 characters of an error's message, on one line."""
     return " ".join(str(error).split())[:160]
 
 

@@ -1,12 +1,14 @@
 """Couplings found by perturbing values, for models whose index mappings torch-pruning gets wrong.
 
-Every convolution and linear layer is made to return fixed values, whatever comes in, so that nothing but the operations
-between the layers is left: splits, shifts, sums, gates, pools. Then output channels of one layer are changed, and the
-positions of other layers' inputs (and of norms and free parameters) that change with them are those that they are
-coupled to. Which of a layer's C channels it is takes about 2 log2(C) passes, each with another half of them changed, as
-in group testing: a channel is ruled out for a position that stayed as it was although the channel had changed. Norms
-and depthwise convolutions pass on exactly the channels that came in changed. What moves every position that moves at
-all is mixed in (an attention's queries, a mean over channels) and hangs together with none.
+Every convolution and linear layer returns fixed values, whatever its input, so that only the operations between layers
+remain: splits, shifts, sums, gates, pools. When output channels of one layer are perturbed, the positions of other
+layers' inputs that change with them are coupled to these channels.
+
+As in group testing, about 2 log2(C) forward passes identify which of a layer's C channels changes a position. Each pass
+perturbs another half of the channels, and a channel is excluded for every position that did not change although the
+channel was perturbed. Norms and depthwise convolutions pass on exactly the channels that changed in their input. A
+channel that changes every changed position is mixed into all of them (queries of an attention block, a mean over
+channels) and is coupled to none.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from .types import GroupSlice
 
 _SEED = 1735
 _EXTRA_PROBES = 64
-_DENSITY = 0.25  # of the extra probes: one over the number of channels that may meet in a position
-_MOST_TOGETHER = 16  # channels of one layer that must go together; more of them are mixed, not coupled
+_DENSITY = 0.25  # share of channels perturbed in an extra pass: 1 / the number of channels that may meet in a position
+_MOST_TOGETHER = 16  # most channels of one layer that are removed as one; more of them are mixed, not coupled
 _OUTPUT: Place = ("", "out", -1)
-_NOWHERE: Place = ("", "out", -2)  # what hangs together with it has no channels that could be cut one by one
+_NOWHERE: Place = ("", "out", -2)  # positions coupled to it have no channels that could be cut one by one
 Position = tuple[Place, int]
 
 
 @dataclass(frozen=True)
 class TracedGroup:
-    """A coupling, and into how many parts of its root that must lose equally many channels (`ChannelGroup.blocks`)."""
+    """A coupling found by tracing, its root layer and its number of blocks (`ChannelGroup.blocks`)."""
 
     root: str
     coupling: Coupling
@@ -46,16 +48,16 @@ class TracedGroup:
 def trace_groups(
     model: nn.Module, image: Tensor, *, taken: Iterable[GroupSlice] = (), skip: Collection[str] = ()
 ) -> list[TracedGroup]:
-    """Groups of channels of `model` that hang together, in the order of their root layers; not yet proven.
+    """Return groups of coupled channels of `model`, not yet proved, in the order of their root layers.
 
     Args:
-        model: in eval mode; left as it came.
-        image: one image [1, C, H, W] that it runs on.
-        taken: positions that other groups hold; what hangs together with one of them is left out.
-        skip: names of layers whose output channels are not to be followed.
+        model: in eval mode; it is not changed.
+        image: one image [1, C, H, W].
+        taken: positions of other groups; channels coupled to one of them are left out.
+        skip: names of layers whose output channels are not followed.
 
     Raises:
-        BrokenMapping: the model does not make the same calls in every pass.
+        BrokenMapping: the model does not make the same calls in every forward pass.
     """
     components = _Components()
     with torch.no_grad(), probing(model) as probe:
@@ -96,7 +98,7 @@ class _Components:
 def _probe_sources(
     probe: Probe, sources: list[Place], image: Tensor
 ) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
-    """For each source, the channels changed in each pass [T, C], and by call what came in changed [T, positions]."""
+    """Yield each source, its perturbed channels in each pass [T, C] and, by call, changed inputs [T, positions]."""
     reach: dict[Place, frozenset[int]] = {}
     for source in sources:
         whole = torch.ones(probe.size(source), dtype=torch.bool)
@@ -105,7 +107,7 @@ def _probe_sources(
         members = {s: _halves(probe.size(s)) for s in together}
         rounds = max(len(m) for m in members.values())
         seen = _passes(probe, image, members, rounds)
-        layers = [s for s in together if s[1] == "out"]  # an unclear parameter will not be linked at all
+        layers = [s for s in together if s[1] == "out"]  # an ambiguous parameter is not linked at all
         unclear = {s: _random_sets(probe.size(s)) for s in layers if _is_unclear(members[s], reach[s], seen)}
         more = _passes(probe, image, unclear, _EXTRA_PROBES) if unclear else seen[:0]
         for source in together:
@@ -116,7 +118,7 @@ def _probe_sources(
 
 
 def _apart(reach: Mapping[Place, frozenset[int]]) -> list[list[Place]]:
-    """The sources in sets that reach no call in common, so that one pass serves all of a set."""
+    """Partition the sources into sets that reach no call in common, so that one pass serves a whole set."""
     colours: list[tuple[set[int], list[Place]]] = []
     for source, calls in reach.items():
         for used, members in colours:
@@ -134,7 +136,7 @@ def _passes(probe: Probe, image: Tensor, members: Mapping[Place, Tensor], count:
 
 
 def _halves(channels: int) -> Tensor:
-    """Sets of channels [T, C]: for each binary digit, those that have it and those that have it not."""
+    """Return sets of channels, bool [T, C]: for each binary digit, the channels with it and those without it."""
     numbers = torch.arange(channels)
     digits = torch.stack([(numbers >> b) & 1 == 1 for b in range(max(1, math.ceil(math.log2(max(2, channels)))))])
     return torch.cat([digits, ~digits])
@@ -151,11 +153,13 @@ def _is_unclear(members: Tensor, reached: Iterable[int], seen: list[list[Tensor]
 
 
 def _possible(members: Tensor, moved: Tensor) -> Tensor:
-    """Which channels each position may depend on, [positions, C]: it moved in every pass in which they were changed.
+    """Return the channels that each position may depend on, bool [positions, C].
+
+    A position changes in every pass that perturbs a channel on which it depends.
 
     Args:
-        members: the channels changed in each pass, [T, C].
-        moved: the positions that moved, [T, positions].
+        members: channels perturbed in each pass, bool [T, C].
+        moved: positions that changed in each pass, bool [T, positions].
     """
     ruled_out = (~moved).float().T @ members.float()
     return (ruled_out == 0) & moved.any(0).unsqueeze(1)
@@ -166,9 +170,9 @@ def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], probe: 
         place = probe.calls[index].entering if index < len(probe.calls) else _OUTPUT
         possible = _possible(members, moved)
         if source[1] == "param" and bool((possible.sum(1) > 1).any()):
-            continue  # its positions are not channels there: tokens, say, each of which all channels see
+            continue  # its positions are no channels there but, for instance, tokens that every channel sees
         if bool((possible.sum(1) > 1).any()):
-            # A channel that moves whatever is moved is mixed into it, as queries are into the values' channels.
+            # A channel that changes every changed position is mixed into it, as queries are into the values' channels.
             mixed = possible[possible.any(1)].all(0)
             possible &= ~mixed
             for channel in mixed.nonzero().flatten().tolist():
@@ -181,7 +185,7 @@ def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], probe: 
 
 
 def _rows(possible: Tensor) -> list[tuple[list[int], list[int]]]:
-    """Positions with the same possible channels, and those channels; positions without any are left out."""
+    """Group the positions by their possible channels; positions without any are left out."""
     alike: dict[bytes, list[int]] = {}
     for position in possible.any(1).nonzero().flatten().tolist():
         alike.setdefault(possible[position].numpy().tobytes(), []).append(position)
@@ -200,9 +204,9 @@ def _groups(roots: list[Place], classes: list[list[Position]]) -> list[TracedGro
 
 
 def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
-    """The classes as channels of one group: parts of equal length, one a kind, or the largest kind alone.
+    """Turn classes into the channels of a group: an equally long part for each kind, or the largest kind alone.
 
-    Parts that are nearly equal are cut to the shortest: torch.chunk leaves a last part a little smaller.
+    Parts of nearly equal length are shortened to the smallest, since the last part of torch.chunk may be smaller.
     """
     classes = [c for c in classes if sum(p == root for p, _ in c) <= _MOST_TOGETHER]
     classes.sort(key=lambda members: min(i for p, i in members if p == root))
@@ -232,5 +236,5 @@ def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
 
 
 def _kind(members: list[Position]) -> tuple[tuple[Place, int], ...]:
-    """Which places a class has positions in, and how many."""
+    """Return the places in which a class has positions, and how many."""
     return tuple(sorted(Counter(place for place, _ in members).items()))

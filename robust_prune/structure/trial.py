@@ -1,4 +1,4 @@
-"""One cut as a transaction: made in a copy of the reference, compared with the masked reference, kept or undone."""
+"""Cuts as transactions: a cut on a copy of the reference is compared with the masked reference, then kept or undone."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from .masking import masked
 from .reference import first_line, images_like, make_reference, relative_error
 from .types import ChannelGroup, Skipped
 
-# Relative error of two exact computations of the same thing; a wrong channel costs percents.
+# Largest relative difference due to rounding; a wrong channel changes the logits by percents.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _MOST_REPAIRS = 64
-_SUSPECT = 2  # failures of a kind of layer from which on the others of it are cut on their own
+_SUSPECT = 2  # number of failures of a kind of layer after which the others of this kind are cut alone
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group with what surgery must know beyond its slices: the attention blocks whose inner width it is."""
+    """A group not yet proved, with the attention blocks whose inner width it is."""
 
     group: ChannelGroup
     attention: tuple[Attention, ...] = ()
 
     @property
     def alone(self) -> bool:
-        """Whether it takes a search to cut it, which only a cut on its own gets: splits into parts, bundles."""
+        """Whether the group must be cut alone, since its cut needs a search: bundles and traced groups with blocks."""
         return bool(self.group.members) or (self.group.traced and self.group.blocks > 1)
 
     def other_layout(self) -> Candidate | None:
-        """The same attention block with the rows of its fused layer in the other order, if there is one."""
+        """Return the candidate with the other row order of the fused attention layer, or None without such a layer."""
         other = self.attention[0].other_layout() if len(self.attention) == 1 and not self.group.members else None
         return Candidate(other.group(), (other,)) if other else None
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A candidate and the channels that go."""
+    """A candidate and its channels to remove."""
 
     candidate: Candidate
     removed: tuple[int, ...]
 
     @property
     def keep(self) -> int:
-        """Channels that stay."""
+        """Number of channels that are kept."""
         return self.candidate.group.channels - len(self.removed)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An attribute of a module that a cut made stale.
+    """Repair of a module's attribute that a cut made stale.
 
     Attributes:
-        module: the module's name.
-        attribute: its name there; that of a parameter if `scale` is set.
-        value: its new value, or what the parameter is multiplied by.
-        scale: whether a parameter is multiplied.
+        module: qualified name of the module.
+        attribute: name of the attribute, or of a parameter if `scale` is set.
+        value: new value of the attribute, or factor of the parameter.
+        scale: whether a parameter is multiplied by `value`.
     """
 
     module: str
@@ -75,13 +75,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a transaction ended.
+    """Result of a transaction.
 
     Attributes:
-        reason: empty when it was kept, else why it was undone.
+        reason: empty if the cut was kept, else why it was undone.
         error: relative error against the masked reference.
-        edits: stale attributes that were repaired.
-        adaptations: by the name of its first producer, how each attention block was told.
+        edits: repairs of stale attributes.
+        adaptations: adaptation of each attention block, by the name of its first producer.
     """
 
     reason: str
@@ -91,11 +91,20 @@ class Outcome:
 
 
 class Trial:
-    """A dense reference with random weights, its cut copy, and the images on which they are compared.
+    """Transactions on a cut copy of a dense reference with random weights.
 
     Args:
-        model: any model; it is not touched.
+        model: a classifier; it is not changed.
         example: one image [1, C, H, W].
+
+    Attributes:
+        dense: the dense reference.
+        dtype: data type of both models: float64, or float32 where the model needs it.
+        small: the cut copy.
+        images: random images [2, C, H, W] on which the two are compared.
+
+    Raises:
+        UsageError: as `make_reference`.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -106,7 +115,7 @@ class Trial:
         self._removed: dict[Place, set[int]] = {}
 
     def attempt(self, cuts: list[Cut]) -> Outcome:
-        """Make `cuts` on the copy together; undo them unless it then equals the masked reference."""
+        """Make `cuts` on the copy together, and undo them unless the copy then equals the masked reference."""
         saved = self.cutter.snapshot()
         removed = {place: set(found) for place, found in self._removed.items()}
         try:
@@ -125,7 +134,7 @@ class Trial:
         return outcome
 
     def without_gradient(self, candidates: list[Candidate]) -> set[str]:
-        """Names of the groups whose producers do not move the logits at all: a proof of their cut would be empty."""
+        """Return the names of groups on whose producers the logits do not depend; their cut cannot be proved."""
         names = dict.fromkeys(n for c in candidates for n in c.group.producers)
         if not names:
             return set()
@@ -182,14 +191,14 @@ class Trial:
 
 
 class Ledger:
-    """What the transactions on a trial came to.
+    """Results of all transactions on a trial.
 
     Attributes:
-        done: cuts that are proven and in place.
-        failed: groups that were rolled back, with the reason.
-        lost: their cuts.
-        edits: stale attributes that were repaired.
-        adaptations: by the name of its first producer, how each attention block was told.
+        done: cuts that are proved and in place.
+        failed: groups that were rolled back, with the reasons.
+        lost: the cuts of `failed`, in the same order.
+        edits: repairs of stale attributes.
+        adaptations: adaptation of each attention block, by the name of its first producer.
         error: largest relative error of a proof.
     """
 
@@ -204,7 +213,7 @@ class Ledger:
         self.error = 0.0
 
     def commit(self, cuts: list[Cut]) -> None:
-        """Make the cuts together; where they fail together, in halves: few failures cost few attempts."""
+        """Make the cuts together, and halve the set where they fail, so that few failures cost few attempts."""
         self._commit([cut for cut in cuts if not cut.candidate.alone])
         for cut in cuts:
             if cut.candidate.alone:
@@ -214,7 +223,7 @@ class Ledger:
         if not cuts:
             return
         suspects = [cut for cut in cuts if self._failures[_kind(cut)] >= _SUSPECT] if len(cuts) > 1 else []
-        if suspects:  # the same layer of other blocks failed alone, so halving would only find out slowly
+        if suspects:  # the same layer of other blocks failed alone, so halving would only be slow
             self._commit([cut for cut in cuts if cut not in suspects])
             for cut in suspects:
                 self._commit([cut])
@@ -240,12 +249,12 @@ class Ledger:
 
 
 def _kind(cut: Cut) -> str:
-    """The group's name without numbers: the same for a layer of every block."""
+    """Return the group's name without numbers, which is the same for the corresponding layer of every block."""
     return re.sub(r"\d+", "#", cut.candidate.group.name)
 
 
 def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
-    """Set repaired attributes, and scale parameters, by replacing them."""
+    """Set repaired attributes and replace scaled parameters of `model`, in place."""
     for edit in edits:
         module = model.get_submodule(edit.module)
         value = edit.value
@@ -261,7 +270,7 @@ def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
 
 
 def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adaptation]]:
-    """Ways of telling attention blocks, those of one class alike; with several cuts only the likeliest of each."""
+    """Yield adaptations of all attention blocks, equal within a class; with several cuts only the likeliest."""
     ways: dict[str, list[Adaptation]] = {}
     kind: dict[str, tuple[type, int]] = {}
     for cut in cuts:
@@ -277,9 +286,10 @@ def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adapta
 
 
 def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> Iterator[tuple[Edit, ...]]:
-    """Sets of attributes that may be stale, fewest first: none, one, one name on all modules of a class, all.
+    """Yield sets of edits of attributes that may be stale: none, each alone, one name on all modules of a class, all.
 
-    Looked at are the ancestors of the cut layers and those ancestors' other children, those around the root first.
+    The modules searched are the ancestors of the cut layers and the ancestors' other children, nearest to the root
+    layer first.
     """
     yield ()
     ancestors = {""}
@@ -305,18 +315,18 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
 
 
 def _shared(name: str, other: str) -> int:
-    """How many ancestors two modules have in common."""
+    """Return the number of leading components that two module names have in common."""
     return sum(
         1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
     )
 
 
 def _mean_repairs(model: nn.Module, group: ChannelGroup, before: dict[Place, int]) -> Iterator[tuple[Edit, ...]]:
-    """Sets of edits for a module that divides by a mean over the cut channels, as global response norm does.
+    """Yield edits for a module that divides by a mean over the cut channels, such as global response norm.
 
-    Of C channels C' stay. Where the masked model averages over C, zeros among them, the cut one averages over C' and
-    gets C/C' times as much; one of the module's own cut parameters times C/C' makes up for that, and a small constant
-    beside the mean has to grow as the mean did.
+    If C' of C channels are kept, the masked model averages over C channels including zeros, while the cut model
+    averages over C' channels and gets a mean C/C' times as large. Multiplying one of the module's cut parameters by
+    C/C' compensates for this; a small constant that is added to the mean grows by the same factor.
     """
     for part in group.slices:
         if part.side != "param":

@@ -1,4 +1,4 @@
-"""What hangs together in a model: coupled channels, and what a channel is in each layer."""
+"""Groups of coupled channels, and the positions that each channel occupies in every layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ Side = Literal["out", "in", "norm", "param"]
 
 @dataclass(frozen=True)
 class GroupSlice:
-    """What one module (or free parameter) loses when channels of a group go.
+    """Positions of one module or free parameter that belong to the channels of a group.
 
     Attributes:
         target: qualified name of the module, or of the parameter for side ``param``.
-        side: ``out`` (output channels of conv/linear), ``in`` (input channels), ``norm`` (per-channel
-            affine layers: batch/layer/group norm, PReLU), ``param`` (a free nn.Parameter, dimension `dim`).
+        side: ``out`` (output channels of a convolution or linear layer), ``in`` (their input channels), ``norm``
+            (channels of batch, layer, group or instance norm, or PReLU) or ``param`` (dimension `dim` of an
+            nn.Parameter that belongs to none of these layers).
         index: positions along that side.
-        root: for each position, the group channel (0..channels-1) it belongs to.
-        dim: the parameter's dimension for side ``param``, else 0.
+        root: for each position in `index`, the channel of the group (0..channels-1) to which it belongs.
+        dim: dimension of the parameter for side ``param``, else 0.
     """
 
     target: str
@@ -30,17 +31,17 @@ class GroupSlice:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Layers coupled through the graph: channel c goes from all of them or from none.
+    """Layers that share channels: a channel is removed from all of them or from none.
 
     Attributes:
         name: qualified name of the root module, whose output channels are the group's channels.
         channels: number of channels.
-        blocks: channels must be removed in the same number from each of `blocks` equal consecutive parts
-            (grouped convolution: number of groups; attention heads with equal head dimensions: heads; else 1).
-        slices: everything that is cut together; the first is the root's ``out`` side.
-        traced: whether it was found by perturbing values, where the graph had it wrong.
-        members: names of the groups that it bundles, because the model's code wants equal widths of them; else empty.
-        dense: channels before any cut, of which floors are a share; None if there was no cut before.
+        blocks: number of equal consecutive parts of the channels from each of which the same number must be removed
+            (groups of a grouped convolution, heads of an attention block, else 1).
+        slices: all positions that are cut together; the first slice is the root's ``out`` side.
+        traced: whether the group was found by perturbing values (`tracing`) rather than in the dependency graph.
+        members: names of the groups bundled in this one because the model's code ties their widths; else empty.
+        dense: channels before the first cut, of which minimum widths are a share; None if nothing has been cut.
     """
 
     name: str
@@ -53,13 +54,13 @@ class ChannelGroup:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Names of the conv/linear modules whose output channels this group cuts, without repeats."""
+        """Names of the convolutions and linear layers whose output channels this group cuts, without repeats."""
         return tuple(dict.fromkeys(s.target for s in self.slices if s.side == "out"))
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A group that stays whole, and why."""
+    """Name of a group or layer that is not pruned, and the reason."""
 
     name: str
     reason: str

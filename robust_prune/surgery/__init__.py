@@ -1,1 +1,1 @@
-"""Surgery: channels are removed, every group proved against the masked model, and what is left repaired."""
+"""Surgery: removes channels, proves every cut against the masked model, and repairs the pruned model."""

@@ -1,4 +1,4 @@
-"""Carrying out a plan: every group a transaction, the result proven equal to the masked dense model."""
+"""Applies a plan: every group is cut in a transaction, and the result is proved equal to the masked dense model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..structure.types import ChannelGroup, Skipped
 
 @dataclass(frozen=True)
 class Surgery:
-    """A pruned model and what became of each group of its plan.
+    """A pruned model and the result for each group of its plan.
 
     Attributes:
-        model: a new, smaller model; mode, `requires_grad`, memory format and hooks are those of the original.
+        model: the pruned model, a copy with the mode, `requires_grad` flags, memory format and hooks of the original.
         applied: groups that were cut.
-        rolled_back: groups of the plan that stayed whole, each with its reason.
-        parity: largest relative error, over all checks, between the cut model and the masked dense one.
-        edits: attributes that the cuts had made stale, as ``module.attribute``.
-        removed: positions of the original that went, for each place (module, side, dimension) that was cut.
+        rolled_back: groups of the plan that were not cut, with the reasons.
+        parity: largest relative error over all comparisons with the masked dense model.
+        edits: stale attributes that were repaired, as ``module.attribute``.
+        removed: removed positions of the original for each place (module, side, dimension) that was cut.
     """
 
     model: nn.Module
@@ -42,21 +42,20 @@ class Surgery:
 
 
 def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
-    """Cut the channels that `plan` names out of a copy of `model`.
+    """Remove the channels named by `plan` from a copy of `model`.
 
-    Groups are first cut in a private reference with random weights and compared with the masked one: all at once
-    and, where that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back and the
-    others go on. The same cuts are then made in a copy of the model, which is compared with the masked model itself
-    and run backward.
+    Groups are first cut in a reference with random weights and compared with the masked reference: all at once and, if
+    that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back; the others are
+    cut. The same cuts are then made in a copy of the model, which is compared with the masked model and run backward.
 
     Args:
-        model: the dense model; untouched.
-        plan: group names as `find_groups` gives them for this model, with the channels to remove.
+        model: the dense model; it is not changed.
+        plan: channels to remove, with the group names that `find_groups` gives for this model.
         example: one image [1, C, H, W]; only its shape and device matter.
 
     Raises:
-        UsageError: the model does not run on `example`, or re-parametrises its weights.
-        QualityGateError: the pruned model is not equal to the masked dense model although each cut was proven.
+        UsageError: the model does not run on `example` or cannot be traced, or a weight is re-parametrised.
+        QualityGateError: the pruned model differs from the masked dense model although each cut was proved.
     """
     check_example(example)
     base = unwrap(model)
@@ -90,7 +89,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
 
 
 def _candidates(trial: Trial, plan: PruningPlan) -> dict[str, Candidate]:
-    """The groups of the trial's model by name, found the way in which each planned group was found."""
+    """Return the groups of the trial's model by name; traced and bundled ones are found as they were for the plan."""
     known = {c.group.name: c for c in find_candidates(trial)[0]}
     bundles = [p for p in plan.groups if p.members]
     single = [p for p in plan.groups if not p.members]
@@ -106,7 +105,7 @@ def _candidates(trial: Trial, plan: PruningPlan) -> dict[str, Candidate]:
 
 
 def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
-    """Why the planned cut cannot be made, or an empty string."""
+    """Return why the planned cut cannot be made, or an empty string."""
     if candidate is None:
         return "the model has no prunable group of this name"
     group: ChannelGroup = candidate.group
@@ -124,7 +123,7 @@ def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
 
 
 def _replay(small: nn.Module, ledger: Ledger) -> None:
-    """Make the proven cuts, attention adaptations and attribute repairs on `small`."""
+    """Make the proved cuts, attention adaptations and attribute repairs in `small`."""
     cutter = Cutter(small)
     for cut in ledger.done:
         cutter.cut(cut.candidate.group, cut.removed)
@@ -142,10 +141,10 @@ def _removed(ledger: Ledger) -> dict[Place, frozenset[int]]:
 
 
 def _whole_parity(base: nn.Module, small: nn.Module, removed: Mapping[Place, frozenset[int]], example: Tensor) -> float:
-    """Relative error of the pruned model against the masked one, with the model's own weights, after a backward pass.
+    """Return the relative error of the pruned model against the masked one, both with the model's own weights.
 
     Raises:
-        QualityGateError: they differ, or the pruned model cannot be run backward.
+        QualityGateError: they differ, or the pruned model cannot be run forward and backward.
     """
     dense, dtype = precise_copy(base, example)
     exact = copy_model(small).to(dtype).eval()

@@ -1,4 +1,4 @@
-"""Repair without training: what the layers behind a cut can make good by themselves."""
+"""Re-estimation of batch-norm statistics after a cut."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def reestimate_batchnorm(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> int:
-    """Replaces the running statistics of every batch-norm by the plain average over batches of training images.
+    """Replace the running statistics of every batch-norm by their average over batches of training images.
 
-    Removing channels shifts the mean and variance of what is left, and the old statistics no longer fit. All layers
-    are re-estimated in the same passes, each under the batch statistics of those before it.
+    Removing channels shifts the mean and variance of the remaining activations, so the old statistics no longer fit.
+    All layers are re-estimated in the same passes, each with the batch statistics of the layers before it.
 
     Args:
-        model: on `device`; modes, momenta and requires_grad leave as they came.
-        images: training images; never the test split.
-        count: most clean images to use, drawn at random under `seed` so that sorted classes do not matter.
-        batch_size: images a pass. A last batch of less than half of it is left out, since batches weigh the same.
-        device: where to compute.
-        seed: of the draw.
+        model: on `device`; modes, momenta and `requires_grad` flags are restored.
+        images: training images; never test images.
+        count: largest number of images, drawn at random, so that the order of classes does not matter.
+        batch_size: images in each batch. The last batch is dropped if it has less than half of them, since all batches
+            have equal weight.
+        device: device on which to compute.
+        seed: random seed of the choice of images.
 
     Returns:
-        Number of batch-norm layers that were re-estimated; 0 leaves the model as it was.
+        Number of batch-norm layers that were re-estimated; 0 if the model has none.
 
     Raises:
-        UsageError: no images, or fewer than two in a batch. After any error the old statistics stand.
+        UsageError: there are fewer than two images in a batch. After any error the old statistics are restored.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
@@ -69,7 +70,7 @@ def _batches(items: Tensor, size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Only the batch-norms train, from scratch and with equal weight for all batches."""
+    """Put only the batch-norms in train mode, with reset statistics and equal weight for all batches."""
     momenta = [layer.momentum for layer in layers]
     kept = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]
     try:

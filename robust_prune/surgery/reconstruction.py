@@ -1,13 +1,13 @@
-"""Least squares in place of training: layers that read a cut group take over what its channels carried.
+"""Least-squares repair: the layers behind a cut are fitted to the outputs of the dense model.
 
-A reader computed ``Y = X W`` from all channels of the dense model and is left with ``X'``, what the pruned model hands
-it. The weights that come nearest to the old outputs are the solution of a least-squares problem,
+A layer computes ``Y = X W`` in the dense model and receives inputs ``X'`` in the pruned model. The weights that
+reproduce its outputs best solve the least-squares problem
 
     min over V of  ‖Y − X' V‖² + λ‖V − W_kept‖²,
 
 with closed form ``V = W_kept + (X'ᵀX' + λI)⁻¹ X'ᵀ(Y − X' W_kept)`` (channel pruning by reconstruction, He et al., 2017,
-arXiv 1707.06168). Layers are solved in the order in which they run, each on inputs that the layers before it have
-already repaired, so that errors do not pile up.
+arXiv 1707.06168). Layers are solved in the order in which they run, each on inputs from layers that are already
+repaired, so that errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..models.layout import weights_dtype
 from ..structure.cutting import Place
 
 RIDGE = 1e-3
-"""λ in units of the mean of the diagonal of X'ᵀX'."""
+"""λ as a multiple of the mean of the diagonal of X'ᵀX'."""
 _BATCH = 64
 _MOST_ELEMENTS = 1 << 26
-"""Of unfolded inputs held at once: 256 MB in single precision."""
+"""Largest number of unfolded input elements in memory: 256 MiB in float32."""
 
 
 _MOST_GRAM = 1 << 27
-"""Elements of X'ᵀX': 1 GiB in double precision, 11,585 inputs. The head of a VGG at 224 pixels has more."""
+"""Largest number of elements of X'ᵀX': 1 GiB in float64, 11,585 inputs. The head of a VGG at 224 pixels has more."""
 
 
 class _Reached(Exception):
-    """The layer has run; what lies behind it is not needed."""
+    """Raised when the layer has run, to skip the rest of the forward pass."""
 
 
 @torch.no_grad()
@@ -51,27 +51,27 @@ def reconstruct(
     ridge: float = RIDGE,
     batch_size: int = _BATCH,
 ) -> tuple[str, ...]:
-    """Solves the weights of every ordinary convolution and linear layer of `small` that lost inputs; in place.
+    """Fit the weights of every plain convolution and linear layer of `small` that lost inputs, in place.
 
-    Two partial forwards over `images` a layer. Memory: at most 256 MB of unfolded inputs (or one image's), what a
-    forward of a batch takes, and a few square matrices, of at most 1 GiB each, of the layer's inputs times its kernel
-    area. Batch-norm statistics stay: they still fit, since what they normalise is brought back to what it was.
+    Cost: two partial forward passes over `images` for each layer. Memory: at most 256 MiB of unfolded inputs (or those
+    of one image), the activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number
+    of the layer's inputs times its kernel area. Batch-norm statistics are not changed, since the repair restores the
+    activations that they normalise.
 
     Args:
-        small: the pruned model; its mode leaves as it came.
-        dense: the model that it was cut from, on the same device; likewise.
-        removed: positions of the dense model that went, as `Surgery.removed` tells them.
+        small: the pruned model; its mode is restored.
+        dense: the dense model on the same device; its mode is restored.
+        removed: removed positions of the dense model (`Surgery.removed`).
         images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
-        ridge: >= 0, see `RIDGE`. The more, the nearer the weights stay to the cut ones.
-        batch_size: images a pass.
+        ridge: regularisation >= 0 towards the cut weights; see `RIDGE`.
+        batch_size: images in each batch.
 
     Returns:
-        Names of the layers that were solved. Grouped and transposed convolutions, layers that run more than once a
-        pass, that have more inputs than such a matrix can have, or whose outputs cannot be matched stay as they were
-        cut.
+        Names of the fitted layers. Layers that run more than once in a pass, have too many inputs or have outputs that
+        cannot be matched keep their cut weights, as do grouped and transposed convolutions.
 
     Raises:
-        UsageError: no images, or a ridge below 0.
+        UsageError: there are no images, or `ridge` is below 0.
     """
     if len(images) == 0 or ridge < 0:
         raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
@@ -89,13 +89,13 @@ def reconstruct(
 
 
 def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
-    """Layers that lost inputs, each with the positions of its outputs that stay."""
+    """Return the layers that lost inputs, each with the positions of its kept outputs."""
     found = {}
     for target, side, _ in removed:
         if side != "in":
             continue
         module: Any = dense.get_submodule(target)
-        # Subclasses that pad or standardise their weights in forward are not the linear map of their weight.
+        # Subclasses that pad inputs or standardise weights in forward do not compute the linear map of their weight.
         plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
         if plain and getattr(module, "groups", 1) == 1:
             lost = set(removed.get((target, "out", 0), ()))
@@ -105,7 +105,7 @@ def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[s
 
 
 def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]:
-    """Names of `readers` in the order in which they run, without those that run more than once."""
+    """Return the names of `readers` in the order in which they run, without those that run more than once."""
     calls: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]
 
 
 def _passed(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of module `name`, where the pass ends."""
+    """Return the input and output of module `name` in a forward pass that ends there."""
     kept: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -176,7 +176,7 @@ def _solve(
 
 
 def _rows(layer: Any, x: Tensor) -> Tensor | None:
-    """What one output position reads, a row each, and a final 1 for the bias; None for a layer it cannot be told of."""
+    """Return one row of inputs for each output position, with a final 1 for the bias, or None for other padding."""
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
     elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):

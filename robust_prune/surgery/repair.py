@@ -1,4 +1,4 @@
-"""Repair of a cut model without training."""
+"""Repair of a pruned model without training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def repair(
     device: str,
     adv: AdversarialSet | None = None,
 ) -> None:
-    """Repairs the cut model in place as the recipe's ``pruning.compensation`` says; it ends on `device`.
+    """Repair the pruned model in place by the method ``pruning.compensation`` of the recipe, and move it to `device`.
 
     Args:
-        surgery: what `apply` left.
-        dense: the model that was cut.
+        surgery: result of `apply`.
+        dense: the dense model.
         images: training images.
-        recipe: threat model, seed, and the sections ``pruning`` and ``sensitivity``.
+        recipe: recipe with threat model, seed and the sections ``pruning`` and ``sensitivity``.
         device: ``cpu`` or ``cuda``.
-        adv: the adversarial set that least squares reads; without one it is made.
+        adv: adversarial set for least squares; by default it is generated.
+
+    Raises:
+        UsageError: there are too few images.
     """
     small, section = surgery.model.to(device), recipe.pruning
     count = min(section.compensation_images, len(images))

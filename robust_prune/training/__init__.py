@@ -1,1 +1,1 @@
-"""Training: losses, the resumable trainer, and the choice of number format."""
+"""Training: adversarial losses, the resumable trainer, and the choice of precision and memory layout."""

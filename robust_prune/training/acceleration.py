@@ -1,4 +1,4 @@
-"""The accelerator that a training run works through."""
+"""The Hugging Face accelerator of a training run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..recipe import TrainSettings
 
 
 def make_accelerator(settings: TrainSettings, device: str, folder: Path) -> Accelerator:
-    """Accelerate's front for this process, with the settings' trackers writing into `folder`.
+    """Return an `Accelerator` for this process, with the trackers of the settings writing to `folder`.
 
     Raises:
-        EnvironmentProblem: a tracker was named whose package is not installed.
+        EnvironmentProblem: the package of a tracker is not installed.
     """
-    # accelerate drops trackers that are not installed without a word.
+    # accelerate ignores trackers that are not installed without a warning.
     missing = sorted(set(settings.trackers) - {str(tracker) for tracker in get_available_trackers()})
     if missing:
         hint = "pip install 'robust-prune[tensorboard]'" if missing == ["tensorboard"] else f"pip install {missing[0]}"
@@ -31,10 +31,10 @@ def make_accelerator(settings: TrainSettings, device: str, folder: Path) -> Acce
 
 
 def divisible(batch_size: int, count: int) -> int:
-    """The largest batch up to `batch_size` that `count` processes share equally.
+    """Return the largest batch size up to `batch_size` that is divisible by `count` processes.
 
     Raises:
-        UsageError: not even one image for each.
+        UsageError: there is less than one image for each process.
     """
     if batch_size < count:
         raise UsageError(f"a batch of {batch_size} images cannot be divided among {count} processes. Start fewer.")

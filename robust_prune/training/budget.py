@@ -1,4 +1,4 @@
-"""How much training fits into a given time."""
+"""Amount of training that fits into a given time."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ def affordable(
     device: str = "cpu",
     teacher: nn.Module | None = None,
 ) -> tuple[int, int]:
-    """Epochs, and images in each, that training as `settings` say takes `seconds` for: as few epochs as the data allow.
+    """Return the smallest number of epochs, and the number of images in each, whose training takes `seconds`.
 
-    Some steps of a copy are timed. Scoring the epochs on held-out images is not counted.
+    Up to `TIMED_STEPS` steps of a copy are timed. Validation on held-out images is not counted.
 
     Args:
-        model: maps [0, 1] images [N, C, H, W] to logits; it stays as it is.
-        images: to train on.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it is not changed.
+        images: training images.
         threat: norm and radius.
-        settings: loss, batch size and the rest; `epochs` is not read.
-        seconds: wall time, above 0.
+        settings: training settings, of which `epochs` is ignored.
+        seconds: wall time in seconds, > 0.
         device: ``cpu`` or ``cuda``.
-        teacher: the dense parent, where the settings distil from it.
+        teacher: the dense model, if the settings use distillation.
 
     Returns:
         At least one epoch of at least one batch.
+
+    Raises:
+        QualityGateError, UsageError, EnvironmentProblem: as `train`.
     """
     few = first(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 1, "validation_images": 0, "compile": "off", "trackers": ()})

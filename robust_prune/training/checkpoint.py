@@ -1,4 +1,4 @@
-"""What a training run keeps so that it can be gone on with."""
+"""Checkpoints from which a training run is resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from .validation import Score
 
 @dataclass
 class RunState:
-    """Everything that changes during a run and that a checkpoint must hold."""
+    """State of a training run in a checkpoint, besides weights and optimizer.
+
+    Attributes:
+        epoch: completed epochs.
+        step: completed steps of the current epoch.
+        loss_sum, accuracy_sum: training loss in nats and training accuracy in [0, 1], summed over these steps.
+        elapsed: seconds spent in the current epoch.
+        best_epoch: epoch of the best weights; 0 is the start.
+        best: held-out score of the best weights.
+        note: why training ended early; empty otherwise.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -27,12 +37,15 @@ class RunState:
 
 
 def read_checkpoint(path: Path | None, key: str, device: torch.device) -> dict[str, Any] | None:
-    """What a run with hash `key` saved at `path`; None, and a word about why, where there is nothing to go on with."""
+    """Return the checkpoint that a run with hash `key` saved at `path`, or None.
+
+    A checkpoint that is damaged or belongs to other settings is ignored with a message.
+    """
     if path is None or not path.exists():
         return None
     try:
         value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; the remedy is the same
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         console.print(f"{path.name} is damaged ({error}); training starts over", markup=False)
         return None
     if value.get("key") != key:

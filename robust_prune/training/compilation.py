@@ -1,4 +1,4 @@
-"""Whether `torch.compile` makes a training step faster here: found by timing it, as the number format is."""
+"""Decides by timing whether `torch.compile` makes a training step faster on this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 WORTH_SECONDS = 300.0
-"""Shortest run, in seconds of uncompiled steps, for which a compilation of up to a minute is tried."""
+"""Shortest run, in seconds of uncompiled steps, for which compilation (up to a minute) is tried."""
 LEAST_GAIN = 1.05
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` behind `torch.compile`, for batches of one size; weights, buffers and modes are shared."""
+    """Return `model` wrapped by `torch.compile` for a fixed batch size; weights, buffers and modes are shared."""
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
@@ -28,18 +28,18 @@ def pays(
     always: bool = False,
     worth_seconds: float = WORTH_SECONDS,
 ) -> bool:
-    """Whether `steps` steps of `compiled(model)` take less time than of `model`.
+    """Return whether a training step of `compiled(model)` is at least 5 % faster than one of `model`.
 
-    A run shorter than `worth_seconds` is not worth the compilation, and nothing is tried. A model that does not compile
-    is left as it is.
+    Compilation is not tried if the run takes less than `worth_seconds`. The result is False if the model does not
+    compile.
 
     Args:
-        model: the model to compile.
-        step: one training step, the attack included, with the given module; it must leave no trace.
-        device: where it runs.
-        steps: in the whole run.
-        always: whether to compile whatever times say, as long as the model does compile.
-        worth_seconds: see above.
+        model: the model.
+        step: runs one training step of the given module, including the attack, without changing any state.
+        device: device of the model.
+        steps: number of steps of the run.
+        always: return True whenever the model compiles, whatever the times.
+        worth_seconds: shortest run, in seconds of uncompiled steps, for which compilation is tried.
     """
     before = _seconds(lambda: step(model), device)
     if before * steps < worth_seconds and not always:
@@ -47,14 +47,14 @@ def pays(
     try:
         wrapper = compiled(model)
         after = _seconds(lambda: step(wrapper), device)
-    except Exception:  # the compiler raises what its passes, its backends and a missing C++ compiler raise
+    except Exception:  # compiler passes, backends and a missing C++ compiler raise errors of many kinds
         torch._dynamo.reset()
         return False
     return always or before > LEAST_GAIN * after
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The fastest of some runs, after one that warms up (and compiles)."""
+    """Return the seconds of the fastest run, after one for warm-up and compilation."""
     times = []
     for _ in range(1 + repeats):
         _wait(device)

@@ -1,4 +1,4 @@
-"""Losses and accuracies of training steps, read back from the device now and then instead of after every step."""
+"""Losses and accuracies of training steps, read from the device about once a second instead of after every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ READ_BACK_SECONDS = 1.0
 
 
 class StepFigures:
-    """What steps left on the device since the last `read`.
+    """Losses and accuracies of the steps since the last `read`, on the device.
 
-    Reading a number back makes the host wait until the device has done everything before it; a step that reads its own
-    loss therefore leaves a GPU idle while the next one is prepared.
+    Reading a value synchronises the host with the device. If every step read its own loss, the GPU would be idle while
+    the next step is prepared.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StepFigures:
         self._last = time.monotonic()
 
     def queue(self, loss: Tensor, accuracy: Tensor | float | None) -> None:
-        """Notes the scalar loss of one step and its training accuracy, in [0, 1] if it has one."""
+        """Record the scalar loss of a step, in nats, and its training accuracy in [0, 1], or None without one."""
         loss = loss.detach().double()
         if not isinstance(accuracy, Tensor):
             accuracy = torch.full_like(loss, float("nan") if accuracy is None else accuracy)
@@ -30,11 +30,11 @@ class StepFigures:
 
     @property
     def due(self) -> bool:
-        """Whether the last reading is `READ_BACK_SECONDS` ago."""
+        """Whether at least `READ_BACK_SECONDS` have passed since the last `read`."""
         return time.monotonic() - self._last >= READ_BACK_SECONDS
 
     def read(self) -> list[tuple[float, float]]:
-        """Loss and accuracy of every step since the last reading, in order; the device is waited for."""
+        """Return the loss and accuracy (NaN if None) of every step since the last `read`; synchronises the device."""
         read = torch.stack(self._queued).tolist() if self._queued else []
         self._queued.clear()
         self._last = time.monotonic()

@@ -1,7 +1,7 @@
-"""What adversarial training losses share; each is a file of `training/loss_functions`: see `catalogue.LOSSES`.
+"""Common parts of adversarial training losses; each loss is a file of `training/loss_functions` (`catalogue.LOSSES`).
 
-A user's own loss is a ``file.py:function``, called as ``function(model, batch)``, which returns a
-`LossResult` or a scalar tensor.
+A user's own loss is a ``file.py:function`` that is called as ``function(model, batch)`` and returns a `LossResult` or a
+scalar tensor.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..recipe import TrainSettings
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees.
+    """Input of a loss.
 
     Attributes:
-        x: images in [0, 1], [N, C, H, W].
-        y: labels, [N].
+        x: images [N, C, H, W] in [0, 1].
+        y: labels [N].
         threat: norm and radius.
-        generator: source of all randomness of this step.
-        attack_model: the module to attack; the unwrapped one under DDP.
-        teacher: the dense parent in eval mode with frozen parameters, where there is one.
+        generator: random number generator of this step.
+        attack_model: the module to attack; under DDP the unwrapped one.
+        teacher: the dense model in eval mode with frozen parameters; None without distillation.
     """
 
     x: Tensor
@@ -43,9 +43,9 @@ class Batch:
     _made: list[Tensor] = field(default_factory=list)
 
     def adversarial(self, make: Callable[[nn.Module], Tensor]) -> Tensor:
-        """The batch's adversarial images, made once by ``make(attack_model)`` in frozen eval mode.
+        """Return the adversarial images [N, C, H, W], generated once by ``make(attack_model)`` in frozen eval mode.
 
-        A loss that is taken twice on one batch, as weight perturbation does, attacks once.
+        Weight perturbation computes the loss twice on a batch; the second time the same images are used.
         """
         if not self._made:
             with frozen_eval(self.attack_model) as model:
@@ -55,12 +55,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossResult:
-    """A scalar loss in nats to call backward on, and figures to log (floats as detached scalar tensors).
+    """Loss of a batch, and metrics to log.
 
     Attributes:
-        loss: mean over the batch.
-        metrics: ``accuracy`` on the images that the loss was taken on, and whatever else.
-        logits: of the adversarial images, [N, K] with their graph; None for a loss that cannot be distilled into.
+        loss: mean over the batch in nats, a scalar with its graph.
+        metrics: detached scalar tensors by name; ``accuracy`` is the share in [0, 1] of correct predictions.
+        logits: logits [N, K] of the adversarial images with their graph, for distillation; None if it is not possible.
     """
 
     loss: Tensor
@@ -72,19 +72,20 @@ Loss = Callable[[nn.Module, Batch], LossResult]
 
 
 def distilled(base: Loss, weight: float, temperature: float) -> Loss:
-    """Mixes any loss with adversarial distillation from the teacher (ARD, Goldblum et al., 2020, arXiv 1905.09747).
+    """Return `base` combined with adversarial distillation (ARD; Goldblum et al., 2020, arXiv 1905.09747).
 
-    ``(1 - weight) base + weight T^2 KL(teacher(x) || student(x_adv))``, both distributions at temperature T; the
-    examples are those of `base`, the teacher sees the images as they are. With weight 1 and T = 1 it is the robust part
-    of RSLAD (Zi et al., 2021, arXiv 2108.07969). One forward of the teacher more.
+    The loss is ``(1 - weight) base + weight T^2 KL(teacher(x) || student(x_adv))`` with both distributions at
+    temperature T. The adversarial images are those of `base`; the teacher gets the clean images. With weight 1 and
+    T = 1 it is the robust term of RSLAD (Zi et al., 2021, arXiv 2108.07969). It costs one more forward pass of the
+    teacher.
 
     Args:
-        base: whose result must hold logits.
-        weight: in (0, 1].
-        temperature: > 0.
+        base: loss whose result has logits.
+        weight: weight of the distillation in (0, 1].
+        temperature: T > 0.
 
     Raises:
-        UsageError: (when called) there is no teacher, or `base` gives no logits.
+        UsageError: (when the loss is called) there is no teacher, or `base` returns no logits.
     """
 
     def loss(model: nn.Module, batch: Batch) -> LossResult:
@@ -105,7 +106,7 @@ def distilled(base: Loss, weight: float, temperature: float) -> Loss:
 def pgd_images(
     attacked: nn.Module, batch: Batch, steps: int, objective: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The batch's images after PGD, from a random start; the cross-entropy is ascended unless `objective` is given."""
+    """Return the last PGD iterate [N, C, H, W] from a random start; the default objective is the cross-entropy."""
     return pgd(
         attacked,
         batch.x,
@@ -119,35 +120,35 @@ def pgd_images(
 
 
 def clean_and_adversarial(model: nn.Module, batch: Batch, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    """Clean and adversarial logits from one pass over both halves.
+    """Return clean and adversarial logits [N, K] from one forward pass over both.
 
-    One pass keeps batch-norm statistics of clean and adversarial images together, as published.
+    With one pass batch-norm uses joint statistics of clean and adversarial images, as published.
     """
     clean_logits, logits = model(torch.cat([batch.x, x_adv])).float().chunk(2)
     return clean_logits, logits
 
 
 def divergence_from(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || softmax(logits)) per sample, from log-probabilities so that it cannot become NaN."""
+    """Return KL(reference || softmax(logits)), [N], in nats; `reference` holds log-probabilities [N, K]."""
     return F.kl_div(F.log_softmax(logits, dim=1), reference, log_target=True, reduction="none").sum(1)
 
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> LossResult:
-    """Cross-entropy of adversarial logits."""
+    """Return the mean cross-entropy of adversarial logits [N, K], in nats, with the accuracy as a metric."""
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     return LossResult(loss, {"accuracy": accuracy_of(logits, y)}, logits)
 
 
 def accuracy_of(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of right classes in [0, 1], a detached scalar."""
+    """Return the accuracy in [0, 1] as a detached scalar."""
     return (logits.argmax(1) == y).float().mean().detach()
 
 
 def make_loss(settings: TrainSettings) -> Loss:
-    """The loss of a recipe, with its settings bound.
+    """Return the loss of the settings, with distillation if they ask for it.
 
     Raises:
-        UsageError: no such loss, or a user's file that cannot be run.
+        UsageError: the loss is unknown, or the user's file cannot be run.
     """
     name = settings.loss
     found = users_loss(name) if user_file.is_reference(name) else partial(LOSSES.load(name), settings=settings)
@@ -155,11 +156,11 @@ def make_loss(settings: TrainSettings) -> Loss:
 
 
 def users_loss(reference: str) -> Loss:
-    """A loss that a user wrote, ``file.py:function``; errors in it name file and line.
+    """Return a loss written by the user, ``file.py:function``; its errors name file and line.
 
     Raises:
-        UsageError: the file cannot be run or lacks the function; (when called) it fails, or returns neither a
-            `LossResult` nor a scalar tensor.
+        UsageError: the file cannot be run or lacks the function; or (when the loss is called) the function fails or
+            returns neither a `LossResult` nor a scalar tensor.
     """
     function = user_file.load_function(reference)
 
@@ -168,7 +169,7 @@ def users_loss(reference: str) -> Loss:
             result = function(model, batch)
         except UsageError:
             raise
-        except Exception as error:  # anything may go wrong in a stranger's code; all of it is theirs to mend
+        except Exception as error:  # any error of the user's code is reported as theirs
             where = user_file.blame(error, reference)
             raise UsageError(f"{reference} failed: {where}{type(error).__name__}: {error}") from error
         if isinstance(result, Tensor) and result.ndim == 0:

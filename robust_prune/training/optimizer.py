@@ -1,4 +1,4 @@
-"""SGD, what of a model it decays, and its learning rate over a run."""
+"""The SGD optimizer, its weight decay and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FULL_RATE, FULL_RATE_STEPS = 0.1, 600
 
 
 def peak_rate(settings: TrainSettings, steps: int) -> float:
-    """The settings' peak learning rate, or where they leave it open, one that suits a run of `steps` steps.
+    """Return the peak learning rate of the settings or, if it is not set, 0.1 min(1, sqrt(steps / 600)).
 
-    A high rate unsettles a cut network before it helps, and a run of few steps ends before it has helped;
-    `benchmarks/results/recovery_settings.md` has what was measured.
+    A high learning rate first disturbs a pruned network, and a run of few steps ends before it recovers;
+    `benchmarks/results/recovery_settings.md` has the measurements.
     """
     if settings.lr is not None:
         return settings.lr
@@ -27,19 +27,19 @@ def peak_rate(settings: TrainSettings, steps: int) -> float:
 def make_optimizer(
     model: nn.Module, settings: TrainSettings, steps: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum at the peak rate of a run of `steps` steps."""
+    """Return SGD with Nesterov momentum and the peak learning rate of a run of `steps` steps."""
     return torch.optim.SGD(
         decay_groups(model, settings.weight_decay),
         lr=peak_rate(settings, steps),
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
-        # One kernel for all weights. On a CPU it gains nothing, and would change the last bits of every result.
+        # On a CPU the fused kernel gains nothing and would change the last bits of every result.
         fused=True if device.type == "cuda" else None,
     )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Any:
-    """timm's schedule over `steps` steps: a linear warm-up to the peak rate, then a cosine to zero."""
+    """Return timm's schedule over `steps` steps: linear warm-up to the peak learning rate, cosine decay to zero."""
     from timm.scheduler import CosineLRScheduler
 
     warmup = int(settings.warmup * steps)
@@ -54,7 +54,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: matrices and kernels are decayed, norms and biases are not."""
+    """Return the optimizer's parameter groups: weight decay for matrices and kernels, none for norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation (Wu et al., 2020, arXiv 2004.05884), in place."""
+"""Adversarial weight perturbation (AWP; Wu et al., 2020, arXiv 2004.05884), in place."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ TINY = 1e-12
 
 @contextmanager
 def perturbed_weights(model: nn.Module, gradients: Mapping[str, Tensor], size: float) -> Iterator[None]:
-    """Every matrix and kernel moves uphill by `size` times its own norm, and comes back exactly.
+    """Move every matrix and kernel along its gradient by `size` times its norm; restore all exactly on exit.
 
-    Norms and biases stay, as in the published method. The weights are restored from copies, not by subtraction, so that
-    nothing is lost to rounding.
+    Norm layers and biases are not perturbed, as in the published method. Weights are restored from copies, not by
+    subtraction, so that no rounding error remains.
 
     Args:
-        model: whose weights move.
-        gradients: of the loss, by parameter name.
-        size: relative length of the step, gamma in the paper, > 0.
+        model: the model to perturb.
+        gradients: gradients of the loss by parameter name.
+        size: size of the perturbation relative to the weight's norm (gamma in the paper), > 0.
     """
     named = dict(model.named_parameters())
     moved = [(named[name], gradient) for name, gradient in gradients.items() if named[name].ndim > 1]
@@ -29,7 +29,7 @@ def perturbed_weights(model: nn.Module, gradients: Mapping[str, Tensor], size: f
     try:
         with torch.no_grad():
             for parameter, gradient in moved:
-                # A tensor, not a number: reading it would make the host wait for the device, once a layer.
+                # A tensor and not a float, since reading it would synchronise the device once for every layer.
                 scale = size * parameter.norm().double() / gradient.norm().double().clamp_min(TINY)
                 parameter.addcmul_(gradient, scale.to(parameter))
         yield

@@ -1,4 +1,4 @@
-"""Where the teacher and the images of a training run lie."""
+"""Placement of the teacher and the images of a training run on the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .precision import Precision
 
 
 def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
-    """A copy in eval mode without gradients, laid out like the student."""
+    """Return a frozen copy of the teacher in eval mode on `device`, in the memory format of `precision`."""
     placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
     precision.arrange(placed)
     return placed
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:
-    """The same images as one tensor on `device` when they are in memory already, else as they are."""
+    """Return the images as one tensor on `device` if they are in memory, else unchanged."""
     if isinstance(images, Subset):
         base = resident(images.base, torch.device("cpu"))
         if isinstance(base, TensorImages):

@@ -1,4 +1,4 @@
-"""Which number format and memory layout is fastest here: found by timing, not by a flag that users must know."""
+"""The fastest precision and memory layout on this machine, found by timing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from ..models.layout import has_fast_bf16
 
 @dataclass(frozen=True)
 class Precision:
-    """How passes are computed: `bf16` autocast or fp32; `channels_last` or contiguous tensors; `compiled` or not."""
+    """Precision and memory layout of forward and backward passes.
+
+    Attributes:
+        bf16: whether passes run under bf16 autocast; else in fp32.
+        channels_last: whether tensors are channels_last; else contiguous.
+        compiled: whether the model runs through `torch.compile`.
+    """
 
     bf16: bool
     channels_last: bool
@@ -28,40 +34,43 @@ class Precision:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The torch memory format for images and convolution weights."""
+        """The torch memory format of images and convolution weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def arrange(self, model: nn.Module) -> None:
-        """Puts the model's convolution weights into this layout, in place."""
-        # Releases of torch disagree about whether this keyword exists in `Module.to`'s type.
+        """Convert the model's convolution weights to this memory format, in place."""
+        # Some releases of torch lack this keyword in the type of `Module.to`.
         to: Any = model.to
         to(memory_format=self.memory_format)
 
 
 def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Precision:
-    """Times a forward and backward pass in each layout (and in bf16 where the hardware has it); the fastest wins.
+    """Return the fastest memory layout and precision for a forward and backward pass, found by timing.
 
-    The model's weights, gradients, modes and statistics are left as they were; its memory format is not. What the model
-    cannot run in is no candidate.
+    bf16 is tried where the hardware supports it. Candidates in which the model does not run are left out. Weights,
+    gradients, modes and statistics of the model are not changed, but its memory format is.
 
     Args:
-        model: on its device.
-        images: a batch of the size that will be used [N, C, H, W] in [0, 1], on the same device.
-        repeats: timed passes of each candidate; the best one counts.
+        model: the model, on its device.
+        images: a batch of training size, [N, C, H, W] in [0, 1], on the same device.
+        repeats: number of timed passes of each candidate, of which the fastest counts.
+
+    Raises:
+        RuntimeError: the model does not run in contiguous fp32.
     """
     formats = [False, True]
     types = [False, True] if has_fast_bf16(images.device) else [False]
     candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
     times, failed = dict.fromkeys(candidates, float("inf")), set[Precision]()
     with eval_mode(model):
-        # Candidates take turns, so that a passing load on the machine does not fall on one of them alone.
+        # Candidates are interleaved, so that a short load on the machine does not affect one of them alone.
         for attempt in range(repeats + 1):
             for candidate in candidates:
                 if candidate in failed:
                     continue
                 try:
                     seconds = _seconds(model, images, candidate)
-                except RuntimeError:  # code that calls `view` on its features refuses channels_last
+                except RuntimeError:  # models that call `view` on their features fail in channels_last
                     if candidate == candidates[0]:
                         raise
                     failed.add(candidate)

@@ -1,4 +1,4 @@
-"""The small network from scratch: what a pruned one has to beat."""
+"""A small network with fresh weights, trained from scratch as the baseline of a pruned one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..models.spec import ModelSpec
 
 
 def fresh_like(spec: ModelSpec, pruned: nn.Module, seed: int) -> nn.Module:
-    """The architecture of `pruned` with the weights that `spec`'s constructor draws, in train mode on the CPU.
+    """Return a model with the architecture of `pruned` and freshly initialised weights, in train mode on the CPU.
 
-    Constructors draw the weights of a layer independently of each other, so that the first channels of a fresh dense
-    layer are a fresh smaller layer. Their spread is that of the dense layer.
+    The weights of a layer are initialised independently of each other, so the first channels of a fresh dense layer
+    form a fresh smaller layer. Their standard deviation is that of the dense layer.
 
     Args:
-        spec: names the dense architecture.
-        pruned: a model of it after surgery; it stays as it is.
-        seed: of the weights.
+        spec: specification of the dense architecture.
+        pruned: a pruned model of this architecture; it is not changed.
+        seed: random seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -29,7 +29,7 @@ def fresh_like(spec: ModelSpec, pruned: nn.Module, seed: int) -> nn.Module:
     shaped = pruned.state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            # Whole numbers that were cut, such as tables of positions, are part of the structure.
+            # Cut integer buffers, such as position indices, are part of the structure.
             structure = tensor.shape != dense[name].shape and not tensor.is_floating_point()
             tensor.copy_(shaped[name] if structure else dense[name][tuple(slice(size) for size in tensor.shape)])
     return model.train()

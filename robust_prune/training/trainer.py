@@ -1,4 +1,4 @@
-"""Adversarial training that can be killed at any moment and goes on where it was."""
+"""Adversarial training that resumes from its last checkpoint after a kill."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLLAPSE = 0.15
 
 
 class LossNotFinite(QualityGateError):
-    """A training loss that is NaN or infinite."""
+    """Raised for a training loss that is NaN or infinite."""
 
 
 class _Run:
@@ -71,7 +71,7 @@ class _Run:
         self.images = resident(train_images, self.device)
         self.validation = resident(first(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
-        # Every process takes as many images, so that the mean of their gradients is the batch's.
+        # All processes have equally many images, so that the mean of their gradients is the gradient of the batch.
         self.batch_size = divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
         self.precision = distributed.broadcast(self._precision())
         self.precision.arrange(model)
@@ -82,19 +82,19 @@ class _Run:
         optimizer = make_optimizer(model, settings, steps, self.device)
         self.scheduler = make_schedule(optimizer, settings, steps)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        # What a step trains and what it attacks: the same weights, behind DDP or `torch.compile` where there is one.
+        # The trained and the attacked module share weights; DDP or `torch.compile` may wrap them.
         self.trained: nn.Module = self.wrapped
         self.attacked: nn.Module = self.model
         self.figures = StepFigures()
         self.average: nn.Module | None = None
         if settings.ema_decay > 0:
-            # The ramp matters: a fixed decay near 1 keeps the average at chance for most of a short run.
+            # Without the ramp, a decay near 1 keeps the averaged weights at chance for most of a short run.
             self.ema = ModelEmaV3(model, settings.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
             self.average = self.ema.module
         self.state = RunState()
         self.history: list[EpochRecord] = []
         self.best_weights = copy.deepcopy(model.state_dict())
-        # Where figures are logged to changes no weight.
+        # Trackers do not change weights.
         described = settings.model_dump(exclude={"trackers"})
         written = user_file.versions(settings.loss)
         self.key = digest([described, written, to_json(threat), seed, *begun_from, len(self.validation)])
@@ -141,7 +141,7 @@ class _Run:
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
-        # A verdict never depends on it; see `evaluation.scoring`.
+        # Evaluation never uses TF32 for verdicts; see `evaluation.scoring`.
         with tf32(self.settings.precision == "auto"):
             return self._run()
 
@@ -158,7 +158,7 @@ class _Run:
                 try:
                     self._epoch(advance)
                 except LossNotFinite as error:
-                    # Other processes may have seen numbers, and would wait for this one.
+                    # Other processes may have seen finite losses and would wait for this one.
                     if state.best_epoch == 0 or self.accelerator.num_processes > 1:
                         raise
                     state.note = f"{error} Went back to epoch {state.best_epoch}."
@@ -170,7 +170,7 @@ class _Run:
 
     def _epoch(self, advance: Advance) -> None:
         state = self.state
-        # On the device from the start: a copy in every step would make the host wait for the step before.
+        # Copied once, since a copy in every step would synchronise the host with the previous step.
         order = self._order(state.epoch).to(self._index_device)
         begin = last_save = time.monotonic()
         before = state.elapsed
@@ -193,7 +193,7 @@ class _Run:
         return torch.randperm(len(self.images), generator=generator_at("cpu", self.seed, "order", epoch))
 
     def _read_figures(self, advance: Advance) -> None:
-        """Adds up what the last steps reported, and stops at the first loss that is no number."""
+        """Accumulate losses and accuracies of the last steps; raise LossNotFinite for a loss that is not finite."""
         state, read = self.state, self.figures.read()
         for step, (loss, accuracy) in enumerate(read, start=state.step - len(read) + 1):
             if not math.isfinite(loss):
@@ -209,7 +209,7 @@ class _Run:
         advance(len(read), note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
 
     def _step(self, indices: Tensor) -> None:
-        """One step of the optimizer. Nothing here reads a number back: the host must not wait for the device."""
+        """Run one optimizer step without reading any value, which would synchronise host and device."""
         settings, state = self.settings, self.state
         self.scheduler.step_update(self._steps_done)
         awp = settings.awp if self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch else 0.0
@@ -218,14 +218,14 @@ class _Run:
         if settings.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
-        # Each process has normalised with its own share; what is remembered is the same in all.
+        # Batch-norm statistics of each process are from its own share, so they are averaged.
         distributed.all_reduce_mean([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         if self.average is not None:
             self.ema.update(self.model, step=self._steps_done + 1)
         self.figures.queue(result.loss, result.metrics.get("accuracy"))
 
     def _gradients_of(self, indices: Tensor, generator: torch.Generator, awp: float) -> LossResult:
-        """Attacks a batch and leaves the gradients of its loss in the parameters."""
+        """Attack a batch and compute the gradients of its loss, in the parameters' ``grad``."""
         state, process = self.state, self.accelerator.process_index
         x, y = self._share(indices, generator)
         self.trained.train()
@@ -238,9 +238,9 @@ class _Run:
             return self._forward_backward(batch)
 
     def _share(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """This process's images of a batch, in [0, 1] and augmented, and their labels.
+        """Return this process's augmented images of a batch, in [0, 1], and their labels.
 
-        The crops are drawn for the whole batch: how many processes share it does not change them.
+        Crops are drawn for the full batch, so that they do not depend on the number of processes.
         """
         settings, share = self.settings, slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         whole = settings.crop_padding or settings.flip
@@ -263,7 +263,7 @@ class _Run:
         return result
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of this batch at the weights as they are; batch-norm statistics do not see the pass."""
+        """Return gradients of the batch at the current weights; batch-norm statistics are not updated."""
         with kept_buffers(self.model):
             self._forward_backward(batch)
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -337,14 +337,13 @@ class _Run:
             seconds=state.elapsed,
         )
         self.history.append(record)
-        # Trackers take numbers only.
+        # Trackers accept only numbers.
         self.accelerator.log({k: v for k, v in asdict(record).items() if isinstance(v, int | float)}, step=epoch)
         state.epoch, state.step = epoch, 0
         state.loss_sum = state.accuracy_sum = state.elapsed = 0.0
         self.save()
 
 
-# Nine parameters: what is learned, from what, against what and how; the rest have defaults.
 def train(
     model: nn.Module,
     train_images: ImageSet,
@@ -357,28 +356,33 @@ def train(
     checkpoint: Path | None = None,
     teacher: nn.Module | None = None,
 ) -> TrainResult:
-    """Trains `model` in place and leaves it with the weights of the best epoch.
+    """Train `model` in place and leave it with the weights of the best epoch.
 
-    After each epoch the live and the averaged weights are scored by PGD on held-out training images; the best
-    robust accuracy wins. With `checkpoint` the run goes on where a killed one stood; the file is written
-    every `CHECKPOINT_SECONDS`, and a resumed run ends with the same weights.
+    After each epoch the live and the averaged weights are scored under PGD on held-out training images, and the weights
+    with the best robust accuracy are selected. With `checkpoint` an interrupted run is resumed and ends with the same
+    weights; the file is written every `CHECKPOINT_SECONDS` and after every epoch.
 
     Args:
-        model: maps [0, 1] images [N, C, H, W] to logits.
-        train_images: images to learn from.
-        validation: held-out images for selection; without any, the last epoch's weights are kept.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K].
+        train_images: training images and labels.
+        validation: held-out images for selection; without any, the weights of the last epoch are selected.
         threat: norm and radius.
-        settings: see `TrainSettings`.
-        seed: of order, augmentation and attacks.
-        device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own, and an equal share of
-            every batch (what cannot be divided is left out) and of the held-out images. All must call this.
-        checkpoint: file to resume from and save to.
-        teacher: the dense parent, for distillation; it is copied.
+        settings: loss, epochs, learning rate and the other settings of training.
+        seed: random seed of order, augmentation and attacks.
+        device: ``cpu`` or ``cuda``. Under a distributed launcher all processes call this function; each uses its own
+            device and an equal share of every batch (a remainder is dropped) and of the held-out images.
+        checkpoint: file to resume from and to save to.
+        teacher: the dense model, for distillation; it is copied.
+
+    Returns:
+        The history of all epochs and the selected epoch.
 
     Raises:
-        QualityGateError: the loss became NaN or infinite.
-        UsageError: there is nothing to train on.
-        EnvironmentProblem: a tracker was named whose package is not installed.
+        QualityGateError: the loss becomes NaN or infinite in a distributed run, or before an epoch is better than the
+            start; otherwise training ends with a note.
+        UsageError: there are fewer than two training images, a batch has less than one image for each process, the loss
+            is unknown or fails, or distillation has no teacher.
+        EnvironmentProblem: the package of a tracker is not installed.
     """
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")

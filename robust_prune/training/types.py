@@ -1,4 +1,4 @@
-"""Outcome of a training run."""
+"""Results of a training run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from ..shown import Shown
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Figures of one epoch; accuracies in [0, 1] on held-out training images.
+    """Results of one epoch.
 
-    `train_accuracy` is None for a loss that does not report it. `source` names the weights that scored better: ``live``
-    or ``average``.
+    Attributes:
+        epoch: number of the epoch, from 1.
+        train_loss: mean training loss in nats.
+        train_accuracy: mean accuracy in [0, 1] on training batches; None if the loss does not report it.
+        val_clean, val_robust: accuracy in [0, 1] on held-out training images, clean and under PGD.
+        source: weights with the better score: ``live`` or ``average``.
+        lr: learning rate at the end of the epoch.
+        seconds: wall time of the training steps, without validation.
     """
 
     epoch: int
@@ -27,13 +33,13 @@ class EpochRecord:
 
 @dataclass(frozen=True, repr=False)
 class TrainResult(Shown):
-    """What a run reached; the chosen weights are loaded into the model that was passed in.
+    """Result of a training run, whose best weights are loaded into the trained model.
 
     Attributes:
-        history: one record an epoch.
-        best_epoch: epoch (from 1) whose weights were chosen, by held-out robust accuracy; 0 when no epoch was better
-            than the start.
-        note: empty, or why training was cut short or taught nothing.
+        history: one record for each epoch.
+        best_epoch: epoch (from 1) with the best held-out robust accuracy, whose weights were selected; 0 if no epoch
+            was better than the start.
+        note: why training ended early or did not learn; empty otherwise.
     """
 
     history: tuple[EpochRecord, ...]
@@ -41,7 +47,7 @@ class TrainResult(Shown):
     note: str = ""
 
     def short(self) -> str:
-        """Epochs, and what the chosen one reached on held-out images."""
+        """Return one sentence: the number of epochs, and the held-out accuracies of the selected one."""
         best = self.history[self.best_epoch - 1] if self.best_epoch else None
         reached = (
             f", best {best.epoch}: held-out {best.val_clean:.1%} clean, {best.val_robust:.1%} robust" if best else ""

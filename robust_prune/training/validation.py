@@ -1,4 +1,4 @@
-"""Quick clean and robust accuracy on held-out training images, to choose an epoch by."""
+"""Clean and robust accuracy on held-out training images, by which the best epoch is selected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .randomness import generator_at
 
 
 class Score(NamedTuple):
-    """Accuracies in [0, 1]; ordered by robust accuracy first."""
+    """Robust and clean accuracy in [0, 1], ordered by robust accuracy first."""
 
     robust: float
     clean: float
@@ -33,9 +33,18 @@ def score(
     device: torch.device,
     precision: Precision,
 ) -> Score:
-    """Clean accuracy and accuracy under PGD of `steps` steps; only images that are right are attacked.
+    """Return clean accuracy and accuracy under PGD; only correctly classified images are attacked.
 
-    Several processes (see `distributed`) divide the batches, and all have the outcome.
+    The processes of a distributed run divide the batches, and all return the result.
+
+    Args:
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; modes and flags are restored.
+        images: held-out images and labels.
+        threat: norm and radius.
+        steps: PGD steps, with one random start.
+        seed: random seed of the attack.
+        device: device of the model.
+        precision: precision and memory layout of the passes.
     """
     right = survived = 0
     with frozen_eval(model), torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
@@ -59,9 +68,9 @@ def score(
 
 
 def chance_note(found: Score, images: ImageSet) -> str:
-    """A warning if `found` is no better than naming the most frequent class of `images`; else empty.
+    """Return a warning if `found` is no better than always predicting the most frequent class; else an empty string.
 
-    No better: below the one-sided 95 % bound of what naming it would get right on as many images.
+    The threshold is the one-sided 95 % bound of the accuracy of that prediction on as many images.
     """
     if len(images) == 0:
         return ""

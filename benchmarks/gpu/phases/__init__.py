@@ -1,1 +1,1 @@
-"""The phases of the GPU job: one module each, with `run(work, sizes, deadline)`."""
+"""Phases of the GPU job: one module each, with a function `run(work, sizes, deadline)`."""

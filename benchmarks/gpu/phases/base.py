@@ -1,4 +1,4 @@
-"""A dense robust base: PGD adversarial training with a weight average, as many epochs as there is time for."""
+"""Dense robust base model: PGD adversarial training with weight averaging, for as many epochs as time allows."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ THREAT = ThreatModel("linf", 8 / 255)
 TIMED_STEPS = 20
 KEEP_SECONDS = 60.0
 SHARE = 0.85
-"""Of the time that is left: the rest is for scoring the epochs and for writing."""
+"""Share of the remaining time for training; the rest is for validation and for writing."""
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Trains from scratch, or on from the weights that an earlier occasion brought back."""
+    """Train the base model from scratch, or from the weights of an earlier job."""
     data = load_data("cifar10")
     settings = TrainSettings(**{key: value for key, value in sizes.base.items() if key != "arch"})
     spec = registry.make_spec(
@@ -73,7 +73,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
 
 
 def _compile_pays(work: Work, deadline: float) -> bool:
-    """Whether, by what the phase `speed` measured, compiled steps save more than half a minute of compiling."""
+    """Return whether compilation saves more than 30 seconds, according to the phase `speed`."""
     losses = work.result("speed").get("speed", {}).get("losses", {})
     seconds = losses.get("pgd_at", {}).get("seconds", {})
     if COMPILED not in seconds:
@@ -83,7 +83,7 @@ def _compile_pays(work: Work, deadline: float) -> bool:
 
 
 def _seconds_an_epoch(model: nn.Module, images: ImageSet, settings: TrainSettings, device: str) -> float:
-    """From a few steps with a copy of the model; the second half of them, when everything is compiled and warm."""
+    """Return the seconds of an epoch, from a second epoch of a few steps on a copy, after compilation and warm-up."""
     few = first(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 2, "validation_images": 0})
     result = train(copy.deepcopy(model), few, first(images, 0), THREAT, timed, device=device)
@@ -92,7 +92,7 @@ def _seconds_an_epoch(model: nn.Module, images: ImageSet, settings: TrainSetting
 
 @contextmanager
 def _kept(work: Work, checkpoint: Path, spec: ModelSpec) -> Iterator[None]:
-    """Stores the best weights so far in half precision every minute: what is left if the machine falls away."""
+    """Store the best weights in half precision every minute, in case the machine becomes unavailable."""
     over = threading.Event()
 
     def keep() -> None:

@@ -1,4 +1,4 @@
-"""The base cut to a half, a quarter and a tenth of its MACs in three ways, recovered, attacked, and timed."""
+"""Compression of the base model to a half, a quarter and a tenth of its MACs by three methods, with evaluation."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from robust_prune.surgery.apply import apply
 ARMS = (
     Arm("mrs", "mrs", "adversarial_taylor"),
     Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
-    # One threshold over magnitudes relative to their group's mean: `_insensitive` takes MRS out of it.
+    # One threshold over magnitudes relative to the mean of their group; `_insensitive` removes MRS from it.
     Arm("global magnitude", "global", "magnitude"),
 )
 DENSE = "dense"
 LATENCY_SECONDS = 40.0
-"""What exporting and timing the files takes at the end."""
+"""Seconds reserved for exporting and timing the files at the end."""
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Arms of one ratio before those of the next; what is not done goes on another time."""
+    """Run all arms of one ratio before those of the next; a later job resumes with the missing ones."""
     base = work.newest_base()
     if base is None:
         reason = "there is no base: run the phase `base`, or pack one"
@@ -77,7 +77,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
 
 
 def _analyses(loaded: Model, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Analysis]:
-    """The analysis of each arm; groups, costs and sensitivity are measured once."""
+    """Return the analysis of each arm; groups, costs and MRS are measured once."""
     by_criterion = dict(analyses(loaded, data, recipe, device, criteria=[arm.criterion for arm in ARMS]))
     found = {arm.name: by_criterion[arm.criterion] for arm in ARMS}
     return {name: _insensitive(a) if name == "global magnitude" else a for name, a in found.items()}
@@ -97,7 +97,7 @@ def _latency(
     analysis: Analysis,
     ratios: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """The dense file and those of the `mrs` cuts on the GPU and on the CPU; cut anew, since time sees no weights."""
+    """Measure the dense file and those of new `mrs` cuts on GPU and CPU, since latency does not depend on weights."""
     models: dict[str, nn.Module] = {DENSE: loaded.module.cpu()}
     for ratio in ratios:
         plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))

@@ -1,4 +1,4 @@
-"""What the machine is and can do: card, clocks, copy bandwidth, bf16 matrix rate, and the tests that need a GPU."""
+"""Facts of the machine: GPU, clocks, copy bandwidth, bf16 matrix throughput, and the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """A datasheet's rates are promises: these are measured, on random data."""
+    """Measure bandwidth and throughput on random data, and run the GPU tests."""
     device, large = torch.device(sizes.device), sizes.device == "cuda"
     found: dict[str, Any] = {"environment": snapshot(), "gpus": nvml.gpus(), "before": nvml.states()}
     if large:
@@ -61,7 +61,7 @@ def _median(call: Callable[[], object], device: torch.device, repeats: int = 12)
 
 
 def _gpu_tests(seconds: float) -> str:
-    """The last lines of pytest over the tests that need a GPU; without one they fail, and say so."""
+    """Return the last lines of pytest for the tests that need a GPU; without a GPU they fail."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     try:

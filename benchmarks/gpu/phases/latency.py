@@ -1,4 +1,4 @@
-"""Latency by the protocol of `robust-prune bench`: dense, half and a quarter of the MACs, in fp32 and fp16."""
+"""Latency by the protocol of `robust-prune bench`: dense, a half and a quarter of the MACs, in fp32 and fp16."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robust_prune.serialization import to_json
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Measures the sets that no earlier occasion has, in their order, until time is up."""
+    """Measure the sets that are missing from earlier jobs, in order, until the deadline."""
     found = work.result("latency") or {"tables": [], "failed": []}
     found["environment"] = snapshot()
     found["providers"] = {name: provider_problem(name) or "runs" for name in sizes.providers}
@@ -28,7 +28,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     runs = [name for name, state in found["providers"].items() if state == "runs"]
     failed = {_key(failure["provider"], failure["set"]) for failure in found["failed"]}
     todo = [(name, chosen) for name in runs for chosen in sizes.sets if _key(name, asdict(chosen)) not in have]
-    # What failed before is tried again after all that was never tried.
+    # Sets that failed before are tried again after the others.
     todo.sort(key=lambda entry: _key(entry[0], asdict(entry[1])) in failed)
     found["failed"], took = [], [0.0]
     for provider, chosen in todo:
@@ -56,7 +56,7 @@ def _key(provider: str, chosen: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _files(work: Work, chosen: Set) -> list[tuple[str, Path]]:
-    """(label, file) of every skeleton of the architecture, filled; the dense fp32 one first."""
+    """Return (label, file) of every filled skeleton of the architecture; the dense fp32 file is first."""
     folder, filled = work.root / "skeletons" / chosen.arch.replace("/", "-"), work.root / "onnx"
     files = []
     for skeleton in sorted(folder.glob("*.onnx"), key=lambda path: (len(path.stem), path.stem)):

@@ -1,4 +1,4 @@
-"""Images per second of our training loop against the authors' own, in fp32 and tuned; first without `torch.compile`."""
+"""Images per second of our training loop and of the published ones, in fp32 and tuned; `torch.compile` is last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robust_prune.recipe import TrainSettings
 
 
 def run(work: Work, sizes: Sizes, deadline: float) -> None:
-    """Real images: those of the embedded sample of CIFAR-10."""
+    """Time all loops on images of the embedded sample of CIFAR-10."""
     chosen, data = sizes.speed, load_data("sample")
     spec = registry.make_spec(
         chosen["arch"], num_classes=10, input_size=data.input_size, mean=data.mean, std=data.std
@@ -49,7 +49,7 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
             settings = TrainSettings(loss=loss, steps=chosen["steps"])
             try:
                 taken = speed(model, x, y, threat, settings, chosen["rounds"], with_compiled=with_compiled)
-            except Exception as error:  # the compiler's passes and backends raise whatever they raise
+            except Exception as error:  # compiler passes and backends raise errors of many kinds
                 if not with_compiled:
                     raise
                 known["compilation_failed"] = f"{type(error).__name__}: {error}"[:500]

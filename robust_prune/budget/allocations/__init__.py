@@ -1,1 +1,1 @@
-"""Allocations of a budget, one file each: see `catalogue.ALLOCATIONS` and `budget.allocation.Problem`."""
+"""Allocations of a budget, one in each file; see `catalogue.ALLOCATIONS` and `budget.allocation.Problem`."""

@@ -1,4 +1,4 @@
-"""The least important channels of the whole network go, weighted by the rank of MRS."""
+"""The least important channels of the network, weighted by the rank of MRS, are removed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from ..rank_weights import rank_weights
 
 
 def wished_widths(problem: Problem) -> Wish:
-    """One threshold over score x h(MRS_g), scores being relative to their group's mean and h the rank's weight."""
+    """Return widths by one threshold on score x h(MRS_g); scores are divided by the group's mean, h is `rank_weights`.
+
+    Raises:
+        UsageError: MRS or channel scores are missing for a group.
+    """
     weights = rank_weights(problem)
     scores = problem.needs("channel scores", problem.scores)
     problem.covered(scores, "channel scores")

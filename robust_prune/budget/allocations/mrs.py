@@ -1,26 +1,27 @@
-"""Channels go where the least robustness, by MRS, is lost for the cost that is saved.
+"""Channels are removed where the loss of robustness, estimated by MRS, is smallest for the cost that is saved.
 
-Removing the k least important channels of a group is a perturbation of its weights of relative size ρ_g(k), and the
-group's MRS curve says how much robust loss a perturbation of that size can cost. So the widths minimise
-``Σ_g MRS_g(k_g)`` subject to ``cost(k) <= budget``: at the optimum every group pays the same robust loss per MAC for
-its last channel. Neither a sensitive but cheap group nor a dear but insensitive one is spared by rule.
+Removing the k least important channels of a group perturbs its weights by a relative size ρ_g(k), and the group's MRS
+curve gives the robust loss that a perturbation of this size can cost. The widths minimise ``Σ_g MRS_g(k_g)`` subject to
+``cost(k) <= budget``. At the optimum the last channel removed from every group costs the same robust loss per MAC, so
+no group is exempt, neither a sensitive one of low cost nor an insensitive one of high cost.
 
-The curves come with each layer's losses tempered before they are summed over the group: see
-`sensitivity.groups.tempered`. Our reading of them (neither paper fixes it):
+MRS of each layer is raised to `mrs_exponent` before it is summed over the group; see `sensitivity.groups.tempered`. The
+curves are then interpreted as follows (our own reading; no paper specifies it):
 
-- Size is taken relative to the weights that *stay*: tan θ = ρ/sqrt(1-ρ²) with ρ = sin θ. A layer behind a norm only has
-  a direction, the cut turns it by θ, and a layer that is cut away altogether is infinitely perturbed. For small cuts
-  the two agree. It is what keeps the optimum from emptying whole layers.
-- MRS is the loss of the *worst* perturbation of a size, and for small sizes that is its first-order part. A cut has
-  hardly any: its channels are chosen for a small one, and signs cancel. What a cut costs is second order. So the curve
-  is replaced by the largest function below it that grows at least with the square of the size: linear in log-log
-  between the measured radii, quadratic outside them. (The plain curve is concave in k for small cuts, and the optimum
-  then is to cut some groups to a quarter and leave the others whole.)
-- As a function of k the outcome is replaced by its lower convex hull, so that each further channel costs at least as
-  much as the one before and one multiplier settles all groups.
+- The size of a cut is taken relative to the weights that are *kept*: tan θ = ρ/sqrt(1-ρ²), where ρ = sin θ. For a layer
+  followed by a norm only the direction of its weights matters; the cut turns it by θ, and removing the layer is an
+  infinite perturbation. For small cuts both sizes agree. This prevents the optimum from emptying layers.
+- MRS is the loss of the *worst* perturbation of a size, which is a first-order effect for small sizes. A cut has almost
+  no first-order effect, since its channels are selected for a small one and signs cancel; its cost is of second order.
+  Therefore the curve is replaced by the largest function below it that grows at least with the square of the size. The
+  function is linear in log-log coordinates between the measured radii and quadratic outside them. (The raw curve is
+  concave in k for small cuts, and its optimum cuts some groups to a quarter and leaves the others unpruned.)
+- As a function of k the result is replaced by its lower convex hull, so that each further channel costs at least as
+  much as the one before, and one Lagrange multiplier determines all widths.
 
-Costs are products of widths, so a channel's price depends on its neighbours. In the logarithms of the widths the
-problem is a geometric program (posynomial cost), which is why iterating prices and widths under one multiplier settles.
+Costs are products of widths, so the cost of a channel depends on the widths of neighbouring groups. In the logarithms
+of the widths the problem is a geometric program (its cost is a posynomial), so iterating between marginal costs and
+widths under one multiplier converges.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ _PRICE_STEPS = 200
 
 
 def wished_widths(problem: Problem) -> Wish:
-    """The constrained optimum, by one Lagrange multiplier."""
+    """Return the widths of the constrained optimum, found with one Lagrange multiplier, and the expected losses.
+
+    Raises:
+        UsageError: MRS or the removed fractions are missing for a group.
+    """
     profile = problem.needs("a sensitivity profile", problem.profile)
     losses = cut_losses(problem, tempered(profile, problem.groups, problem.section.mrs_exponent))
     form = problem.form
@@ -51,10 +56,12 @@ def wished_widths(problem: Problem) -> Wish:
 
 
 def cut_losses(problem: Problem, profile: SensitivityProfile) -> list[Floats]:
-    """What each group is expected to cost at each kept count 0..channels: convex, not increasing, 0 at the end.
+    """Return the expected loss of each group at each kept count 0..channels, [channels + 1].
+
+    Each is convex and not increasing, and 0 for the full width.
 
     Raises:
-        UsageError: a group without a curve or without removed fractions.
+        UsageError: a group has no MRS curve or no removed fractions.
     """
     fractions = problem.needs("the removed fractions", problem.removed)
     curves = {s.name: s.curve for s in profile.groups}
@@ -72,22 +79,22 @@ def cut_losses(problem: Problem, profile: SensitivityProfile) -> list[Floats]:
 
 
 def _tangent(sine: Floats) -> Floats:
-    """Size of the cut relative to what stays, from its size relative to the whole."""
+    """Convert sizes of cuts relative to all weights into sizes relative to the kept weights."""
     energy = np.clip(sine, 0.0, 1.0) ** 2
     return np.sqrt(energy / np.maximum(1.0 - energy, _LEAST_KEPT_ENERGY))
 
 
 def _curve_at(sizes: Floats, radii: Floats, curve: Floats) -> Floats:
-    """The loss of cuts of the given `sizes`: the largest function below the MRS curve that is at least quadratic."""
+    """Return the loss at `sizes`: the largest function below the MRS curve that grows at least quadratically."""
     rising = np.maximum(np.maximum.accumulate(curve), _LEAST_LOSS)
     relative = np.minimum.accumulate((rising / radii**_ORDER)[::-1])[::-1]
     at = np.log(np.maximum(sizes, 1e-12))
-    # np.interp holds the end values outside the radii, which is exactly the quadratic continuation.
+    # np.interp is constant outside the radii, so the loss is quadratic there.
     return np.exp(np.interp(at, np.log(radii), np.log(relative))) * sizes**_ORDER
 
 
 def _lower_hull(values: Floats) -> Floats:
-    """Largest convex function of the index that is nowhere above `values`."""
+    """Return the largest convex function of the index that is nowhere above `values`."""
     hull: list[int] = []
     for i in range(len(values)):
         while len(hull) >= 2:
@@ -107,7 +114,7 @@ def _equal_prices(
     costs: Callable[[Floats], float],
     budget: float,
 ) -> Floats:
-    """Widths at which every group pays the same loss per cost (one multiplier, by bisection), real-valued."""
+    """Return real-valued widths of equal marginal loss per cost, by bisection on the Lagrange multiplier."""
     response = _Response(losses)
     low, high = -80.0, 80.0
     keep = dense.copy()
@@ -119,28 +126,28 @@ def _equal_prices(
 
 
 class _Response:
-    """What each group keeps when cost has a price: where its marginal loss equals price x marginal cost."""
+    """Widths as a function of the multiplier: each group's marginal loss equals multiplier x marginal cost."""
 
     _GRID = 129
 
     def __init__(self, losses: Sequence[Floats]) -> None:
-        # Marginal losses sampled on one grid of kept fractions, so that all groups answer in one array operation.
+        # Marginal losses are sampled on one grid of kept fractions, so that one array operation serves all groups.
         self._grid = np.linspace(0.0, 1.0, self._GRID)
         rows = []
         for loss in losses:
             channels = len(loss) - 1
-            saved = np.maximum(loss[:-1] - loss[1:], 1e-300)  # by keeping one channel more: falls with the count
+            saved = np.maximum(loss[:-1] - loss[1:], 1e-300)  # by keeping one channel more; decreases with the count
             rows.append(np.log(np.interp(self._grid, (np.arange(channels) + 0.5) / channels, saved)))
         self._marginal = np.array(rows)
 
     def settle(
         self, price: float, start: Floats, floors: Floats, dense: Floats, gradient: Callable[[Floats], Floats]
     ) -> Floats:
-        """Widths and marginal costs that agree with each other, by damped iteration in log widths."""
+        """Return widths consistent with the marginal costs at these widths, by damped iteration in log widths."""
         keep = start
         for _ in range(_PRICE_STEPS):
             wanted = np.clip(self._answer(price * np.maximum(gradient(keep), 1e-12)) * dense, floors, dense)
-            # Each group's price has elasticity at most one in its neighbours' widths; half steps cannot oscillate.
+            # A marginal cost has elasticity of at most one in the neighbours' widths, so half steps do not oscillate.
             following = np.sqrt(keep * wanted)
             if np.abs(following / keep - 1).max(initial=0.0) < 1e-4:
                 return following
@@ -148,7 +155,7 @@ class _Response:
         return keep
 
     def _answer(self, marginal_cost: Floats) -> Floats:
-        """Kept fraction at which the marginal loss falls below the marginal cost, between grid points."""
+        """Return the kept fraction at which the marginal loss falls below the marginal cost, by interpolation."""
         bar = np.log(marginal_cost)[:, None]
         above = (self._marginal > bar).sum(axis=1)
         left = np.clip(above - 1, 0, self._GRID - 2)

@@ -1,4 +1,4 @@
-"""The more sensitive a group is, by MRS, the larger the share of its channels that stays."""
+"""Groups with a higher MRS keep a larger share of their channels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from ..rank_weights import rank_weights
 
 
 def wished_widths(problem: Problem) -> Wish:
-    """Keep-fractions that grow linearly with the rank of MRS_g: the plain reading of MRPF (arXiv 2410.15176).
+    """Return kept shares that grow linearly with the rank of MRS_g, a literal reading of MRPF (arXiv 2410.15176).
 
-    They run from half to one and a half times one scalar, which the budget settles.
+    They range from 0.5 to 1.5 times a scalar that is determined by the budget.
+
+    Raises:
+        UsageError: MRS is missing for a group.
     """
     weights = rank_weights(problem)
     return Wish(problem.largest(lambda t: t * weights * problem.dense))

@@ -1,4 +1,4 @@
-"""Every group gives up the same share of its channels."""
+"""The same share of channels is removed from every group."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from ..allocation import Problem, Wish
 
 
 def wished_widths(problem: Problem) -> Wish:
-    """One keep-fraction for all groups."""
+    """Return the same kept share for all groups, as large as the budget allows."""
     return Wish(problem.largest(lambda t: t * problem.dense))

@@ -1,1 +1,1 @@
-"""Strengths of evaluation, one file each: see `catalogue.TIERS` and `evaluation.stages`."""
+"""Evaluation tiers, one in each file; see `catalogue.TIERS` and `evaluation.stages`."""

@@ -1,4 +1,4 @@
-"""PGD, then APGD on the cross-entropy and towards nine classes: the number of the standard in less time."""
+"""PGD, then APGD on the cross-entropy and towards nine classes: the result of the standard in less time."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from ..stages import Stage, apgd_stages
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
-    """The nine targets of AutoAttack's targeted APGD, without its FAB and Square."""
+    """Return PGD, APGD-CE and the nine targets of AutoAttack's targeted APGD, without FAB and Square."""
     return apgd_stages(classes, targets=9)

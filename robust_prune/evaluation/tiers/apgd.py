@@ -6,5 +6,5 @@ from ..stages import Stage, apgd_stages
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
-    """The three classes are those of the highest logits after the label's."""
+    """Return PGD, APGD-CE and targeted APGD towards the three classes with the highest logits after the label."""
     return apgd_stages(classes, targets=3)

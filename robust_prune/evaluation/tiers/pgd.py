@@ -6,5 +6,5 @@ from ..stages import PGD, Stage
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
-    """PGD alone."""
+    """Return PGD alone."""
     return (PGD,)

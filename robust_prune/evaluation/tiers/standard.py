@@ -7,10 +7,10 @@ from ..standard import ATTACKS, check_classes
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
-    """The ensemble of Croce & Hein (2020, arXiv 2003.01690).
+    """Return the four attacks of AutoAttack (Croce & Hein, 2020, arXiv 2003.01690).
 
     Raises:
-        UsageError: fewer classes than its targeted attacks are defined for.
+        UsageError: there are fewer than four classes, for which its targeted attacks are not defined.
     """
     check_classes(classes)
     return tuple(Stage(name, "ensemble") for name in ATTACKS)

@@ -29,27 +29,27 @@ CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
 """Constructors by name; each takes ``num_classes``, ``in_chans`` and ``width``."""
 
 WIDE_RESNETS = ("wideresnet_16_4", "wideresnet_28_10", "wideresnet_34_10", "wideresnet_70_16")
-"""The usual members of a family that takes any depth 6n + 4 and any width."""
+"""Common members of the family, which has any depth 6n + 4 and any width."""
 
 _WIDE = re.compile(r"wideresnet_(\d+)_(\d+(?:\.\d+)?)")
 _WIDTH = re.compile(r"(.+)_x(\d+(?:\.\d+)?)")
 
 
 def names() -> list[str]:
-    """Every name that `create` knows, without width factors."""
+    """Return all names that `create` knows, without width factors."""
     return sorted([*CIFAR_MODELS, *WIDE_RESNETS])
 
 
 def create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """Builds ``cifar/<name>`` with fresh weights.
+    """Build ``cifar/<name>`` with fresh weights.
 
     Args:
         name: a key of `CIFAR_MODELS`, optionally followed by ``_x<width factor>``, or ``wideresnet_<depth>_<width>``.
         num_classes: number of logits.
-        kwargs: the constructor's other arguments, e.g. ``in_chans``.
+        kwargs: further arguments of the constructor, e.g. ``in_chans``.
 
     Raises:
-        UsageError: unknown name, or an argument that the constructor does not take.
+        UsageError: the name is unknown, or the constructor does not accept an argument.
     """
     constructor, fixed = _parse(name)
     known = inspect.signature(constructor).parameters
@@ -61,7 +61,7 @@ def create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Raises `UsageError`, with near matches, for a name that `create` does not know."""
+    """Raise UsageError, with similar names, if `create` does not know `name`."""
     _parse(name)
 
 

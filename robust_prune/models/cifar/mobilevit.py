@@ -16,7 +16,7 @@ def mobilevit_xs(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> 
     Args:
         num_classes: number of logits.
         in_chans: channels of the images.
-        width: multiple of the convolutional channels; the transformers' dimensions stay.
+        width: factor of the convolutional channels; the dimensions of the transformers are not changed.
     """
     from timm.models.byobnet import ByobNet
     from timm.models.mobilevit import model_cfgs

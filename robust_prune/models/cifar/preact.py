@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """Norm, ReLU, convolution, twice, around a residual connection (He et al., 2016, arXiv 1603.05027)."""
+    """Residual block of norm, ReLU and 3x3 convolution, twice (He et al., 2016, arXiv 1603.05027)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
+        """Map [N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
         activated = F.relu(self.bn1(x))
         residual = x if self.shortcut is None else self.shortcut(activated)
         y = self.conv1(activated)
@@ -28,10 +28,10 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks behind a 3x3 stem.
+    """Residual network of four stages of pre-activation blocks with a 3x3 stem.
 
-    The attributes (``conv1``, ``layer1`` to ``layer4``, ``bn``, ``linear``) are those of the checkpoints that the
-    adversarial-training literature publishes.
+    The attributes (``conv1``, ``layer1`` to ``layer4``, ``bn``, ``linear``) are those of published checkpoints of the
+    adversarial training literature.
 
     Args:
         widths: channels of each stage; every stage after the first halves the resolution.
@@ -58,7 +58,7 @@ class PreActResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, in_chans, H, W]."""
+        """Return the logits [N, num_classes] of images [N, in_chans, H, W]."""
         x = self.conv1(x)
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
@@ -66,6 +66,6 @@ class PreActResNet(nn.Module):
 
 
 def preact_resnet18(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> PreActResNet:
-    """PreAct-ResNet-18: 64-128-256-512 channels times `width`."""
+    """Return PreAct-ResNet-18 with 64-128-256-512 channels times `width`."""
     widths = tuple(max(1, round(base * width)) for base in (64, 128, 256, 512))
     return PreActResNet(widths, (2, 2, 2, 2), num_classes, in_chans)

@@ -11,7 +11,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a residual connection (He et al., 2016, arXiv 1512.03385)."""
+    """Residual block of two 3x3 convolutions (He et al., 2016, arXiv 1512.03385)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
+        """Map [N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
-    """A residual network of basic blocks with a 3x3 stem and global average pooling.
+    """Residual network of basic blocks with a 3x3 stem and global average pooling.
 
     Args:
         widths: channels of each stage; every stage after the first halves the resolution.
@@ -60,7 +60,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, in_chans, H, W]."""
+        """Return the logits [N, num_classes] of images [N, in_chans, H, W]."""
         x = F.relu(self.bn1(self.conv1(x)))
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
@@ -68,22 +68,22 @@ class CifarResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> CifarResNet:
-    """ResNet-18 with a 3x3 stem: 64-128-256-512 channels times `width`."""
+    """Return ResNet-18 with a 3x3 stem and 64-128-256-512 channels times `width`."""
     return CifarResNet(_scaled((64, 128, 256, 512), width), (2, 2, 2, 2), num_classes, in_chans)
 
 
 def resnet34(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> CifarResNet:
-    """ResNet-34 with a 3x3 stem: 64-128-256-512 channels times `width`."""
+    """Return ResNet-34 with a 3x3 stem and 64-128-256-512 channels times `width`."""
     return CifarResNet(_scaled((64, 128, 256, 512), width), (3, 4, 6, 3), num_classes, in_chans)
 
 
 def resnet20(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> CifarResNet:
-    """The 20-layer CIFAR ResNet: 16-32-64 channels times `width`."""
+    """Return the 20-layer CIFAR ResNet with 16-32-64 channels times `width`."""
     return CifarResNet(_scaled((16, 32, 64), width), (3, 3, 3), num_classes, in_chans)
 
 
 def resnet32(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> CifarResNet:
-    """The 32-layer CIFAR ResNet: 16-32-64 channels times `width`."""
+    """Return the 32-layer CIFAR ResNet with 16-32-64 channels times `width`."""
     return CifarResNet(_scaled((16, 32, 64), width), (5, 5, 5), num_classes, in_chans)
 
 

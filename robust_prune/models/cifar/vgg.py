@@ -14,10 +14,10 @@ LAYERS: tuple[int | None, ...] = (
 
 
 class Vgg(nn.Module):
-    """Thirteen 3x3 convolutions and one linear classifier (Simonyan and Zisserman, 2015, arXiv 1409.1556).
+    """VGG of thirteen 3x3 convolutions and one linear classifier (Simonyan and Zisserman, 2015, arXiv 1409.1556).
 
     Args:
-        layers: output channels of each convolution; None halves the resolution.
+        layers: output channels of each convolution; None is a max pooling that halves the resolution.
         num_classes: number of logits.
         in_chans: channels of the images.
     """
@@ -41,11 +41,11 @@ class Vgg(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, in_chans, H, W] of at least 32x32 pixels."""
+        """Return the logits [N, num_classes] of images [N, in_chans, H, W] of at least 32x32 pixels."""
         return self.classifier(self.features(x).mean((2, 3)))
 
 
 def vgg16_bn(num_classes: int = 10, in_chans: int = 3, width: float = 1) -> Vgg:
-    """VGG-16 with batch norm: 64 to 512 channels times `width`."""
+    """Return VGG-16 with batch norm and 64 to 512 channels times `width`."""
     layers = tuple(None if base is None else max(1, round(base * width)) for base in LAYERS)
     return Vgg(layers, num_classes, in_chans)

@@ -9,7 +9,7 @@ from ...errors import UsageError
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block whose shortcut convolution reads the activated input."""
+    """Pre-activation block whose shortcut convolution gets the activated input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class WideBlock(nn.Module):
         self.convShortcut = None if self.equalInOut else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
+        """Map [N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
         activated = self.relu1(self.bn1(x))
         residual = x if self.convShortcut is None else self.convShortcut(activated)
         return residual + self.conv2(self.relu2(self.bn2(self.conv1(activated))))
 
 
 class WideStage(nn.Module):
-    """A run of blocks of one width, held in ``layer``."""
+    """Stage of blocks of the same width, in the attribute ``layer``."""
 
     def __init__(self, depth: int, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -42,15 +42,14 @@ class WideStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
+        """Map [N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
         return self.layer(x)
 
 
 class WideResNet(nn.Module):
     """WideResNet-`depth`-`widen_factor`.
 
-    Module names and ``nChannels`` follow the layout that TRADES made common and RobustBench distributes, so that their
-    state_dicts load unchanged.
+    Module names and ``nChannels`` are those of TRADES and RobustBench, so that their state_dicts load unchanged.
 
     Args:
         depth: number of layers, 6n + 4.
@@ -92,7 +91,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, in_chans, H, W]."""
+        """Return the logits [N, num_classes] of images [N, in_chans, H, W]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         x = self.relu(self.bn1(x))
         return self.fc(F.adaptive_avg_pool2d(x, 1).view(-1, self.nChannels))

@@ -1,1 +1,1 @@
-"""Channel criteria, one file each: see `catalogue.CRITERIA` and `ranking.scoring`."""
+"""Channel criteria, one in each file; see `catalogue.CRITERIA` and `ranking.scoring`."""

@@ -13,10 +13,10 @@ from ..weight_norms import is_out, weight_norm
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """Mean |weight| of the coupled batch-norms; groups without batch-norm use the magnitude.
+    """Return the mean |weight| of the coupled batch-norms; groups without batch-norm use the magnitude.
 
     Raises:
-        UsageError: no group has batch-norm.
+        UsageError: no group has batch-norm, or a group without it has no weights.
     """
     model, groups = asked.model, asked.groups
     scores: dict[str, Tensor] = {}

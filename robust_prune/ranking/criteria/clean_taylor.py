@@ -1,4 +1,4 @@
-"""The change of the loss on clean images that removing a channel makes (Taylor)."""
+"""The first-order change of the loss on clean images when a channel is removed (Taylor)."""
 
 from __future__ import annotations
 
@@ -9,5 +9,11 @@ from ..taylor import taylor_scores
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """See `ranking.taylor`, with the cross-entropy on clean images (Molchanov et al., 2019, arXiv 1906.10771)."""
+    """Return Taylor scores (Molchanov et al., 2019, arXiv 1906.10771) of the cross-entropy on clean images.
+
+    See `ranking.taylor`.
+
+    Raises:
+        UsageError: there are no clean images, or a group has no layer that Taylor scores can use.
+    """
     return taylor_scores(asked, asked.clean_images("clean_taylor"))

@@ -1,4 +1,4 @@
-"""The distance of a filter to the others of its layer (FPGM, He et al., CVPR 2019)."""
+"""The distance of a filter to the other filters of its layer (FPGM, He et al., CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -10,5 +10,9 @@ from ..torch_pruning import baseline_scores
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """Summed over the other filters, as torch-pruning computes it."""
+    """Return the distance of each filter to the others of its layer, summed over them, as torch-pruning computes it.
+
+    Raises:
+        UsageError: a group has no layer that FPGM can read.
+    """
     return baseline_scores(FPGMImportance(), "fpgm", asked.model, asked.groups)

@@ -1,4 +1,4 @@
-"""The L2 norm of all weights that go with a channel."""
+"""The L2 norm of all weights that belong to a channel."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ from ..weight_norms import is_any, weight_norm
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """Of output and input slices, norm weights and free parameters."""
+    """Return the L2 norm over output and input slices, norm weights and free parameters.
+
+    Raises:
+        UsageError: a group has no weights.
+    """
     return {group.name: weight_norm(asked.model, group, is_any) for group in asked.groups}

@@ -1,4 +1,4 @@
-"""The loss that removing a channel costs to second order (Optimal Brain Damage)."""
+"""The second-order increase of the loss when a channel is removed (Optimal Brain Damage)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from ..torch_pruning import baseline_scores, with_mean_squares
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """Σ w²·mean_i g_i² with g_i the gradient of one image, the empirical Fisher matrix in place of the Hessian.
+    """Return Σ w²·mean_i g_i², where g_i is the gradient for image i (empirical Fisher in place of the Hessian).
 
-    torch-pruning keeps the last image's square only, so the mean is made here.
+    torch-pruning keeps only the square of the last gradient, so the mean is computed here.
+
+    Raises:
+        UsageError: there are no clean images, or a group has no layer that the criterion can read.
     """
     model = with_mean_squares(asked.model, asked.clean_images("hessian"), asked.device)
     return baseline_scores(GroupHessianImportance(), "hessian", model, asked.groups)

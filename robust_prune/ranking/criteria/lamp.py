@@ -1,4 +1,4 @@
-"""The norm of all weights that go with a channel, relative to the larger ones (LAMP, arXiv 2010.07611)."""
+"""The norm of all weights that belong to a channel, relative to the larger ones (LAMP, arXiv 2010.07611)."""
 
 from __future__ import annotations
 
@@ -10,5 +10,9 @@ from ..torch_pruning import baseline_scores
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """As torch-pruning computes it."""
+    """Return LAMP scores as torch-pruning computes them.
+
+    Raises:
+        UsageError: a group has no layer that LAMP can read.
+    """
     return baseline_scores(LAMPImportance(), "lamp", asked.model, asked.groups)

@@ -1,4 +1,4 @@
-"""Chance."""
+"""Random numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ..scoring import Scoring
 
 
 def score(asked: Scoring) -> dict[str, Tensor]:
-    """Uniform noise under the seed."""
+    """Return uniform random scores in [0, 1) from the seed."""
     generator = torch.Generator().manual_seed(asked.seed)
     return {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in asked.groups}

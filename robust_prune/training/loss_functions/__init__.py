@@ -1,1 +1,1 @@
-"""Training losses, one file each, called as ``loss(model, batch, settings)``: see `catalogue.LOSSES`."""
+"""Training losses, one in each file, called as ``loss(model, batch, settings)``; see `catalogue.LOSSES`."""

@@ -9,5 +9,5 @@ from ..losses import Batch, LossResult, cross_entropy
 
 
 def loss(model: nn.Module, batch: Batch, settings: TrainSettings) -> LossResult:
-    """Cross-entropy on the images as they are. One forward and backward."""
+    """Return the cross-entropy on clean images. Cost: one forward and one backward pass."""
     return cross_entropy(model(batch.x).float(), batch.y, settings.label_smoothing)

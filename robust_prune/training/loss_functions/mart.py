@@ -13,16 +13,16 @@ from ..losses import Batch, LossResult, accuracy_of, clean_and_adversarial, dive
 
 
 def loss(model: nn.Module, batch: Batch, settings: TrainSettings) -> LossResult:
-    """MART (Wang et al., ICLR 2020, OpenReview rklOg6EFwS).
+    """Return the MART loss (Wang et al., ICLR 2020, OpenReview rklOg6EFwS).
 
-    Boosted cross-entropy on PGD examples, plus `beta` times KL(clean || adversarial) weighted by one minus the clean
-    probability of the label. `steps` + 2 forwards and backwards.
+    It is the boosted cross-entropy on PGD examples plus `beta` times KL(clean || adversarial), weighted by one minus
+    the clean probability of the label. Cost: `steps` + 2 forward and backward passes.
     """
     x_adv = batch.adversarial(partial(pgd_images, batch=batch, steps=settings.steps))
     clean_logits, logits = clean_and_adversarial(model, batch, x_adv)
     own = batch.y[:, None]
     rival = F.softmax(logits, dim=1).scatter(1, own, 0.0).amax(1)
-    # log(1 - rival) from 1 - rival itself would be -inf once the rival's probability rounds to one.
+    # The clamp keeps log(1 - rival) finite where the rival's probability rounds to one.
     boosted = (
         F.cross_entropy(logits, batch.y, label_smoothing=settings.label_smoothing)
         - torch.log1p(-rival.clamp_max(1 - 1e-6)).mean()

@@ -11,10 +11,10 @@ from ..losses import Batch, LossResult, accuracy_of, clean_and_adversarial, dive
 
 
 def loss(model: nn.Module, batch: Batch, settings: TrainSettings) -> LossResult:
-    """Clean cross-entropy plus `beta` times KL(clean || adversarial) (Zhang et al., 2019).
+    """Return the clean cross-entropy plus `beta` times KL(clean || adversarial) (Zhang et al., 2019, arXiv 1901.08573).
 
-    The clean distribution that the attack moves away from is computed once. `steps` + 3 forwards and `steps` + 2
-    backwards.
+    The clean distribution from which the attack moves away is computed once. Cost: `steps` + 3 forward and `steps` + 2
+    backward passes.
     """
 
     def attack(attacked: nn.Module) -> Tensor:
