@@ -119,7 +119,9 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
     """
     section = make_section(PruningSection, ratio=ratio, **pruning)
     if section.metric == "latency":
-        raise UsageError("a latency budget needs exported candidates: compress(..., pruning__of='latency') makes them.")
+        raise UsageError(
+            "a latency budget needs exported candidates: compress(..., pruning__metric='latency') makes them."
+        )
     return make_plan(analysis, section)
 
 

@@ -90,7 +90,7 @@ def test_files_that_cannot_be_scored(trained: Tiny, images: TensorImages, onnx_f
 def test_examples_show_every_model_the_same_points(trained: Tiny, images: TensorImages) -> None:
     torch.manual_seed(5)
     models = {"dense": trained, "pruned": Tiny().eval()}
-    shown = make_examples(models, images, THREAT, ["red", "green", "blue"], attacked="pruned", count=4, steps=3)
+    shown = make_examples(models, images, THREAT, ["red", "green", "blue"], attacked="pruned", count=4)
     assert [e["label"] for e in shown] == ["red", "green", "blue", "red"]
     for example in shown:
         gap = np.abs(example["adversarial"] - example["image"].astype(np.float32) / 255).max()

@@ -56,6 +56,13 @@ def test_one_cut_is_itself_and_misfits_are_refused() -> None:
         compose([], 0.4)
 
 
+def test_a_budget_that_is_missed_because_a_group_was_rolled_back_is_said() -> None:
+    made = plan(1000, 700, PlannedGroup("a", 8, (1, 4), 0.5), PlannedGroup("b", 4, (0, 1), 0.7))
+    found = realised(made, {"b"}, 850, 1700)
+    assert found.note == "asked to remove 30.0% of macs; groups were rolled back, which leaves 15.0%."
+    assert realised(made, {"b"}, 705, 1700).note == "" and realised(made, (), 850, 1700) is made
+
+
 def test_a_group_that_was_rolled_back_counts_as_whole_in_the_cuts_that_follow() -> None:
     first = plan(1000, 600, PlannedGroup("a", 8, (1, 4), 0.5), PlannedGroup("b", 4, (0, 1), 0.7))
     real = realised(first, {"b"}, 700, 1400)

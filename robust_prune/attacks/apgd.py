@@ -35,6 +35,7 @@ BUCKETS = 8
 """Number of batch sizes that occur as attacked images leave the batch; few shapes need compiling and autotuning."""
 
 
+# More than eight parameters: those of `pgd` that apply here, and the loss.
 def apgd(
     model: nn.Module,
     x: Tensor,
@@ -144,6 +145,7 @@ class _Climb:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+# More than eight parameters: those of `apgd`, for one restart.
 def _one_run(
     model: nn.Module,
     x: Tensor,

@@ -41,6 +41,7 @@ def cross_entropy_objective(y: Tensor) -> Objective:
     return objective
 
 
+# More than eight parameters: these are the attack's own, under the names of other attack libraries.
 def pgd(
     model: nn.Module,
     x: Tensor,

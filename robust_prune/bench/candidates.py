@@ -87,8 +87,8 @@ def missed(table: LatencyTable, bench: BenchSection, ratio: float) -> str:
         ratio: share of the latency to remove, in (0, 1).
     """
     for row in table.rows:
-        same = row.batch == bench.batches[0] and row.threads == bench.threads[0]
-        if row.label == "pruned" and same and row.speedup is not None:
+        measured = (row.batch, row.threads, row.kind) == (bench.batches[0], bench.threads[0], bench.kinds[0])
+        if row.label == "pruned" and measured and row.speedup is not None:
             kept = 1 / row.speedup.value
             if abs(kept / (1 - ratio) - 1) > TOLERANCE:
                 return (

@@ -48,6 +48,8 @@ def _cost(plan: PruningPlan, metric: str, *, after: bool) -> int:
 def realised(plan: PruningPlan, whole: Collection[str], macs: int, params: int) -> PruningPlan:
     """Return the plan as surgery carried it out: rolled-back groups keep all channels, and the costs are those reached.
 
+    If the budget is missed because of that, the plan's note says so.
+
     Args:
         plan: the plan.
         whole: names of the groups that were rolled back.
@@ -56,7 +58,14 @@ def realised(plan: PruningPlan, whole: Collection[str], macs: int, params: int) 
     if not whole:
         return plan
     groups = tuple(replace(g, removed=()) if g.name in whole else g for g in plan.groups)
-    return replace(plan, groups=groups, macs_after=macs, params_after=params)
+    found = replace(plan, groups=groups, macs_after=macs, params_after=params)
+    if plan.metric == "latency":  # the final measurement says by how much
+        return found
+    reached = 1 - _cost(found, plan.metric, after=True) / _cost(found, plan.metric, after=False)
+    if abs(reached - plan.ratio) <= TOLERANCE:
+        return found
+    note = f"asked to remove {plan.ratio:.1%} of {plan.metric}; groups were rolled back, which leaves {reached:.1%}."
+    return replace(found, note=f"{note} {plan.note}".strip())
 
 
 def dense_widths(before: Sequence[PruningPlan]) -> dict[str, int]:
@@ -92,8 +101,8 @@ def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
                     f"group {group.name!r} has {group.channels} channels in a later cut, but "
                     f"{len(alive[group.name])} were left by the one before it"
                 )
-            gone = set(group.removed)
-            alive[group.name] = [c for position, c in enumerate(alive[group.name]) if position not in gone]
+            removed = set(group.removed)
+            alive[group.name] = [c for position, c in enumerate(alive[group.name]) if position not in removed]
     names = dict.fromkeys(g.name for plan in plans for g in plan.groups)
     groups = tuple(
         replace(seen[name], removed=tuple(sorted(set(range(seen[name].channels)) - set(alive[name])))) for name in names

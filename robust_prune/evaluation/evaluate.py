@@ -51,6 +51,7 @@ class Subject:
     split: str = "test"
 
 
+# More than eight parameters: four say what is evaluated and how; the others, by keyword, only complete the record.
 def evaluate(
     model: nn.Module,
     images: ImageSet,

@@ -13,6 +13,8 @@ from ..data.base import ImageSet
 from .scoring import score
 from .worst_case import worst_points
 
+STEPS = 20
+
 
 def make_examples(
     models: Mapping[str, nn.Module],
@@ -22,7 +24,6 @@ def make_examples(
     *,
     attacked: str,
     count: int = 6,
-    steps: int = 20,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def make_examples(
         class_names: name of each class.
         attacked: label of the model that is attacked.
         count: number of images; classes repeat if there are fewer classes.
-        steps, seed: PGD steps and random seed of the attack, which has one random start.
+        seed: random seed of the attack, PGD with `STEPS` steps and one random start.
         device: device of the models.
 
     Returns:
@@ -48,7 +49,7 @@ def make_examples(
     raw, y = images.get(chosen)
     x, y = raw.to(device).float() / 255, y.to(device)
     with frozen_eval(models[attacked]) as model:
-        _, worst, _ = worst_points(model, x, y, threat, steps=steps, restarts=1, seed=seed)
+        _, worst, _ = worst_points(model, x, y, threat, steps=STEPS, restarts=1, seed=seed)
     seen = {}
     for label, candidate in models.items():
         with frozen_eval(candidate) as model:

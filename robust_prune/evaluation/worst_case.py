@@ -92,6 +92,7 @@ class Attacker:
         )  # fmt: skip
 
 
+# More than eight parameters: the images, the attack's settings, and the two that seed it.
 def worst_points(
     model: nn.Module,
     x: Tensor,

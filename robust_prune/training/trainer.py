@@ -50,6 +50,7 @@ class LossNotFinite(QualityGateError):
 class _Run:
     """One training run; `train` is the interface."""
 
+    # More than eight parameters: those of `train`.
     def __init__(
         self,
         model: nn.Module,
@@ -344,6 +345,7 @@ class _Run:
         self.save()
 
 
+# More than eight parameters: what is trained, on what, against what and how; the last four have defaults.
 def train(
     model: nn.Module,
     train_images: ImageSet,

@@ -27,6 +27,7 @@ from robust_prune.models.artifact import Model
 from robust_prune.recipe import ExportSection, Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.sensitivity.adversarial_set import make_adversarial_set
+from robust_prune.serialization import to_json
 from robust_prune.surgery.apply import apply
 
 ARMS = (
@@ -114,11 +115,12 @@ def _latency(
         if provider_problem(provider):
             continue
         try:
-            table = latency.run(
+            measured = latency.run(
                 files, batches=batches, provider=provider, seconds_budget=len(batches) * sizes.latency_seconds
-            ).to_json()
+            )
         except RobustPruneError as error:
             tables.append({"provider": provider, "reason": str(error), "rows": []})
             continue
+        table = to_json(measured)
         tables.append({**table, "rows": [{k: v for k, v in row.items() if k != "path"} for row in table["rows"]]})
     return tables
