@@ -29,14 +29,16 @@ def _switch(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
-CriterionName = Annotated[str, AfterValidator(CRITERIA.check)]
-AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
-LossName = Annotated[str, AfterValidator(LOSSES.check)]
-TierName = Annotated[str, AfterValidator(TIERS.check)]
+# Each catalogue stands in its annotation as well, where `recipe_docs` finds the choices.
+CriterionName = Annotated[str, AfterValidator(CRITERIA.check), CRITERIA]
+AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check), ALLOCATIONS]
+LossName = Annotated[str, AfterValidator(LOSSES.check), LOSSES]
+TierName = Annotated[str, AfterValidator(TIERS.check), TIERS]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Loggers that accelerate writes to."""
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(_number)]
+Radius = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 
 
 class Section(BaseModel):
@@ -63,7 +65,7 @@ class ThreatSection(Section):
 
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the perturbation."""
-    epsilon: FractionNumber = Field(8 / 255, ge=0)
+    epsilon: Radius = 8 / 255
     """Radius in units of [0, 1] pixels; fractions such as 8/255 are welcome."""
 
 
@@ -100,9 +102,9 @@ class PruningSection(Section):
     """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
     and `bench.threads`: candidates are timed until one lands within 5 %."""
     allocation: AllocationName = "mrs"
-    """How the budget is spread over groups; `robust-prune compress --help` lists what there is."""
+    """How the budget is spread over groups."""
     criterion: CriterionName = "adversarial_taylor"
-    """Channel score inside a group; `robust-prune compress --help` lists what there is."""
+    """Score by which the channels of a group are ordered; the lowest go first."""
     align: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
@@ -125,7 +127,7 @@ class TrainSettings(Section):
     """One adversarial training or fine-tuning run."""
 
     loss: LossName = "n_fgsm"
-    """Training loss; `robust-prune train --help` lists what there is."""
+    """Training loss."""
     epochs: int = Field(30, ge=0)
     """Passes over the training images."""
     batch_size: int = Field(128, ge=1)
@@ -192,12 +194,12 @@ class EvaluationSection(Section):
     """How robust accuracy is measured."""
 
     tier: TierName = "pgd"
-    """Strength of the attack, printed next to every number; `robust-prune evaluate --help` lists all."""
+    """Strength of the attack, printed next to every number."""
     steps: int = Field(20, ge=1)
     """PGD steps."""
     restarts: int = Field(2, ge=1)
     """Random restarts of PGD; an image is robust only if it survives all of them."""
-    sweep: tuple[Annotated[FractionNumber, Field(ge=0)], ...] = ()
+    sweep: tuple[Radius, ...] = ()
     """Other radii to measure by PGD on the first 256 images; fractions such as 4/255 are welcome."""
     images: int | None = Field(None, ge=1)
     """Test images; all of them by default."""
