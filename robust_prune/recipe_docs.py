@@ -152,13 +152,13 @@ def _one_line(text: str) -> str:
 def _section_lines(section: SectionDoc) -> Iterator[str]:
     yield from (f"## `{section.name}`" if section.name else "## Top level", "", _escaped(section.text), "")
     for key in section.keys:
-        yield from (f"```{{confval}} {key.name}", f":type: {key.kind}", f":default: `{key.default}`", "")
-        yield from (_escaped(key.text), "")
+        yield from (f"```{{confval}} {key.name}", "", _escaped(key.text), "")
         if any(choice.help for choice in key.choices):
             yield from (f"- `{choice.name}`: {_escaped(choice.help)}" for choice in key.choices)
+            yield ""
         elif key.choices:
-            yield f"Choices: {', '.join(f'`{choice.name}`' for choice in key.choices)}."
-        yield from ("```", "")
+            yield from (f"Choices: {', '.join(f'`{choice.name}`' for choice in key.choices)}.", "")
+        yield from (f"*Type:* {key.kind}. *Default:* `{key.default}`.", "```", "")
 
 
 def _escaped(text: str) -> str:

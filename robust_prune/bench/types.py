@@ -32,11 +32,16 @@ class LatencyRow:
         path: the ONNX file.
         provider: the execution provider that was proven to run it.
         kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (that, replayed as a CUDA graph).
-        batch, threads: fixed for the row.
+        batch: images in one run.
+        threads: of the session.
         samples: number of timed runs.
         launches: over how many starts of the process they are spread.
-        p50_ms: median time of one run in milliseconds, with its 95 % interval `p50_low`, `p50_high`.
-        p90_ms, p95_ms, p99_ms: present only with at least 64, 130 and 662 samples.
+        p50_ms: median time of one run in milliseconds.
+        p50_low: lower end of its 95 % interval.
+        p50_high: upper end of its 95 % interval.
+        p90_ms: time below which 90 % of the runs are; None with fewer than 64 samples.
+        p95_ms: the same for 95 %; None with fewer than 130 samples.
+        p99_ms: the same for 99 %; None with fewer than 662 samples.
         images_per_second: batch / p50.
         speedup: against the first file of the table; None for that file.
         noisy: True when the A/A ratio's interval excludes 1, so that the row should be measured again.

@@ -34,7 +34,15 @@ class PruningPlan(Shown):
     Attributes:
         ratio: share of `of` to remove, in (0, 1).
         of: ``macs``, ``params``, ``channels`` or ``latency``.
-        macs_before .. params_after: for one image, closed form over channel counts.
+        allocation: how the budget was spread over the groups.
+        criterion: score by which channels were chosen.
+        align: of what widths are multiples where the budget allows.
+        groups: all that can be cut, also those that stay whole.
+        refused: layers whose channels cannot be cut, and why.
+        macs_before: multiply-accumulates for one image, in closed form over channel counts.
+        macs_after: the same for the widths that stay.
+        params_before: parameters, in closed form over channel counts.
+        params_after: the same for the widths that stay.
         note: empty when the budget was met within 1 %, else which budget is nearest and why.
     """
 

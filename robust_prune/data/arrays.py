@@ -29,9 +29,11 @@ def as_data(
     """A bundle of training, held-out and test images.
 
     Args:
-        source: a name or path (see `load_data`), a bundle, which comes back as it is, or a mapping with ``train``,
-            ``test`` and perhaps ``validation``, each a torch ``Dataset`` of (image, label) pairs or a pair of arrays.
-            Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1], which is rounded to 255ths.
+        source: a name (``cifar10``, ``cifar100``, ``svhn``, ``fashion_mnist``, or ``sample`` for the embedded images),
+            a path to an ``.npz`` or a folder (see `data.sources.load_data`), a bundle, which comes back as it is, or a
+            mapping with ``train``, ``test`` and perhaps ``validation``, each a torch ``Dataset`` of (image, label)
+            pairs or a pair of arrays. Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1], which is
+            rounded to 255ths.
         validation: training images to hold out where the source has no held-out ones.
         class_names: one a class, for arrays and datasets; numbers by default.
         name: of arrays and datasets.

@@ -135,7 +135,9 @@ class DataBundle(Shown):
         validation: held out of the training images, for selection; never trained on.
         test: for the final figures of a run only.
         class_names: one a class.
-        mean, std: per-channel statistics of [0, 1] images.
+        mean: per channel, of [0, 1] images.
+        std: standard deviation per channel, of [0, 1] images.
+        input_size: channels, height and width of one image.
         sample: True for the embedded sample, whose figures are only indicative.
         notes: sentences that a report must show, such as how a missing split was made.
     """

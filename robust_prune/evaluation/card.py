@@ -81,20 +81,25 @@ class ResultCard(Shown):
 
     Attributes:
         model: how the report names it.
-        data, split: which images.
+        data: which images.
+        split: which part of them.
         tier: strength of the attack, e.g. ``pgd`` (PGD-20).
         attack: one line naming steps, restarts and loss.
         threat: norm and radius.
-        clean, robust: counts; robust is the point-wise worst case over all attacks.
+        clean: images that are right without an attack.
+        robust: images that are right at every point tried: the point-wise worst case over all attacks.
         flags: sentences that warn that a figure may not be trusted; empty is good.
-        forwards, backwards: image passes that the attack spent.
+        forwards: forward passes of single images that the attack spent.
+        backwards: backward passes of single images that it spent.
         seconds: wall time of the evaluation.
         seed: seed of the random starts.
         breakdown: images still right after each attack, in the order in which they ran.
         per_class: the counts by class.
         sweep: accuracy at other radii, by PGD on the first images, the radius in [0, 1] pixel units first.
-        model_hash, images_hash: SHA-256 of the model and of (a sample of) the images.
-        macs, params: of the model; None where nobody counted them.
+        model_hash: SHA-256 of the model.
+        images_hash: SHA-256 of (a sample of) the images.
+        macs: multiply-accumulates of the model for one image; None where nobody counted them.
+        params: parameters of the model; None where nobody counted them.
         exported: what exported forms of the model get right, by name.
     """
 

@@ -15,7 +15,8 @@ class Parity:
     Attributes:
         batch_sizes: batch sizes that were compared.
         images: number of distinct images.
-        onnx_error, torch_error: largest absolute logit difference to the float64 reference.
+        onnx_error: largest absolute difference of the file's logits to the float64 reference.
+        torch_error: the same of the torch model in float32.
         argmax_agreement: share of images, in [0, 1], on which ONNX and the reference predict the same class.
         passed: whether the gate holds.
     """

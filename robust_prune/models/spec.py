@@ -18,7 +18,8 @@ class ModelSpec:
         arch: ``timm/<name>``, ``torchvision/<name>``, ``cifar/<name>`` or ``path/to/file.py:function``.
         num_classes: number of logits.
         input_size: (channels, height, width) of one image.
-        mean, std: per-channel normalization of [0, 1] images, applied inside the model.
+        mean: per channel, of [0, 1] images; subtracted inside the model.
+        std: per channel; what is left is divided by it inside the model.
         kwargs: extra keyword arguments of the architecture's constructor (JSON values only).
         class_names: names of the logits, or empty.
         source_sha256: for ``file.py:function``, the hash of the file's text; else empty.
