@@ -6,15 +6,20 @@ Build with ``python -m sphinx -W --keep-going -b html docs docs/_build/html``.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 import robust_prune
 from robust_prune import recipe_docs
 
 DOCS = Path(__file__).parent
-GENERATED = DOCS / "_generated" / "recipe.md"
+ROOT = DOCS.parent
+RESULTS = Path("benchmarks", "results")
+GENERATED = DOCS / "_generated"
 ONLINE = bool(os.environ.get("ROBUST_PRUNE_DOCS_ONLINE"))
 """Whether the build may use the network: without it, a build needs none and gives the same pages everywhere."""
 
@@ -24,7 +29,7 @@ project_copyright = author
 release = robust_prune.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_generated"]
+exclude_patterns = ["_build", "_generated/*.md"]
 html_theme = "furo"
 html_title = f"robust-prune {release}"
 html_static_path = ["_static"]
@@ -43,6 +48,13 @@ nb_execution_timeout = 900
 nb_merge_streams = True
 # Warnings of other packages name folders of the machine that builds; errors end the build all the same.
 nb_output_stderr = "remove"
+
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),  # arguments and values stand in single backticks, too
+    ("py:class", r"(?!robust_prune\.).*"),  # torch, numpy and the standard library are known only with the network
+    ("py:class", r".*\.T"),  # type variables
+]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -64,12 +76,33 @@ else:
     linkcheck_ignore = [r"https?://"]
 
 
-def _write_configuration(app: Sphinx) -> None:
-    """Writes the recipe's keys for `configuration.md`, unless they are there: a new file would be read again."""
-    text = recipe_docs.to_markdown(recipe_docs.describe())
-    if not GENERATED.is_file() or GENERATED.read_text(encoding="utf-8") != text:
-        GENERATED.parent.mkdir(exist_ok=True)
-        GENERATED.write_text(text, encoding="utf-8")
+def _generate(app: Sphinx) -> None:
+    """Writes what pages include: the keys of the recipe, and the results of the benchmarks, each as a page."""
+    shutil.rmtree(GENERATED, ignore_errors=True)
+    shutil.copytree(ROOT / RESULTS, GENERATED / "results", ignore=_all_but_markdown)
+    pages = sorted((GENERATED / "results").rglob("*.md"))
+    names = [page.relative_to(GENERATED / "results").with_suffix("").as_posix() for page in pages]
+    entries = "\n".join(f"{name} <_generated/results/{name}>" for name in names)
+    (GENERATED / "results.md").write_text(f":::{{toctree}}\n{entries}\n:::\n", encoding="utf-8")
+    keys = recipe_docs.to_markdown(recipe_docs.describe())
+    (GENERATED / "recipe.md").write_text(keys, encoding="utf-8")
+
+
+def _all_but_markdown(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not (name.endswith(".md") or Path(folder, name).is_dir())]
+
+
+def _link_to_pages(app: Sphinx, doctree: nodes.document) -> None:
+    """Links to Markdown outside of this folder, which are right in the repository, lead to the pages made from it."""
+    pages = {"benchmarks/README": "benchmarks", "CHANGELOG": "changelog"}
+    for node in doctree.findall(addnodes.pending_xref):
+        target = Path(node["reftarget"])
+        if node["reftype"] == "myst" and target.is_absolute() and target.is_relative_to(ROOT):
+            inside = target.relative_to(ROOT)
+            if inside.is_relative_to(RESULTS):
+                node["reftarget"] = (Path("_generated", "results") / inside.relative_to(RESULTS)).as_posix()
+            else:
+                node["reftarget"] = pages.get(inside.as_posix(), node["reftarget"])
 
 
 def _readable_defaults(
@@ -81,5 +114,6 @@ def _readable_defaults(
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("builder-inited", _write_configuration)
+    app.connect("builder-inited", _generate)
+    app.connect("doctree-read", _link_to_pages)
     app.connect("autodoc-process-signature", _readable_defaults)

@@ -40,7 +40,7 @@ class Catalogue:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """Help line by name: ours in alphabetical order, then those of other packages."""
+        """Help lines by name, ours first in alphabetical order, then those of other packages."""
         ours = {name: _first_line(file) for name, file in self._files.items()}
         return ours | {name: f"from {point.value}" for name, point in sorted(self._plugins.items()) if name not in ours}
 

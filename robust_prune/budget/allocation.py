@@ -103,8 +103,8 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
         budget: cost that may remain, in units of ``section.of``.
 
     Returns:
-        Channels to keep by group name: the floors if the budget is below what they cost, everything if it is above
-        the dense cost. Compare `cost.cost(kept, of)` with the budget.
+        Channels to keep, by group name. They are the floors if the budget is below what they cost, and everything if it
+        is above the dense cost. Compare `cost.cost(kept, of)` with the budget.
 
     Raises:
         UsageError: an unknown allocation, one that answers in another form, or an input that it needs and lacks.
