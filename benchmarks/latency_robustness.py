@@ -6,7 +6,7 @@ Every model is compressed at every ratio by the product's own command, `robust-p
 its run folder holds everything, and a run that was killed goes on where it was. The runs are then put into one report:
 a table with a line a file, and a Pareto plot of latency against the robust accuracy of that very file.
 
-How it measures. Within a run the dense file, its twin for the noise floor, and all files of the pruned model are timed
+How it measures. Within a run the dense file, its copy for the noise floor, and all files of the pruned model are timed
 interleaved, each in a process of its own; a speed-up is always against the dense file of the same run. Each provider
 is a run of its own: files that were cut to one budget are the same, latencies are not. Accuracies are of the files
 themselves, on the adversarial images of their torch model, over the same test images for every row.

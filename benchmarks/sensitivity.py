@@ -37,7 +37,8 @@ from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.recipe_reader import load
+from robust_prune.recipe import SensitivitySection
+from robust_prune.recipe_reader import load, make_section
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rho = recipe.sensitivity.rho
 
     def estimate(name: str) -> dict[str, float]:
-        profile = measure(model, adv, threat, estimator=name, rho=rho, radii=(rho,), device=device)
+        section = make_section(SensitivitySection, estimator=name, rho=rho)
+        profile = measure(model, adv, section, radii=(rho,), device=device)
         return {module.name: module.mrs for module in profile.modules}
 
     methods: dict[str, Callable[[], dict[str, float]]] = {

@@ -8,7 +8,7 @@ layers are drawn so that nothing is zero or one and no softmax is uniform, or ev
 are real images at the size in the list. Widths are uniform shares by magnitude, since nothing here is about accuracy.
 
 Results are written after every model; the same command goes on with what is missing. `--report` only draws the table,
-`--readme` puts the short one into the README, and `--only` measures some models again.
+`--docs` puts the short one into the documentation, and `--only` measures some models again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARMS = ("ours", "plain")
 IMAGES = 9
 EQUAL = 1e-3
 BEGIN, MARK, END = "<!-- support -->", "<!-- from zoo.md -->", "<!-- /support -->"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 CLASSES = 1000
 
 _TIMM = {
@@ -110,13 +110,13 @@ def _ours(model: Any, spec: Any, images: Any) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     small = surgery.model.eval()
     row: dict[str, Any] = {
-        "groups": [len(surgery.applied), len(search.groups) + len(search.refused)],
+        "groups": [len(surgery.applied), len(search.groups) + len(search.skipped)],
         "macs_kept": count_macs(small, example) / count_macs(model, example),
         "params_kept": count_params(small) / count_params(model),
         "parity": surgery.parity,
         "seconds": seconds,
         "note": plan.note,
-        "refused": {r.name: r.reason for r in (*search.refused, *surgery.rolled_back)},
+        "refused": {r.name: r.reason for r in (*search.skipped, *surgery.rolled_back)},
         "edits": list(surgery.edits),
         "backward": _trains(small, images),
     }
@@ -153,9 +153,9 @@ def _trains(model: Any, images: Any) -> bool:
 
     from robust_prune.structure.reference import copy_model
 
-    twin = copy_model(model).train()
-    twin(images).square().mean().backward()
-    return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in twin.parameters())
+    trained = copy_model(model).train()
+    trained(images).square().mean().backward()
+    return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in trained.parameters())
 
 
 def _export(model: Any, images: Any, folder: Path) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _summary(half: dict[str, Any]) -> str:
 
 
 def support(result: dict[str, Any]) -> str:
-    """The short table that the README shows."""
+    """The short table that the documentation shows."""
     lines = [
         "| architecture | groups cut | MACs kept | params kept | equal to masked | ONNX | torch-pruning alone |",
         "| --- | ---: | ---: | ---: | --- | --- | --- |",
@@ -227,8 +227,8 @@ def support(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_readme(readme: str, result: dict[str, Any]) -> str:
-    """`readme` with its table and the count above it made anew."""
+def in_page(page: str, result: dict[str, Any]) -> str:
+    """`page` with its table and the count above it made anew."""
     rows = result["rows"].values()
     ours = sum(_kept_whole(row["ours"]) for row in rows)
     plain = sum(_sound(row["plain"]) for row in rows)
@@ -237,7 +237,7 @@ def in_readme(readme: str, result: dict[str, Any]) -> str:
         f"{plain} run and are equal."
     )
     block = f"{BEGIN}\n\n<details><summary>{said}</summary>\n\n{MARK}\n\n{support(result)}\n</details>\n\n{END}"
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     return before + block + rest.partition(END)[2]
 
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(models()), metavar="ARCH", help="measure these (again)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "zoo.json")
     parser.add_argument("--report", action="store_true", help="draw the table of what is stored, measure nothing")
-    parser.add_argument("--readme", action="store_true", help="write the short table into the README too")
+    parser.add_argument("--docs", action="store_true", help="write the short table into the documentation too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -316,8 +316,8 @@ def main() -> None:
         return
     result = json.loads(args.out.read_text(encoding="utf-8")) if args.report else run(args)
     write_text(args.out.with_suffix(".md"), table(result))
-    if args.readme:
-        write_text(README, in_readme(README.read_text(encoding="utf-8"), result))
+    if args.docs:
+        write_text(PAGE, in_page(PAGE.read_text(encoding="utf-8"), result))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ from pathlib import Path
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 import robust_prune
 from robust_prune import recipe_docs
+
+logger = logging.getLogger(__name__)
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = Path("benchmarks", "results")
 GENERATED = DOCS / "_generated"
+REPOSITORY = "https://github.com/robust-prune/robust-prune/blob/main/"
 ONLINE = bool(os.environ.get("ROBUST_PRUNE_DOCS_ONLINE"))
 """Whether the build may use the network: without it, a build needs none and gives the same pages everywhere."""
 
@@ -93,16 +97,26 @@ def _all_but_markdown(folder: str, names: list[str]) -> list[str]:
 
 
 def _link_to_pages(app: Sphinx, doctree: nodes.document) -> None:
-    """Links to Markdown outside of this folder, which are right in the repository, lead to the pages made from it."""
-    pages = {"benchmarks/README": "benchmarks", "CHANGELOG": "changelog"}
-    for node in doctree.findall(addnodes.pending_xref):
-        target = Path(node["reftarget"])
-        if node["reftype"] == "myst" and target.is_absolute() and target.is_relative_to(ROOT):
-            inside = target.relative_to(ROOT)
-            if inside.is_relative_to(RESULTS):
-                node["reftarget"] = (Path("_generated", "results") / inside.relative_to(RESULTS)).as_posix()
-            else:
-                node["reftarget"] = pages.get(inside.as_posix(), node["reftarget"])
+    """Links to files of the repository lead to the pages made from them; a file that is not there is a broken link."""
+    pages = {"benchmarks/README.md": "benchmarks", "CHANGELOG.md": "changelog"}
+    for link in list(doctree.findall(nodes.reference)):
+        path, _, anchor = link.get("refuri", "").partition("#")
+        if not path.startswith(REPOSITORY):
+            continue
+        file = Path(path.removeprefix(REPOSITORY))
+        page = pages.get(file.as_posix())
+        if file.suffix == ".md" and file.is_relative_to(RESULTS):
+            page = (Path("_generated", "results") / file.relative_to(RESULTS).with_suffix("")).as_posix()
+        if not (ROOT / file).exists():
+            logger.warning("the repository has no file %s", file, location=link)
+        elif page is not None:
+            # What MyST makes of a link to a page, which is resolved, and missed, with the others.
+            link.replace_self(
+                addnodes.pending_xref(
+                    "", *link.children, refdomain="doc", reftype="myst", reftarget=page, reftargetid=anchor or None,
+                    refexplicit=True, refdoc=app.env.docname,
+                )
+            )  # fmt: skip
 
 
 def _readable_defaults(

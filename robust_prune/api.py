@@ -82,8 +82,8 @@ def load(
     """
     if like is not None:
         return artifact.load(source, arch=arch, like=like)
-    facts = _facts(load_data(data)) if data is not None else {}
-    return open_model(source, arch=arch, trust_pickle=trust_pickle, **facts)
+    bundle = None if data is None else load_data(data)
+    return open_model(source, arch=arch, trust_pickle=trust_pickle, data=bundle)
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:
@@ -110,13 +110,13 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
     Args:
         analysis: of the model.
         ratio: share of the MACs to remove, in (0, 1).
-        pruning: values of the recipe's section ``pruning``, such as ``of="params"`` or ``allocation="uniform"``.
+        pruning: values of the recipe's section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
 
     Raises:
         UsageError: a value out of range.
     """
     section = make_section(PruningSection, ratio=ratio, **pruning)
-    if section.of == "latency":
+    if section.metric == "latency":
         raise UsageError("a latency budget needs exported candidates: compress(..., pruning__of='latency') makes them.")
     return make_plan(analysis, section)
 
@@ -138,7 +138,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
     recipe = _recipe(None, settings, opened, None)
     surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image())
     repair(surgery, opened.module, bundle.train, recipe, choose_device(recipe.device))
-    skipped = {refused.name: refused.reason for refused in surgery.rolled_back}
+    skipped = {group.name: group.reason for group in surgery.rolled_back}
     provenance = {**opened.provenance, "rolled_back": skipped} if skipped else opened.provenance
     small = surgery.model.cpu().eval()
     return replace(opened, module=small, provenance=provenance)
@@ -290,15 +290,8 @@ def _model(source: Any, data: DataBundle) -> Model:
     if isinstance(source, nn.Module):
         return as_model(source, data)
     if isinstance(source, str | Path):
-        return open_model(source, **_facts(data))
+        return open_model(source, data=data)
     raise UsageError(f"a model is a Model, a torch module, 'demo' or a file; got {_kind(source)}.")
-
-
-def _facts(data: DataBundle) -> dict[str, Any]:
-    return {
-        "num_classes": data.num_classes, "input_size": data.input_size, "mean": data.mean, "std": data.std,
-        "class_names": data.class_names,
-    }  # fmt: skip
 
 
 def _threat(threat: Threat, model: Model) -> ThreatModel:

@@ -13,21 +13,21 @@ from .errors import RobustPruneError
 app = App(
     name="robust-prune",
     version=__version__,
-    help="Makes adversarially trained vision models physically smaller, and measures what is left: robust accuracy "
-    "and latency, in one table.\n\nStart with: robust-prune compress demo --ratio 0.5",
+    help="Prunes adversarially trained vision models and reports the robust accuracy and the latency that are left, in "
+    "one table.\n\nStart with: robust-prune compress demo --ratio 0.5",
     # The process ends in `main` alone: tests and Python callers go on after a command, and Ctrl-C says how to resume.
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
 _COMMANDS = {
-    "compress": "Make a robust model smaller: measure, cut, fine-tune, evaluate, export, time, report.",
+    "compress": "Prune a robust model, fine-tune it, and report its robust accuracy and latency.",
     "train": "Train a robust model from scratch.",
-    "sensitivity": "Measure Module Robustness Sensitivity, layer by layer.",
+    "sensitivity": "Measure the Module Robustness Sensitivity (MRS) of each layer.",
     "evaluate": "Measure clean and robust accuracy of a model.",
     "export": "Write a model as an ONNX file, checked against a float64 reference.",
-    "bench": "Time ONNX files side by side.",
-    "report": "Draw the report of finished runs again, or several side by side.",
-    "doctor": "Check this machine and name repairs.",
+    "bench": "Measure the latency of ONNX files side by side.",
+    "report": "Write the report of a finished run again, or compare several runs.",
+    "doctor": "Check the installation and the hardware, and name repairs.",
 }
 for _name, _help in _COMMANDS.items():
     app.command(f"robust_prune.commands.{_name}:{_name}", name=_name, help=_help)

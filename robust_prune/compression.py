@@ -126,7 +126,7 @@ def open_run(job: Compression) -> Run:
         ),
     )  # fmt: skip
     section = recipe.pruning
-    folder = job.out or Path("runs") / f"{job.name}-{section.of}-{100 * section.ratio:.0f}-{key[:6]}"
+    folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{key[:6]}"
     return Run.open(folder, key, recipe, job.command)
 
 
@@ -148,10 +148,10 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
     plans = [cut.plan for cut in before]
     analysis = analyse(model, job.dense.spec, job.data.train, recipe, job.device, dense_widths(plans))
     assert analysis.profile is not None
-    if section.of == "latency":
+    if section.metric == "latency":
         wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.cuts)
         return Planned(analysis.profile, plan_by_clock(job, model, analysis, wanted))
-    ratio = remaining_ratio(plans, section.ratio, section.of, section.cuts)
+    ratio = remaining_ratio(plans, section.ratio, section.metric, section.cuts)
     return Planned(analysis.profile, make_plan(analysis, section.model_copy(update={"ratio": ratio})))
 
 
@@ -180,8 +180,8 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
         return Pruned(surgery.rolled_back, surgery.parity, card)
 
     pruned = run.stage(f"prune{at}", Pruned, [to_json(plan)], make, files=[file])
-    for refused in pruned.rolled_back:
-        warn(f"group {refused.name} stayed whole: {refused.reason}")
+    for group in pruned.rolled_back:
+        warn(f"group {group.name} stayed whole: {group.reason}")
     return pruned
 
 
@@ -225,7 +225,7 @@ def save(job: Compression, model: nn.Module, file: Path) -> None:
 
 def what_was_cut(plan: PruningPlan, pruned: Pruned, job: Compression, model: nn.Module) -> PruningPlan:
     """The plan without the groups that stayed whole, with the costs of the model that came out."""
-    whole = {refused.name for refused in pruned.rolled_back}
+    whole = {group.name for group in pruned.rolled_back}
     return realised(plan, whole, count_macs(model, job.dense.spec.blank_image()), count_params(model))
 
 
@@ -329,9 +329,9 @@ def report(
     """Writes and shows what was found."""
     recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
     whole = compose([cut.plan for cut in cuts], section.ratio)
-    late = missed(table, recipe.bench, section.ratio) if section.of == "latency" else ""
+    late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
     made = RunReport(
-        title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.of]} removed",
+        title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.metric]} removed",
         command=job.command,
         recipe=recipe.model_dump(mode="json"),
         notes=tuple(note for note in (*job.data.cautions, whole.note, late, *notes) if note),

@@ -18,7 +18,7 @@ from .report.types import RunReport
 from .runs.run import Run
 from .sensitivity.profile import SensitivityProfile
 from .shown import Shown
-from .structure.types import Refused
+from .structure.types import Skipped
 from .training.types import TrainResult
 
 
@@ -84,7 +84,7 @@ class Pruned:
         before_finetune: accuracy on held-out images.
     """
 
-    rolled_back: tuple[Refused, ...]
+    rolled_back: tuple[Skipped, ...]
     parity: float
     before_finetune: ResultCard
 

@@ -89,6 +89,8 @@ class SensitivitySection(Section):
     """PGD steps that make the adversarial set."""
     rho: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Relative radius of the weight perturbation."""
+    ascent_steps: int = Field(10, ge=1)
+    """Steps on the whole set that the estimator `ascent` ends with."""
     aggregation: Literal["sum", "mean", "max", "quadrature"] = "sum"
     """How the modules of a coupled group make the group's value."""
 
@@ -97,15 +99,15 @@ class PruningSection(Section):
     """How much is cut, and how channels are chosen."""
 
     ratio: FractionNumber = Field(0.5, gt=0, lt=1)
-    """Share of `of` to remove."""
-    of: Literal["macs", "params", "channels", "latency"] = "macs"
+    """Share of `metric` to remove."""
+    metric: Literal["macs", "params", "channels", "latency"] = "macs"
     """What the ratio counts. `latency` is that of the exported file on this machine, at the first of `bench.batches`
     and `bench.threads`: candidates are timed until one lands within 5 %."""
     allocation: AllocationName = "mrs"
     """How the budget is spread over groups."""
     criterion: CriterionName = "adversarial_taylor"
     """Score by which the channels of a group are ordered; the lowest go first."""
-    align: int = Field(8, ge=1)
+    round_to: int = Field(8, ge=1)
     """Widths are rounded to multiples of this where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
     """Exponent on MRS in `mrs` allocation: 1 takes losses at their word, 0 looks at costs alone. With 90 % of the MACs

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from robust_prune.data.base import DataBundle, TensorImages
 from robust_prune.models import registry
 from robust_prune.models.spec import ModelSpec
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 FACTS: dict[str, Any] = {"num_classes": 7, "input_size": (3, 32, 32), "mean": MEAN, "std": STD}
+"""What an architecture must know of the images."""
 SMALL = "cifar/resnet20_x0.25"
 
 USER_FILE = """
@@ -46,6 +48,16 @@ def tuple_out(num_classes):
 def not_a_module():
     return 3
 """
+
+
+def data_of(facts: dict[str, Any] = FACTS) -> DataBundle:
+    """A data set of these facts, without images."""
+    shape = (0, *facts["input_size"])
+    nothing = TensorImages(torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    names = tuple(str(k) for k in range(facts["num_classes"]))
+    return DataBundle(
+        "facts", nothing, nothing, nothing, names, tuple(facts["mean"]), tuple(facts["std"]), tuple(facts["input_size"])
+    )
 
 
 def make_spec(arch: str, **changes: Any) -> ModelSpec:

@@ -14,7 +14,7 @@ from robust_prune.evaluation.card import Accuracy, ResultCard
 from robust_prune.exporters.types import OnnxArtifact, Parity
 from robust_prune.report import ModelRow, RunReport
 from robust_prune.sensitivity.profile import ModuleSensitivity, SensitivityProfile
-from robust_prune.structure.types import Refused
+from robust_prune.structure.types import Skipped
 from robust_prune.training.types import EpochRecord
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -79,7 +79,7 @@ def sample_run(**changes: Any) -> RunReport:
         "profile": SensitivityProfile("boundary", 0.1, (0.05, 0.1), "max", 1.61, 512, 0, THREAT, modules),
         "plan": PruningPlan(0.5, "macs", "mrs", "adversarial_taylor", 8, groups, (), 160_200_000, 80_050_000,
                             1_080_000, 512_000),
-        "rolled_back": (Refused("backbone.layer3.2.conv1", "mask parity failed: largest difference 0.3"),),
+        "rolled_back": (Skipped("backbone.layer3.2.conv1", "mask parity failed: largest difference 0.3"),),
         "history": history,
         "before_finetune": card("cut", 214, 101),
         "environment": {"cpu": "a processor", "cores": 2, "versions": {"torch": "2.15.0", "onnxruntime": "1.31.1"}},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_prune.attacks.threat import ThreatModel
-from robust_prune.sensitivity import ascent, starts
+from robust_prune.recipe import SensitivitySection
+from robust_prune.recipe_reader import make_section
+from robust_prune.sensitivity import ascent, initial_directions
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.profile import SensitivityProfile
 from robust_prune.sensitivity.search import SHORT
@@ -85,7 +89,11 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def noise_set(shape: tuple[int, ...], classes: int, count: int = 12, seed: int = 0) -> AdversarialSet:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand((count, *shape), generator=generator)
-    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), seed)
+    return AdversarialSet(images, torch.randint(classes, (count,), generator=generator), THREAT, seed)
+
+
+def settings(**values: Any) -> SensitivitySection:
+    return make_section(SensitivitySection, **values)
 
 
 def mean_loss(model: nn.Module, adv: AdversarialSet, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,9 +133,9 @@ def plain_boundary(
     live = [i for i, slope in enumerate(first) if slope is not None]
 
     def joint_climb(directions: list[Tensor | None]) -> list[Tensor | None]:
-        for _ in range(starts.JOINT_STEPS):
+        for _ in range(initial_directions.JOINT_STEPS):
             for i in live:
-                put(i, directions[i], starts.JOINT_SHARE * rho)
+                put(i, directions[i], initial_directions.JOINT_SHARE * rho)
             directions = slopes()[1]
         for i in live:
             put(i, first[i], 0.0)
@@ -156,7 +164,7 @@ def plain_boundary(
         return promise, moved / moved.norm()
 
     with torch.no_grad():
-        likely = model(adv.images.double()).softmax(1).sum(0).argsort(descending=True)[: starts.CLASSES]
+        likely = model(adv.images.double()).softmax(1).sum(0).argsort(descending=True)[: initial_directions.CLASSES]
     begun = [joint_climb(first)]
     for label in likely:
         towards = slopes(torch.full_like(adv.labels, int(label)))[1]
@@ -165,7 +173,7 @@ def plain_boundary(
     for i in live:
         held: list[tuple[float, Tensor]] = []
         for directions in begun:
-            starts.keep(held, *first_step(i, directions[i]), SHORT.starts)
+            initial_directions.keep(held, *first_step(i, directions[i]), SHORT.initial_directions)
         best = max((climb(i, direction, SHORT.compare_steps) for _, direction in held), key=lambda pair: pair[0])[1]
         best = climb(i, best, SHORT.steps)[1]
         top = 0.0

@@ -15,7 +15,7 @@ from robust_prune.budget.allocation import allocate as allocate_by_section
 from robust_prune.budget.allocations.mrs import cut_losses
 from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import CostModel, QuadraticForm
-from robust_prune.budget.rounding import floor_of, land, levels_of
+from robust_prune.budget.rounding import allowed_widths, floor_of, round_to_budget
 from robust_prune.catalogue import ALLOCATIONS
 from robust_prune.errors import UsageError
 from robust_prune.recipe import PruningSection
@@ -31,17 +31,17 @@ def network(widths, layers, head=0):
     """Groups and cost of convs given as (input group or None for the image, output group, positions, kernel area)."""
     n = len(widths)
     forms = {}
-    for of in ("macs", "params"):
+    for metric in ("macs", "params"):
         linear, quadratic = np.zeros(n), np.zeros((n, n))
         for source, target, positions, area in layers:
-            share = area * (positions if of == "macs" else 1)
+            share = area * (positions if metric == "macs" else 1)
             if source is None:
                 linear[target] += 3 * share
             else:
                 quadratic[source, target] += share / 2
                 quadratic[target, source] += share / 2
         linear[-1] += head
-        forms[of] = QuadraticForm(0.0, linear, quadratic)
+        forms[metric] = QuadraticForm(0.0, linear, quadratic)
     forms["channels"] = QuadraticForm(0.0, np.ones(n), np.zeros((n, n)))
     groups = [ChannelGroup(f"g{i}", w, ()) for i, w in enumerate(widths)]
     return groups, CostModel(tuple(g.name for g in groups), np.array(widths, dtype=float), forms)
@@ -90,10 +90,10 @@ def profile_of(groups, mrs, powers):
     return SensitivityProfile("boundary", 0.1, RADII, "sum", 1.5, 256, 0, ThreatModel(), (), found)
 
 
-def allocate(allocation, groups, cost, budget, of="macs", profile=None, scores=None, removed=None, **section):
+def allocate(allocation, groups, cost, budget, metric="macs", profile=None, scores=None, removed=None, **section):
     """`allocate` with MRS at its word."""
     analysis = Analysis(GroupSearch(tuple(groups), ()), cost, profile, scores, removed)
-    settings = make_section(PruningSection, allocation=allocation, of=of, mrs_exponent=1, **section)
+    settings = make_section(PruningSection, allocation=allocation, metric=metric, mrs_exponent=1, **section)
     return allocate_by_section(analysis, settings, budget)
 
 
@@ -122,18 +122,18 @@ def equal_channels(groups):
 NETWORKS = {"resnet18": resnet18(), "vgg16": vgg16(), "bottlenecks": bottlenecks()}
 
 
-@pytest.mark.parametrize("of", ["macs", "params", "channels"])
+@pytest.mark.parametrize("metric", ["macs", "params", "channels"])
 @pytest.mark.parametrize("allocation", ALLOCATIONS.names)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_budgets_are_hit_on_aligned_widths(name, allocation, of):
+def test_budgets_are_hit_on_aligned_widths(name, allocation, metric):
     groups, cost = NETWORKS[name]
-    dense = cost.cost({}, of)
+    dense = cost.cost({}, metric)
     floors = {g.name: floor_of(g, 0.1) for g in groups}
     for ratio in (0.25, 0.5, 0.75, 0.9):
-        if cost.cost(floors, of) > (1 - ratio) * dense:
+        if cost.cost(floors, metric) > (1 - ratio) * dense:
             continue  # 90 % of the channels are just the floors
-        keep = allocate(allocation, groups, cost, (1 - ratio) * dense, of, *inputs(groups))
-        assert abs(cost.cost(keep, of) / dense - (1 - ratio)) <= 0.01
+        keep = allocate(allocation, groups, cost, (1 - ratio) * dense, metric, *inputs(groups))
+        assert abs(cost.cost(keep, metric) / dense - (1 - ratio)) <= 0.01
         assert all(floors[g.name] <= keep[g.name] <= g.channels for g in groups)
         assert sum(k % 8 != 0 for k in keep.values()) <= 1
 
@@ -157,20 +157,20 @@ def test_a_larger_ratio_never_keeps_more(allocation):
     assert left == sorted(left, reverse=True)
 
 
-@pytest.mark.parametrize(("align", "factor"), [(2, 1.05), (4, 2.0)])
+@pytest.mark.parametrize(("round_to", "factor"), [(2, 1.05), (4, 2.0)])
 @pytest.mark.parametrize("seed", range(4))
-def test_mrs_is_near_the_optimum_of_exhaustive_search(seed, align, factor):
+def test_mrs_is_near_the_optimum_of_exhaustive_search(seed, round_to, factor):
     """Three groups in steps of 4 have few landings, far apart in loss, and local moves do not see all of them."""
     groups, cost = network([64, 48, 96], [(None, 0, 64, 9), (0, 1, 64, 9), (1, 2, 16, 9)], head=10)
     profile, scores, fractions = inputs(groups, seed)
     losses = losses_of(groups, profile, fractions)
     form, dense = cost.form("macs"), cost.macs({})
-    plans = np.array(list(itertools.product(*[levels_of(g, align, 0.1).tolist() for g in groups])))
+    plans = np.array(list(itertools.product(*[allowed_widths(g, round_to, 0.1).tolist() for g in groups])))
     loss = sum(values[plans[:, i]] for i, values in enumerate(losses))
     macs = form.constant + plans @ form.linear + np.einsum("pi,ij,pj->p", plans, form.quadratic, plans)
     for ratio in (0.3, 0.6, 0.85):
         budget = (1 - ratio) * dense
-        keep = allocate("mrs", groups, cost, budget, "macs", profile, scores, fractions, align=align)
+        keep = allocate("mrs", groups, cost, budget, "macs", profile, scores, fractions, round_to=round_to)
         best = loss[(macs <= budget) & (macs >= budget - 0.01 * dense)].min()
         found = sum(float(values[k]) for values, k in zip(losses, keep.values(), strict=True))
         assert abs(cost.macs(keep) - budget) <= 0.01 * dense
@@ -192,7 +192,7 @@ def test_mrs_trades_loss_per_cost_not_loss():
 
     def keep(mrs):
         profile = profile_of(groups, mrs, [2, 2])
-        return allocate("mrs", groups, cost, budget, "macs", profile, None, fractions, align=1)
+        return allocate("mrs", groups, cost, budget, "macs", profile, None, fractions, round_to=1)
 
     even = keep([1.0, 1.0])
     assert even["g0"] == 64 > even["g1"]  # equally sensitive: the dear group pays
@@ -206,7 +206,7 @@ def test_kept_energy_grows_with_the_root_of_sensitivity_per_cost():
     """For a quadratic curve the loss is m x/(1-x), x the share cut, so the optimum keeps sqrt(m / cost)."""
     groups, cost = parallel([1.0, 1.0, 1.0])
     profile = profile_of(groups, [1.0, 4.0, 9.0], [2, 2, 2])
-    keep = allocate("mrs", groups, cost, 60, "macs", profile, None, equal_channels(groups), align=1, min_keep=0)
+    keep = allocate("mrs", groups, cost, 60, "macs", profile, None, equal_channels(groups), round_to=1, min_keep=0)
     assert list(keep.values()) == [10, 20, 30]
 
 
@@ -272,7 +272,7 @@ def test_a_budget_above_the_dense_cost_keeps_everything():
 
 
 @pytest.mark.parametrize(
-    ("channels", "blocks", "align", "levels"),
+    ("channels", "blocks", "round_to", "levels"),
     [
         (64, 1, 8, [8, 16, 24, 32, 40, 48, 56, 64]),
         (16, 1, 8, [4, 8, 12, 16]),
@@ -284,14 +284,14 @@ def test_a_budget_above_the_dense_cost_keeps_everything():
         (10, 1, 1, list(range(1, 11))),
     ],
 )
-def test_levels(channels, blocks, align, levels):
-    assert levels_of(ChannelGroup("g", channels, (), blocks), align, 0.1).tolist() == levels
+def test_levels(channels, blocks, round_to, levels):
+    assert allowed_widths(ChannelGroup("g", channels, (), blocks), round_to, 0.1).tolist() == levels
 
 
 def test_alignment_is_given_up_for_as_few_groups_as_possible():
     groups, cost = parallel([1.0, 1.0])
     keep = allocate(
-        "uniform", groups, cost, 75, "macs", align=32
+        "uniform", groups, cost, 75, "macs", round_to=32
     )  # multiples of 16: 64 or 80 of 128, neither within 1.28
     assert sum(keep.values()) in (74, 75, 76)
     assert sum(k % 16 != 0 for k in keep.values()) == 1
@@ -299,7 +299,7 @@ def test_alignment_is_given_up_for_as_few_groups_as_possible():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from([1, 4, 8, 16]))
-def test_landing_respects_floors_blocks_and_budget(seed, ratio, align):
+def test_landing_respects_floors_blocks_and_budget(seed, ratio, round_to):
     rng = np.random.default_rng(seed)
     widths = [int(rng.integers(4, 40)) * 4 for _ in range(4)]
     layers = [(i - 1 if i else None, i, int(rng.integers(1, 100)), 9) for i in range(4)]
@@ -308,7 +308,9 @@ def test_landing_respects_floors_blocks_and_budget(seed, ratio, align):
     dense = cost.macs({})
     losses = [rng.random() * np.linspace(1, 0, g.channels + 1) ** 2 for g in groups]
     wished = rng.random(4) * widths
-    keep = land(groups, wished, losses, cost.form("macs"), (1 - ratio) * dense, align=align, min_keep=0.1)
+    keep = round_to_budget(
+        groups, wished, losses, cost.form("macs"), (1 - ratio) * dense, round_to=round_to, min_keep=0.1
+    )
     assert all(k % g.blocks == 0 and floor_of(g, 0.1) <= k <= g.channels for g, k in zip(groups, keep, strict=True))
     after = cost.form("macs").value(keep.astype(float))
     coarsest = max(
@@ -339,7 +341,7 @@ def test_what_is_missing_or_wrong_is_said():
         allocate("mrs", groups, cost, 50, "macs", profile, None, fractions | {"g1": torch.zeros(3)})
     with pytest.raises(UsageError, match=r"pruning.min_keep: input should be less than 1"):
         allocate("uniform", groups, cost, 50, min_keep=1.0)
-    with pytest.raises(UsageError, match=r"pruning.align: input should be greater than or equal to 1"):
-        allocate("uniform", groups, cost, 50, align=0)
+    with pytest.raises(UsageError, match=r"pruning.round_to: input should be greater than or equal to 1"):
+        allocate("uniform", groups, cost, 50, round_to=0)
     with pytest.raises(UsageError, match="not those that the cost model"):
         allocate("uniform", groups[:1], cost, 50)

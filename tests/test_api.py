@@ -59,7 +59,7 @@ def test_the_story_step_by_step(data: rp.DataBundle, tmp_path: Path) -> None:
     module = Net()
     before = module(torch.rand(2, 3, 16, 16)).shape
     analysis = rp.analyse(module, data, sensitivity__images=32, sensitivity__steps=2)
-    plan = rp.plan(analysis, ratio=0.5, align=1)
+    plan = rp.plan(analysis, ratio=0.5, round_to=1)
     small = rp.prune(module, plan, data, pruning__compensation_images=32)
     assert sum(p.numel() for p in small.module.parameters()) == plan.params_after < plan.params_before
     assert module(torch.rand(2, 3, 16, 16)).shape == before
@@ -151,7 +151,7 @@ def test_a_users_criterion_and_allocation_are_files_of_their_own(data: rp.DataBu
     )
     few = {"sensitivity__images": 16, "sensitivity__steps": 1}
     analysis = rp.analyse(Net(), data, pruning__criterion=f"{tmp_path / 'mine.py'}:last_first", **few)
-    plan = rp.plan(analysis, allocation=f"{tmp_path / 'mine.py'}:nearly_all", align=1)
+    plan = rp.plan(analysis, allocation=f"{tmp_path / 'mine.py'}:nearly_all", round_to=1)
     for group in plan.groups:
         assert group.removed == tuple(range(group.keep, group.channels))
     with pytest.raises(UsageError, match="must return a dict with a tensor"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from model_files import randomised
+from model_files import data_of, randomised
 from torch import nn
 
 from robust_prune.attacks.threat import ThreatModel
@@ -295,11 +295,11 @@ def test_artifacts_open_by_themselves_and_are_held_against_the_data(tmp_path: Pa
     model, spec = make()
     artifact.save(tmp_path / "m.pt", model, spec)
     other_statistics = FACTS | {"mean": (0.0, 0.0, 0.0)}
-    loaded = open_model(tmp_path / "m.pt", **other_statistics)
+    loaded = open_model(tmp_path / "m.pt", data=data_of(other_statistics))
     assert identical(loaded.module, model)
     assert loaded.spec.mean == spec.mean
     with pytest.raises(UsageError, match="tells 5 classes apart, the data have 10"):
-        open_model(tmp_path / "m.pt", **(FACTS | {"num_classes": 10}))
+        open_model(tmp_path / "m.pt", data=data_of(FACTS | {"num_classes": 10}))
     with pytest.raises(UsageError, match=r"takes 3x32x32 images, the data have 1x28x28\. Greyscale"):
         check_data(spec, input_size=(1, 28, 28))
     with pytest.raises(UsageError, match=r"holds a cifar/resnet20_x0\.25, not cifar/resnet18"):

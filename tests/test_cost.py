@@ -237,10 +237,10 @@ def test_a_shared_layer_counts_its_macs_twice_and_its_parameters_once():
 def test_marginal_is_the_derivative():
     cost = cost_model(Mixed(), X, Mixed.groups())
     keep = {"left": 5, "right": 3, "mix": 8}
-    for of in ("macs", "params", "channels"):
-        slopes = cost.marginal(keep, of)
+    for metric in ("macs", "params", "channels"):
+        slopes = cost.marginal(keep, metric)
         for name in keep:
-            above, below = (cost.form(of).value(cost.counts(keep | {name: keep[name] + d})) for d in (1, -1))
+            above, below = (cost.form(metric).value(cost.counts(keep | {name: keep[name] + d})) for d in (1, -1))
             assert slopes[name] == pytest.approx((above - below) / 2)
 
 
@@ -271,7 +271,7 @@ def test_unknown_names_are_refused():
     cost = cost_model(Residual(), X, Residual.groups())
     with pytest.raises(UsageError, match="no group 'stm'"):
         cost.macs({"stm": 3})
-    with pytest.raises(UsageError, match="of must be one of macs, params, channels, got 'flops'"):
+    with pytest.raises(UsageError, match="metric must be one of macs, params, channels, got 'flops'"):
         cost.cost({}, "flops")
     with pytest.raises(UsageError, match="same name"):
         cost_model(Residual(), X, Residual.groups() * 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -19,7 +18,7 @@ from rich.table import Table
 import robust_prune as rp
 from robust_prune import cli, recipe_docs
 from robust_prune.catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
-from robust_prune.recipe import RECOVERIES, Recipe
+from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.shown import as_html
 
@@ -73,7 +72,7 @@ def test_the_examples_of_extensions_work_together(here):
     deep = next(group.name for group in analysis.search.groups if group.name.endswith("deep"))
     torch.testing.assert_close(analysis.scores[deep], written / written.mean())
 
-    plan = rp.plan(analysis, ratio=0.5, allocation="my_allocation.py:square_root", align=1)
+    plan = rp.plan(analysis, ratio=0.5, allocation="my_allocation.py:square_root", round_to=1)
     assert plan.allocation == "my_allocation.py:square_root" and abs(plan.macs_after / plan.macs_before - 0.5) < 0.02
     small = rp.prune(model, plan, data, pruning__compensation_images=16)
     assert small.module.backbone.width == plan.groups[0].keep < model.width == 32
@@ -120,26 +119,13 @@ def test_the_named_functions_files_and_tests_exist():
         assert all(re.search(rf"^\s*(def )?{name}\b", text, re.MULTILINE) for name in named), file
 
 
-PAGES = sorted(path for path in DOCS.glob("*") if path.suffix in (".md", ".rst"))
-COMMANDS = [
-    (page.name, line)
-    for page in PAGES
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    for line in (line.removeprefix(".venv/bin/") for line in block.replace("\\\n", " ").splitlines())
-    if line.startswith("robust-prune ")
-]
-
-
-@pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_every_command_of_the_pages_is_understood(page, command):
-    _, bound, _ = cli.app.parse_args(shlex.split(command, comments=True)[1:], exit_on_error=False, print_error=False)
-    assert bound is not None
+PAGES = sorted(path.stem for path in DOCS.glob("*") if path.suffix in (".md", ".rst"))
 
 
 def test_every_page_is_in_a_table_of_contents():
     trees = re.findall(r":::\{toctree\}\n(.*?):::", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
-    assert sorted(["index", *listed]) == [page.stem for page in PAGES]
+    assert sorted(["index", *listed]) == PAGES
 
 
 def test_the_configuration_names_every_key_with_its_default():
@@ -155,13 +141,6 @@ def test_the_recipe_of_the_configuration_page_is_valid():
     text = re.search(r"```yaml\n(.*?)```", (DOCS / "configuration.md").read_text(encoding="utf-8"), re.DOTALL)
     assert text is not None
     assert Recipe.model_validate(yaml.safe_load(text[1])).finetune.loss == "trades"
-
-
-def test_losses_and_presets_of_the_training_page_are_those_of_the_code():
-    text = (DOCS / "training.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` | " in text for name in LOSSES.names)
-    for name, preset in RECOVERIES.items():
-        assert f"| `{name}` | `{preset['loss']}` | {preset['epochs']} | {preset['awp']:g} |" in text
 
 
 def test_types_and_limits_are_in_words():

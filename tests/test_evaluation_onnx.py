@@ -41,9 +41,9 @@ def onnx_file(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_file_is_scored_on_the_worst_points_of_its_model(
     trained: Tiny, images: TensorImages, onnx_file: Path, tmp_path: Path
 ) -> None:
-    twin = OnnxModel(onnx_file)
+    exported_model = OnnxModel(onnx_file)
     settings = {"steps": 5, "batch_size": 64}
-    result = evaluated(trained, images, THREAT, **settings, exported={"fp32": twin})
+    result = evaluated(trained, images, THREAT, **settings, exported={"fp32": exported_model})
     assert result.exported["fp32"].clean == result.clean
     assert abs(result.exported["fp32"].robust.correct - result.robust.correct) <= 1
     assert result.flags == ()
@@ -52,7 +52,7 @@ def test_the_file_is_scored_on_the_worst_points_of_its_model(
         def predict(self, images: Tensor) -> Tensor:
             return (super().predict(images) + 1) % CLASSES
 
-    exported = {"fp32": twin, "int8": Backwards(onnx_file)}
+    exported = {"fp32": exported_model, "int8": Backwards(onnx_file)}
     wrong = evaluated(trained, images, THREAT, **settings, exported=exported)
     assert "The int8 file and the torch model disagree on 100.0 % of clean images (limit 0.5 %)." in wrong.flags
     assert not any("fp32" in flag for flag in wrong.flags)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_files import FACTS, MEAN, SMALL, STD, USER_FILE, make_spec, randomised
+from model_files import MEAN, SMALL, STD, USER_FILE, data_of, make_spec, randomised
 from torch import Tensor, nn
 
 from robust_prune.errors import UsageError
@@ -57,7 +57,7 @@ WRAPPINGS = {
 def test_state_dicts_in_every_wrapping(tmp_path: Path, donor: nn.Module, wrapping: str) -> None:
     path = tmp_path / "model.pt"
     torch.save(WRAPPINGS[wrapping](dict(donor.state_dict())), path)
-    loaded = open_model(path, arch=SMALL, **FACTS)
+    loaded = open_model(path, arch=SMALL, data=data_of())
     if wrapping != "no batch counters":
         assert same_as(loaded, donor)
     assert not loaded.module.training
@@ -73,14 +73,14 @@ def test_plain_safetensors_and_legacy_files(tmp_path: Path, donor: nn.Module) ->
     safetensors.torch.save_file(donor.state_dict(), tmp_path / "m.safetensors")
     torch.save(donor.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("m.safetensors", "old.pth"):
-        assert same_as(open_model(tmp_path / name, arch=SMALL, **FACTS), donor)
+        assert same_as(open_model(tmp_path / name, arch=SMALL, data=data_of()), donor)
 
 
 def test_normalization_inside_the_checkpoint_wins(tmp_path: Path, donor: nn.Module) -> None:
     stored = prefixed("model.", donor.state_dict())
     stored |= {"mu": torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), "sigma": torch.tensor([0.9, 0.8, 0.7]).view(3, 1, 1)}
     torch.save(stored, tmp_path / "m.pt")
-    loaded = open_model(tmp_path / "m.pt", arch=SMALL, **FACTS)
+    loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
     assert loaded.spec.mean == pytest.approx((0.1, 0.2, 0.3)) and loaded.spec.std == pytest.approx((0.9, 0.8, 0.7))
     assert loaded.module.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert loaded.provenance["normalization_from"] == "checkpoint"
@@ -90,7 +90,7 @@ def test_normalization_inside_the_checkpoint_wins(tmp_path: Path, donor: nn.Modu
 def test_the_choice_between_weights_and_their_average_is_recorded(tmp_path: Path, donor: nn.Module) -> None:
     other = {key: torch.zeros_like(tensor) for key, tensor in donor.state_dict().items()}
     torch.save({"model": donor.state_dict(), "model_ema": other}, tmp_path / "m.pt")
-    loaded = open_model(tmp_path / "m.pt", arch=SMALL, **FACTS)
+    loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
     assert same_as(loaded, donor)
     assert loaded.provenance["weights_from"] == "model"
     assert loaded.provenance["weights_not_used"] == ["model_ema"]
@@ -100,7 +100,7 @@ def test_a_users_model_with_a_plain_state_dict(tmp_path: Path, user_file: Path) 
     spec = make_spec(f"{user_file}:make_model")
     state = randomised(registry.build(spec).backbone).state_dict()
     torch.save(state, tmp_path / "weights.pt")
-    loaded = open_model(tmp_path / "weights.pt", arch=f"{user_file}:make_model", **FACTS)
+    loaded = open_model(tmp_path / "weights.pt", arch=f"{user_file}:make_model", data=data_of())
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.module.backbone.state_dict().items())
     assert loaded.spec.source_sha256 == spec.source_sha256
 
@@ -193,7 +193,7 @@ def test_wrong_inputs_end_in_one_clear_line(tmp_path: Path, donor: nn.Module, ma
     path = make(tmp_path, donor)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(UsageError, match=words) as raised:
-        open_model(path, arch=SMALL, **FACTS)
+        open_model(path, arch=SMALL, data=data_of())
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
     assert raised.value.exit_code == 2
     assert sorted(os.listdir(tmp_path)) == before
@@ -202,9 +202,9 @@ def test_wrong_inputs_end_in_one_clear_line(tmp_path: Path, donor: nn.Module, ma
 def test_foreign_weights_need_an_architecture_and_data(tmp_path: Path, donor: nn.Module) -> None:
     torch.save(donor.state_dict(), tmp_path / "m.pt")
     with pytest.raises(UsageError, match="Add --arch"):
-        open_model(tmp_path / "m.pt", **FACTS)
-    with pytest.raises(UsageError, match="input_size, mean, std must be known"):
-        open_model(tmp_path / "m.pt", arch=SMALL, num_classes=7)
+        open_model(tmp_path / "m.pt", data=data_of())
+    with pytest.raises(UsageError, match="must be known\. Give --data"):
+        open_model(tmp_path / "m.pt", arch=SMALL)
 
 
 class Payload:
@@ -220,15 +220,15 @@ class Payload:
 def test_a_hostile_pickle_does_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(1)}, "extra": Payload(tmp_path / "ran")}, tmp_path / "m.pt")
     with pytest.raises(UsageError, match="would run code"):
-        open_model(tmp_path / "m.pt", arch=SMALL, **FACTS)
+        open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
     assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_modules_only_with_trust(tmp_path: Path, donor: nn.Module) -> None:
     torch.save({"model": nn.DataParallel(donor)}, tmp_path / "m.pt")
-    assert same_as(open_model(tmp_path / "m.pt", arch=SMALL, trust_pickle=True, **FACTS), donor)
+    assert same_as(open_model(tmp_path / "m.pt", arch=SMALL, trust_pickle=True, data=data_of()), donor)
     with pytest.raises(UsageError, match=r"holds a pickled module .* Add --arch"):
-        open_model(tmp_path / "m.pt", trust_pickle=True, **FACTS)
+        open_model(tmp_path / "m.pt", trust_pickle=True, data=data_of())
 
 
 def test_a_pickled_module_that_was_cut_keeps_its_shape(tmp_path: Path) -> None:
@@ -242,6 +242,6 @@ def test_a_pickled_module_that_was_cut_keeps_its_shape(tmp_path: Path) -> None:
         setattr(block.bn1, name, getattr(block.bn1, name)[:3].clone())
     block.conv2.weight = nn.Parameter(block.conv2.weight[:, :3].clone())
     torch.save(cut, tmp_path / "cut.pt")
-    loaded = open_model(tmp_path / "cut.pt", arch=SMALL, trust_pickle=True, **FACTS)
+    loaded = open_model(tmp_path / "cut.pt", arch=SMALL, trust_pickle=True, data=data_of())
     assert loaded.module.backbone.layer1[0].conv1.out_channels == 3
     assert same_as(loaded, cut)

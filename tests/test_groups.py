@@ -44,7 +44,7 @@ def test_a_residual_sum_couples_its_producers_and_the_classifier_stays() -> None
     assert {(s.target, s.side) for s in stem.slices} == {
         ("stem", "out"), ("bn0", "norm"), ("conv1", "in"), ("conv2", "out"), ("bn2", "norm"), ("fc", "in"),
     }  # fmt: skip
-    assert search.refused == ()
+    assert search.skipped == ()
 
 
 def test_depthwise_follows_its_input_and_grouped_layers_set_blocks() -> None:
@@ -113,13 +113,13 @@ def test_attention_with_normalised_queries_is_refused_and_the_rest_goes() -> Non
     model = VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=5, qk_norm=True)
     search = find_groups(model, example())
     assert [g.name for g in search.groups] == ["patch_embed.proj", "blocks.0.mlp.fc1"]
-    assert [(r.name, "normalised per head" in r.reason) for r in search.refused] == [("blocks.0.attn.qkv", True)]
+    assert [(r.name, "normalised per head" in r.reason) for r in search.skipped] == [("blocks.0.attn.qkv", True)]
 
 
 def test_an_unprunable_block_is_named_with_its_reason_while_others_go() -> None:
     search = find_groups(Unprunable(), example())
     assert [g.name for g in search.groups] == ["stem", "mix"]
-    reasons = {r.name: r.reason for r in search.refused}
+    reasons = {r.name: r.reason for r in search.skipped}
     assert set(reasons) <= {"fixed", "sorted"} and "fixed" in reasons
     assert all(len(r) > 20 for r in reasons.values())
 
@@ -149,7 +149,7 @@ class TwoHeads(nn.Module):
 def test_every_layer_that_makes_the_logits_is_protected_and_not_listed() -> None:
     search = find_groups(TwoHeads(), example())
     assert [g.name for g in search.groups] == ["body"]
-    assert search.refused == ()
+    assert search.skipped == ()
 
 
 class Deaf(Residual):
@@ -167,8 +167,8 @@ class Deaf(Residual):
 def test_a_group_that_the_logits_do_not_feel_is_refused_since_its_proof_would_be_empty() -> None:
     search = find_groups(Deaf(), example())
     assert [g.name for g in search.groups] == ["stem", "conv1"]
-    assert [r.name for r in search.refused] == ["dead"]
-    assert "do not depend" in search.refused[0].reason
+    assert [r.name for r in search.skipped] == ["dead"]
+    assert "do not depend" in search.skipped[0].reason
 
 
 class Tied(nn.Module):
@@ -189,7 +189,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_refused() -> None:
     search = find_groups(Tied(), example())
     assert search.groups == ()
-    assert all("shares the parameter" in r.reason for r in search.refused) and search.refused
+    assert all("shares the parameter" in r.reason for r in search.skipped) and search.skipped
 
 
 def test_frozen_parameters_are_found_and_nothing_of_the_model_moves() -> None:
@@ -215,7 +215,7 @@ def test_propagation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "find_traced", lambda bench, found: [])
     search = find_groups(Residual(), example())
     assert search.groups == ()
-    assert all("did not end" in r.reason for r in search.refused) and search.refused
+    assert all("did not end" in r.reason for r in search.skipped) and search.skipped
 
 
 def test_where_the_graph_fails_values_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_where_the_graph_fails_values_are_watched(monkeypatch: pytest.MonkeyPatc
         ("stem", 12, 1, True), ("conv1", 16, 1, True),
     ]  # fmt: skip
     assert [set(g.slices) for g in search.groups] == [set(g.slices) for g in wanted.groups]
-    assert search.refused == ()
+    assert search.skipped == ()
 
 
 def test_torch_prunings_own_functions_are_left_alone() -> None:

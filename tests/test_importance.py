@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robust_prune.attacks.threat import ThreatModel
 from robust_prune.catalogue import CRITERIA
 from robust_prune.errors import UsageError
 from robust_prune.ranking.group_weights import per_channel
@@ -20,6 +21,8 @@ from robust_prune.ranking.importance import (
 from robust_prune.ranking.taylor import TAYLOR_BATCH
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.structure.types import ChannelGroup, GroupSlice
+
+THREAT = ThreatModel()
 
 
 def part(target: str, side: str, index: list[int], root: list[int] | None = None, dim: int = 0) -> GroupSlice:
@@ -49,7 +52,7 @@ def model() -> nn.Module:
 def adv() -> AdversarialSet:
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(TAYLOR_BATCH + 8, 3, 8, 8, generator=generator)
-    return AdversarialSet(images, torch.randint(5, (len(images),), generator=generator), 0)
+    return AdversarialSet(images, torch.randint(5, (len(images),), generator=generator), THREAT, 0)
 
 
 FIRST = ChannelGroup(
@@ -84,7 +87,7 @@ def test_taylor_is_the_first_order_effect_of_removal(model: nn.Module, adv: Adve
 
 
 def test_taylor_predicts_the_loss_of_a_small_cut(model: nn.Module, adv: AdversarialSet) -> None:
-    few = AdversarialSet(adv.images[:8], adv.labels[:8], 0)
+    few = AdversarialSet(adv.images[:8], adv.labels[:8], THREAT, 0)
     scores = channel_scores(model, GROUPS, "adversarial_taylor", few)["0"]
     step = 1e-5
     with torch.no_grad():
@@ -130,7 +133,7 @@ class TinyViT(nn.Module):
 def test_attention_dimensions_count_queries_and_values() -> None:
     torch.manual_seed(0)
     model = TinyViT().double()
-    few = AdversarialSet(torch.rand(6, 3, 4, 4), torch.randint(5, (6,)), 0)
+    few = AdversarialSet(torch.rand(6, 3, 4, 4), torch.randint(5, (6,)), THREAT, 0)
     rows = list(range(24))
     slices = (part("qkv", "out", rows, [r % 8 for r in rows]), part("proj", "in", list(range(8))))
     found = channel_scores(model, [ChannelGroup("qkv", 8, slices, 2)], "adversarial_taylor", few)["qkv"]

@@ -9,8 +9,8 @@ from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
 
 
-def plan(before: int, after: int, *groups: PlannedGroup, of: str = "macs") -> PruningPlan:
-    return PruningPlan(0.3, of, "mrs", "adversarial_taylor", 8, groups, (), before, after, 2 * before, 2 * after)
+def plan(before: int, after: int, *groups: PlannedGroup, metric: str = "macs") -> PruningPlan:
+    return PruningPlan(0.3, metric, "mrs", "adversarial_taylor", 8, groups, (), before, after, 2 * before, 2 * after)
 
 
 def test_equal_shares_remain_after_each_cut() -> None:
@@ -29,10 +29,10 @@ def test_the_last_cut_makes_good_what_earlier_ones_missed() -> None:
         remaining_ratio((plan(1000, 500),), 0.5, "macs", 1)
 
 
-@pytest.mark.parametrize("of", ["params", "channels"])
-def test_other_costs_are_counted_in_their_own_unit(of: str) -> None:
-    made = plan(1000, 800, PlannedGroup("a", 10, (0, 1), 1.0), of=of)
-    assert 0.8 * (1 - remaining_ratio((made,), 0.5, of, 2)) == pytest.approx(0.5)
+@pytest.mark.parametrize("metric", ["params", "channels"])
+def test_other_costs_are_counted_in_their_own_unit(metric: str) -> None:
+    made = plan(1000, 800, PlannedGroup("a", 10, (0, 1), 1.0), metric=metric)
+    assert 0.8 * (1 - remaining_ratio((made,), 0.5, metric, 2)) == pytest.approx(0.5)
 
 
 def test_cuts_add_up_in_channels_of_the_dense_model() -> None:

@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[3])
 from test_training import THREAT, _images, _model, _settings
+from robust_prune.training import trainer
 from robust_prune.training.trainer import train
+trainer.CHECKPOINT_SECONDS = 0
 torch.set_num_threads(1)
 model = _model()
 settings = _settings(epochs=30, precision="fp32", loss="pgd_at", awp=0.005, awp_warmup=0.5)
-train(model, _images(96), _images(30, 1), THREAT, settings, checkpoint=Path(sys.argv[1]), checkpoint_seconds=0)
+train(model, _images(96), _images(30, 1), THREAT, settings, checkpoint=Path(sys.argv[1]))
 torch.save(model.state_dict(), sys.argv[2])
 """
 

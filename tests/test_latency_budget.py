@@ -74,15 +74,15 @@ def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, cuts):
 
     monkeypatch.setattr(CandidateClock, "kept", kept)
     cli.main(
-        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.4", "--of",
-         "latency", "--cuts", str(cuts), "--epochs", "1", "--out", "run", "--set", "pruning.align=1", *QUICK]
+        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.4", "--metric",
+         "latency", "--cuts", str(cuts), "--epochs", "1", "--out", "run", "--set", "pruning.round_to=1", *QUICK]
     )  # fmt: skip
     told = capsys.readouterr().out
     assert "of the dense latency (batch 1, 1 thread, cpu)" in told and "of the MACs removed:" in told
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     dense, pruned = result["models"]
     assert 0.1 + 0.9 * pruned["macs"] / dense["macs"] == pytest.approx(0.6, rel=TOLERANCE)
-    assert result["plan"]["of"] == "latency" and result["plan"]["ratio"] == 0.4 and result["plan"]["note"] == ""
+    assert result["plan"]["metric"] == "latency" and result["plan"]["ratio"] == 0.4 and result["plan"]["note"] == ""
     assert "40 % of the latency removed" in result["title"]
 
 
@@ -92,7 +92,7 @@ def test_a_latency_that_cannot_be_had_is_said(tmp_path, monkeypatch, capsys):
     write_model(tmp_path)
     monkeypatch.setattr(CandidateClock, "kept", lambda *_: 0.9)
     cli.main(
-        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.5", "--of",
+        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.5", "--metric",
          "latency", "--dry-run", *QUICK]
     )  # fmt: skip
     told = " ".join(capsys.readouterr().out.split())
@@ -104,7 +104,7 @@ def test_the_real_clock_runs(tmp_path, monkeypatch, capsys):
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
     cli.main(
-        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.3", "--of",
+        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "0.3", "--metric",
          "latency", "--dry-run", *QUICK]
     )  # fmt: skip
     assert "of the MACs removed:" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from robust_prune.recipe_reader import make_section
 from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity, SensitivityProfile
 from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.groups import GroupSearch, find_groups
-from robust_prune.structure.types import ChannelGroup, GroupSlice, Refused
+from robust_prune.structure.types import ChannelGroup, GroupSlice, Skipped
 from robust_prune.surgery.apply import apply
 from robust_prune.surgery.batchnorm import reestimate_batchnorm
 
@@ -50,7 +50,7 @@ GROUPS = (
     ChannelGroup("a", 32, (span("a", "out", 32), span("b", "in", 32)), blocks=4),
     ChannelGroup("b", 64, (span("b", "out", 64), span("fc", "in", 64)), blocks=4),
 )
-FOUND = GroupSearch(GROUPS, (Refused("odd", "its index mapping is broken"),))
+FOUND = GroupSearch(GROUPS, (Skipped("odd", "its index mapping is broken"),))
 
 
 def profile_of(groups, mrs):
@@ -70,7 +70,7 @@ def plan_for(ratio=0.5, **options):
     scores = {g.name: torch.rand(g.channels) for g in GROUPS}
     fractions = {g.name: removed_fraction_curve(model, g, scores[g.name]) for g in GROUPS}
     cost = cost_model(model, X, GROUPS)
-    section = make_section(PruningSection, ratio=ratio, **{"criterion": "random", "align": 4} | options)
+    section = make_section(PruningSection, ratio=ratio, **{"criterion": "random", "round_to": 4} | options)
     plan = make_plan(Analysis(FOUND, cost, profile_of(GROUPS, [1.0, 2.0]), scores, fractions), section)
     return plan, scores
 
@@ -89,19 +89,19 @@ def test_the_lowest_scores_go_equally_from_every_block():
 
 def test_the_plan_states_its_costs_and_survives_json():
     plan, _ = plan_for()
-    assert plan.note == "" and plan.refused == FOUND.refused
+    assert plan.note == "" and plan.skipped == FOUND.skipped
     assert plan.macs_before == count_macs(Net(), X) and plan.params_before == count_params(Net())
     assert abs(plan.macs_after / plan.macs_before - 0.5) <= 0.01
     assert from_json(PruningPlan, to_json(plan)) == plan
 
 
 def test_a_budget_in_parameters():
-    plan, _ = plan_for(0.6, of="params")
+    plan, _ = plan_for(0.6, metric="params")
     assert plan.params_after / plan.params_before == pytest.approx(0.4, abs=0.01)
 
 
 def test_a_step_too_coarse_for_the_budget_gives_the_nearest_and_says_so():
-    plan, _ = plan_for(0.6, of="channels")  # 38.4 of 96 channels in steps of 4
+    plan, _ = plan_for(0.6, metric="channels")  # 38.4 of 96 channels in steps of 4
     assert sum(g.keep for g in plan.groups) == 40
     assert "asked to remove 60.0% of channels, the nearest found is 58.3%" in plan.note
     assert "too coarse" in plan.note
@@ -156,7 +156,7 @@ def test_ratio_out_of_range(ratio):
 
 
 def test_nothing_to_cut():
-    empty = GroupSearch((), FOUND.refused)
+    empty = GroupSearch((), FOUND.skipped)
     with pytest.raises(UsageError, match="no group of channels that can be cut: odd: its index mapping"):
         make_plan(Analysis(empty, cost_model(Net(), X, ()), None, {}), PruningSection(allocation="uniform"))
 

@@ -1,4 +1,4 @@
-"""The README: its commands exist, its links lead somewhere, and its figures are the committed ones."""
+"""README and docs: their commands exist, their links lead somewhere, and their figures are the committed ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from robust_prune import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+EVERYTHING = "\n".join([README, *PAGES.values()])
+REPOSITORY = r"https://(?:github\.com/robust-prune/robust-prune/blob|raw\.githubusercontent\.com/robust-prune/robust-prune)/main/"
+BLOCKS = re.findall(r"```bash\n(.*?)```", EVERYTHING, re.DOTALL)
 LINES = [line.removeprefix(".venv/bin/") for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [
     line.replace("-m robust_prune ", "robust-prune ")[line.find("-m robust_prune ") if launched else 0 :]
@@ -21,7 +24,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_every_command_is_understood(command):
     tokens = shlex.split(command)[1:]
     _, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -43,8 +46,8 @@ def test_the_setup_commands_are_the_ones_that_ci_runs():
 
 def test_the_tables_are_the_committed_ones():
     results = ROOT / "benchmarks" / "results"
-    named = re.findall(r"<!-- from (\S+) -->\n\n?((?:\|.*\n)+)", README)
-    assert named, "the README quotes no table"
+    named = re.findall(r"<!-- from (\S+) -->\n\n?((?:\|.*\n)+)", EVERYTHING)
+    assert len(named) >= 3, "the README and the docs quote too few tables"
     for file, table in named:
         committed = (results / file).read_text(encoding="utf-8").splitlines()
         for line in table.splitlines():
@@ -58,7 +61,7 @@ def test_the_example_of_a_loss_trains(tmp_path):
     from robust_prune.recipe import TrainSettings
     from robust_prune.training.losses import Batch, make_loss
 
-    code = re.search(r"<!-- example: my_loss.py -->\n```python\n(.*?)```", README, re.DOTALL)
+    code = re.search(r"<!-- example: my_loss.py -->\n```python\n(.*?)```", PAGES["training.md"], re.DOTALL)
     assert code is not None
     (tmp_path / "my_loss.py").write_text(code[1], encoding="utf-8")
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
@@ -69,11 +72,12 @@ def test_the_example_of_a_loss_trains(tmp_path):
     assert model[1].weight.grad.abs().sum() > 0 and result.logits.shape == (8, 3)
 
 
-def test_pictures_and_local_links_are_there():
+def test_links_into_the_repository_lead_somewhere():
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
-    local = [target for target in targets if not target.startswith("http")]
-    assert any(target.endswith(".png") for target in local)
-    for target in local:
+    assert all(target.startswith("https://") for target in targets), "a package index knows no relative links"
+    linked = re.findall(REPOSITORY + r"([^)\s#]+)", EVERYTHING)
+    assert any(target.endswith(".png") for target in linked)
+    for target in linked:
         assert (ROOT / target).exists(), target
 
 

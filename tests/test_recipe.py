@@ -23,17 +23,17 @@ def test_epsilon_may_be_a_fraction(tmp_path):
 
 
 def test_flags_override_the_file_and_none_does_not(tmp_path):
-    source = _write(tmp_path, "pruning: {ratio: 0.3, align: 4}\nseed: 7")
+    source = _write(tmp_path, "pruning: {ratio: 0.3, round_to: 4}\nseed: 7")
     recipe = load(source, {"pruning.ratio": "0.6", "seed": None})
-    assert (recipe.pruning.ratio, recipe.pruning.align, recipe.seed) == (0.6, 4, 7)
+    assert (recipe.pruning.ratio, recipe.pruning.round_to, recipe.seed) == (0.6, 4, 7)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (
-            "pruning:\n  ratio: 0.5\n  alin: 4\n",
-            r"unknown recipe key pruning\.alin\. Did you mean align\? \(.*mine\.yaml:3\)",
+            "pruning:\n  ratio: 0.5\n  roun_to: 4\n",
+            r"unknown recipe key pruning\.roun_to\. Did you mean round_to\? \(.*mine\.yaml:3\)",
         ),
         ("seed: 0\npruning:\n  ratio: 1.5\n", r"ratio must be in \(0, 1\), got 1\.5\. Try 0\.5\. \(.*mine\.yaml:3\)"),
         (

@@ -58,7 +58,7 @@ def test_a_copy_of_a_channel_is_replaced_without_loss(net: Net) -> None:
     with torch.no_grad():
         wanted = net(images)
         assert (surgery.model(images) - wanted).abs().max() > 1e-3
-        assert reconstruct(surgery.model, net, surgery.gone, images, ridge=0) == ("second",)
+        assert reconstruct(surgery.model, net, surgery.removed, images, ridge=0) == ("second",)
         torch.testing.assert_close(surgery.model(images), wanted, rtol=0, atol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_it_finds_the_least_squares_solution(net: Net) -> None:
         kept = hidden[:, [i for i in range(12) if i not in (0, 3, 7)]].double()
         rows = torch.cat([kept, torch.ones(200, 1, dtype=torch.float64)], 1)
         best = rows @ torch.linalg.lstsq(rows, net(images).double()).solution
-        reconstruct(surgery.model, net, surgery.gone, images, ridge=0)
+        reconstruct(surgery.model, net, surgery.removed, images, ridge=0)
         torch.testing.assert_close(surgery.model(images).double(), best, rtol=1e-3, atol=1e-4)
 
 
@@ -82,7 +82,7 @@ def test_layers_are_solved_in_order_and_each_helps(net: Net) -> None:
     with torch.no_grad():
         wanted = net(unseen)
         before = (copy.deepcopy(surgery.model).eval()(unseen) - wanted).square().mean()
-        assert reconstruct(surgery.model, net, surgery.gone, images) == ("second", "third", "head")
+        assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third", "head")
         assert surgery.model.training and not net.training
         after = (surgery.model.eval()(unseen) - wanted).square().mean()
     assert after < before / 4
@@ -95,7 +95,7 @@ def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pyt
     for most in (1 << 26, 3 * 12 * 16 * 9):
         monkeypatch.setattr(reconstruction, "_MOST_ELEMENTS", most)
         surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6)})
-        assert reconstruct(surgery.model, net, surgery.gone, images) == ("second", "third")
+        assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third")
         found.append(surgery.model.third.weight.detach())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
@@ -103,7 +103,7 @@ def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pyt
 def test_a_large_ridge_leaves_the_cut_weights(net: Net) -> None:
     surgery = cut(net, {"first": (0, 1)})
     before = surgery.model.second.weight.detach().clone()
-    reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8), ridge=1e9)
+    reconstruct(surgery.model, net, surgery.removed, torch.rand(16, 3, 8, 8), ridge=1e9)
     torch.testing.assert_close(surgery.model.second.weight.detach(), before, rtol=0, atol=1e-6)
 
 
@@ -115,14 +115,14 @@ def test_layers_that_are_not_their_weights_linear_map_are_left_alone(net: Net) -
 
     net.second = Standardised(8, 12, 3, padding=1, stride=2)
     surgery = cut(net.eval(), {"first": (0, 1)})
-    assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
+    assert reconstruct(surgery.model, net, surgery.removed, torch.rand(16, 3, 8, 8)) == ()
 
 
 def test_a_layer_with_too_many_inputs_is_left_alone(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     surgery = cut(net, {"first": (5,), "third": (0, 3)})
     monkeypatch.setattr(reconstruction, "_MOST_GRAM", 20**2)
     before = surgery.model.second.weight.clone()
-    assert reconstruct(surgery.model, net, surgery.gone, torch.rand(16, 3, 8, 8)) == ("head",)
+    assert reconstruct(surgery.model, net, surgery.removed, torch.rand(16, 3, 8, 8)) == ("head",)
     assert torch.equal(surgery.model.second.weight, before)
 
 
@@ -137,7 +137,7 @@ def test_double_models_and_layers_called_by_keyword(net: Net) -> None:
     images, results = torch.rand(64, 3, 8, 8), []
     for model in (net.double(), keyword.double()):
         surgery = cut(model, {"first": (5,), "third": (0, 3)})
-        assert reconstruct(surgery.model, model, surgery.gone, images) == ("second", "head")
+        assert reconstruct(surgery.model, model, surgery.removed, images) == ("second", "head")
         results.append(surgery.model.head.weight)
     torch.testing.assert_close(*results)
 
@@ -150,12 +150,12 @@ def test_a_layer_that_runs_twice_is_left_alone(net: Net) -> None:
     twice = Twice()
     twice.load_state_dict(net.state_dict())
     surgery = cut(twice.eval(), {"first": (0, 1)})
-    assert reconstruct(surgery.model, twice, surgery.gone, torch.rand(16, 3, 8, 8)) == ()
+    assert reconstruct(surgery.model, twice, surgery.removed, torch.rand(16, 3, 8, 8)) == ()
 
 
 def test_bad_requests(net: Net) -> None:
     surgery = cut(net, {"first": (0, 1)})
     with pytest.raises(UsageError, match="needs images and a ridge >= 0, got 0 images"):
-        reconstruct(surgery.model, net, surgery.gone, torch.zeros(0, 3, 8, 8))
+        reconstruct(surgery.model, net, surgery.removed, torch.zeros(0, 3, 8, 8))
     with pytest.raises(UsageError, match="ridge -1"):
-        reconstruct(surgery.model, net, surgery.gone, torch.rand(2, 3, 8, 8), ridge=-1)
+        reconstruct(surgery.model, net, surgery.removed, torch.rand(2, 3, 8, 8), ridge=-1)

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sensitivity_models import THREAT, by_name, noise_set, plain_boundary
+from sensitivity_models import THREAT, by_name, noise_set, plain_boundary, settings
 from torch import Tensor, nn
 
-from robust_prune.sensitivity import ascent, estimators, replay, starts
+from robust_prune.sensitivity import ascent, estimators, initial_directions, replay
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.sensitivity.estimators import measure
 from robust_prune.sensitivity.losses import RobustLoss
 from robust_prune.sensitivity.recordings import Recordings, bounded, bytes_an_image
-from robust_prune.sensitivity.search import Effort
+from robust_prune.sensitivity.search import SearchBudget
 from robust_prune.sensitivity.targets import exchanged, find_targets
 
 
@@ -25,7 +25,7 @@ def no_plateau(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prefix_reuse_changes_nothing(resnet: nn.Module, adv: AdversarialSet, no_plateau: None) -> None:
     resnet.double()
-    profile = measure(resnet, adv, THREAT, rho=0.1, radii=(0.3,), batch_size=5)
+    profile = measure(resnet, adv, settings(rho=0.1), radii=(0.3,), batch_size=5)
     expected = plain_boundary(resnet, adv, 0.1, (0.1, 0.3))
     for module in profile.modules:
         assert module.curve == pytest.approx(expected[module.name], rel=1e-6, abs=1e-12), module.name
@@ -70,20 +70,20 @@ def chain(depth: int) -> nn.Module:
 def test_prefix_reuse_saves_convolutions(monkeypatch: pytest.MonkeyPatch, no_plateau: None) -> None:
     model, adv = chain(6).double(), noise_set((3, 8, 8), 3, count=8)
     counter = Counter(monkeypatch)
-    short = Effort(start_images=8, starts=1, compare_images=8, compare_steps=2, images=8, steps=3)
+    short = SearchBudget(initial_images=8, initial_directions=1, compare_images=8, compare_steps=2, images=8, steps=3)
     monkeypatch.setattr(estimators, "SHORT", short)
     monkeypatch.setattr(estimators, "LONG", short)
-    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4)
+    measure(model, adv, settings(rho=0.1), radii=(), batch_size=4)
     # Try the layout, trace, weigh a recording and what two backward passes keep; per batch the losses that order the
     # images, and a gradient pass. The search: the likely classes, joint climbs along the gradient and towards each of
     # three classes with a step of each layer; the base for either later stage; each of the three stages weighs and
     # makes one recording, then each layer runs what follows it. At last a recording and what lies behind each layer.
-    whole, behind, joint = 2 * 6, 2 * 21, starts.JOINT_STEPS
+    whole, behind, joint = 2 * 6, 2 * 21, initial_directions.JOINT_STEPS
     begun = whole + (joint + 3 * (1 + joint)) * whole + 4 * behind
     search = begun + 2 * whole + 3 * (6 + whole) + (2 + 3) * behind
     assert counter.calls == 5 * 6 + 2 * whole + search + whole + behind
     counter.calls = 0
-    measure(model, adv, THREAT, rho=0.1, radii=(), batch_size=4, estimator="ascent", ascent_steps=3)
+    measure(model, adv, settings(rho=0.1, estimator="ascent", ascent_steps=3), radii=(), batch_size=4)
     # The short search, the long one, whose second stage climbs from where the short one arrived as well, the whole set.
     both = search + (search + 3 * behind) + (whole + 6 + whole + 3 * behind)
     assert counter.calls == 5 * 6 + 2 * whole + both + whole + behind
@@ -106,7 +106,7 @@ def test_models_that_refuse_channels_last_get_contiguous_images() -> None:
     viewing, reshaping = Viewing(lambda h: h.view(len(h), -1)), Viewing(lambda h: h.reshape(len(h), -1))
     with pytest.raises(RuntimeError, match="view size"):
         viewing(adv.images.contiguous(memory_format=torch.channels_last))
-    found, wanted = (by_name(measure(model, adv, THREAT)) for model in (viewing, reshaping))
+    found, wanted = (by_name(measure(model, adv)) for model in (viewing, reshaping))
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=1e-4)
 
@@ -118,10 +118,10 @@ def test_less_memory_makes_smaller_batches_and_the_same_values(
     images = []
     hook = resnet.stem[0].register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     resnet.double()
-    plenty = by_name(measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2))
+    plenty = by_name(measure(resnet, adv, settings(estimator=estimator, ascent_steps=2)))
     assert max(images) == len(adv)
     images.clear()
-    none = by_name(measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2, memory_bytes=0))
+    none = by_name(measure(resnet, adv, settings(estimator=estimator, ascent_steps=2), memory_bytes=0))
     assert max(images) == estimators.TRACE_IMAGES and images.count(1) >= len(adv)
     hook.remove()
     assert none == pytest.approx(plenty, rel=1e-4, abs=1e-9)
@@ -181,7 +181,7 @@ def test_another_path_than_the_trace_is_computed_plainly(adv: AdversarialSet, no
     torch.manual_seed(0)
     model = Fickle().double()
     expected = plain_boundary(model, adv, 0.1, (0.1,))
-    found = by_name(measure(model, adv, THREAT, rho=0.1, radii=()))
+    found = by_name(measure(model, adv, settings(rho=0.1), radii=()))
     assert found == pytest.approx({name: rises[0] for name, rises in expected.items()}, rel=1e-6)
 
 
@@ -214,8 +214,8 @@ def test_batches_that_do_not_use_a_weight_and_modules_that_return_theirs(estimat
     adv = noise_set((3, 4, 4), 5, count=8)
     bright = torch.arange(8).view(-1, 1, 1, 1) % 4 < 2
     images = torch.where(bright, 0.6 + 0.4 * adv.images, 0.4 * adv.images)
-    adv = AdversarialSet(images, adv.labels, adv.seed)
-    profile = measure(Sometimes().double(), adv, THREAT, estimator=estimator, rho=0.3, radii=(), batch_size=2)
+    adv = AdversarialSet(images, adv.labels, THREAT, adv.seed)
+    profile = measure(Sometimes().double(), adv, settings(estimator=estimator, rho=0.3), radii=(), batch_size=2)
     assert all(value > 0 for value in by_name(profile).values())
     assert set(by_name(profile)) == {"a", "b", "own.inner"}
 
@@ -225,8 +225,8 @@ def test_tied_weights_move_together(adv: AdversarialSet, no_plateau: None) -> No
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.double()
     model[2].weight = model[0].weight
-    small = AdversarialSet(adv.images, adv.labels % 3, 0)
-    profile = measure(model, small, THREAT, rho=0.1, radii=())
+    small = AdversarialSet(adv.images, adv.labels % 3, THREAT, 0)
+    profile = measure(model, small, settings(rho=0.1), radii=())
     expected = plain_boundary(model, small, 0.1, (0.1,))
     assert by_name(profile) == pytest.approx({name: rises[0] for name, rises in expected.items()}, rel=1e-6)
     assert model[2].weight is model[0].weight

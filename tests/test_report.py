@@ -156,12 +156,12 @@ def test_many_models_stand_below_each_other() -> None:
     assert all(figure in shown[-1] for figure in ("pruned int8", "0.610 5.11×", "36.0 [31.9, 40.3]"))
     page = Page(render(run))
     assert page is not None and "5.11 times as fast as the dense one" in " ".join(summary.summary(run))
-    assert "The pruned model does 50" in summary.summary(run)[0]
+    assert "The pruned model needs 50" in summary.summary(run)[0]
     level = latency("half", 1, 3.1, Ratio(1.01, 0.99, 1.03, "no difference"))
     fourth = replace(run.models[1], label="half", latency=(level,))
     assert summary.summary(replace(run, models=(*run.models, fourth)))[-1] == (
-        "The half file cannot be told apart in speed from the dense one at batch 1 and is right on 38.8 % of the "
-        "images even when each one is attacked."
+        "The half file cannot be told apart in latency from the dense one at batch 1 and classifies 38.8 % of the "
+        "attacked images correctly."
     )
 
 
@@ -234,7 +234,7 @@ def test_a_bare_run_still_makes_a_page() -> None:
     assert "only figures" in page.text and "svg" not in page.tags
     Page(render(replace(bare, models=())))
     alone = replace(bare, models=(ModelRow("dense", 10, 20, card=card("dense", 70, 40, 100)),))
-    assert "70.0 % right" in Page(render(alone)).text.replace("\u00a0", " ")
+    assert "classifies 70.0 % of" in Page(render(alone)).text.replace("\u00a0", " ")
 
 
 def test_warnings_are_shown_and_silence_the_all_clear() -> None:
@@ -243,7 +243,7 @@ def test_warnings_are_shown_and_silence_the_all_clear() -> None:
     flagged = replace(run.models[1], card=card("pruned", 300, 200, flags=("Buffers moved.",)), latency=(noisy,))
     shown = Page(render(replace(run, models=(run.models[0], flagged)))).text
     assert "pruned: Buffers moved." in shown
-    assert "is noisy" in shown and "a noisy measurement, to be repeated" in shown
+    assert "is noisy" in shown and "the measurement was noisy and should be repeated" in shown
     assert "No warning was raised" not in shown
     assert "Buffers moved." in to_markdown(replace(run, models=(run.models[0], flagged)))
 

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from sensitivity_models import THREAT, by_name, loss_value, mean_loss, noise_set
+from sensitivity_models import THREAT, by_name, loss_value, mean_loss, noise_set, settings
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -61,7 +61,7 @@ def assert_same(before: list[object], after: list[object]) -> None:
 
 
 def test_gradient_is_the_analytic_derivative(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
-    profile = measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=0.1, radii=(0.2,), batch_size=7)
+    profile = measure(mlp, mlp_adv, settings(estimator="gradient", rho=0.1), radii=(0.2,), batch_size=7)
     mlp.zero_grad()
     mean_loss(mlp, mlp_adv, torch.float64).backward()
     for module in profile.modules:
@@ -72,8 +72,8 @@ def test_gradient_is_the_analytic_derivative(mlp: nn.Module, mlp_adv: Adversaria
 
 
 def test_gradient_is_the_limit_of_boundary(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
-    slope = by_name(measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=1e-5, radii=()))
-    real = by_name(measure(mlp, mlp_adv, THREAT, estimator="boundary", rho=1e-5, radii=()))
+    slope = by_name(measure(mlp, mlp_adv, settings(estimator="gradient", rho=1e-5), radii=()))
+    real = by_name(measure(mlp, mlp_adv, settings(estimator="boundary", rho=1e-5), radii=()))
     assert real == pytest.approx(slope, rel=1e-3)
 
 
@@ -83,7 +83,7 @@ def test_ascent_finds_the_analytic_maximum(rho: float) -> None:
     # layer lowers it along v = W2ᵀ(e_y − e_other), by ‖v‖‖a‖ρ‖W1‖: softplus is monotone, hence a closed form.
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5, bias=False), nn.Linear(5, 2, bias=False)).double()
-    adv = AdversarialSet(torch.rand(1, 1, 2, 2), torch.tensor([1]), 0)
+    adv = AdversarialSet(torch.rand(1, 1, 2, 2), torch.tensor([1]), THREAT, 0)
     first, second = model[1].weight.detach(), model[2].weight.detach()
     a = adv.images.double().flatten()
     v = second[1] - second[0]
@@ -92,14 +92,14 @@ def test_ascent_finds_the_analytic_maximum(rho: float) -> None:
         "1": F.softplus(-(margin - rho * first.norm() * v.norm() * a.norm())),
         "2": F.softplus(-(margin - rho * second.norm() * (first @ a).norm() * 2**0.5)),
     }
-    found = by_name(measure(model, adv, THREAT, estimator="ascent", rho=rho, radii=()))
+    found = by_name(measure(model, adv, settings(estimator="ascent", rho=rho), radii=()))
     for name, value in best.items():
         assert found[name] == pytest.approx(float(value - F.softplus(-margin)), rel=1e-5)
 
 
 def test_ascent_reaches_brute_force(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
     rho = 0.5
-    found = by_name(measure(mlp, mlp_adv, THREAT, estimator="ascent", rho=rho, radii=(), ascent_steps=40))
+    found = by_name(measure(mlp, mlp_adv, settings(estimator="ascent", rho=rho, ascent_steps=40), radii=()))
     generator = torch.Generator().manual_seed(0)
     for target in find_targets(mlp):
         radius = rho * target.weight.detach().norm()
@@ -119,8 +119,8 @@ def test_ascent_reaches_brute_force(mlp: nn.Module, mlp_adv: AdversarialSet) -> 
 
 
 def test_estimators_are_ordered(resnet: nn.Module, adv: AdversarialSet) -> None:
-    boundary = measure(resnet, adv, THREAT, estimator="boundary")
-    ascent = measure(resnet, adv, THREAT, estimator="ascent")
+    boundary = measure(resnet, adv, settings(estimator="boundary"))
+    ascent = measure(resnet, adv, settings(estimator="ascent"))
     for low, high in zip(boundary.modules, ascent.modules, strict=True):
         assert low.name == high.name
         assert high.mrs >= low.mrs - 1e-4  # the search runs in bf16 where the hardware has it
@@ -130,12 +130,12 @@ def test_estimators_are_ordered(resnet: nn.Module, adv: AdversarialSet) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_invariant_under_rescaling(mlp: nn.Module, mlp_adv: AdversarialSet, estimator: str) -> None:
-    before = measure(mlp, mlp_adv, THREAT, estimator=estimator)
+    before = measure(mlp, mlp_adv, settings(estimator=estimator))
     with torch.no_grad():
         mlp[1].weight *= 7.0
         mlp[1].bias *= 7.0
         mlp[3].weight /= 7.0
-    after = measure(mlp, mlp_adv, THREAT, estimator=estimator)
+    after = measure(mlp, mlp_adv, settings(estimator=estimator))
     assert after.modules[0].weight_norm == pytest.approx(7 * before.modules[0].weight_norm)
     for one, two in zip(before.modules, after.modules, strict=True):
         assert two.curve == pytest.approx(one.curve, rel=1e-6)
@@ -152,13 +152,13 @@ def test_a_model_that_ignores_its_weights_has_no_sensitivity(adv: AdversarialSet
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x.mean((2, 3))) * 0
 
-    found = by_name(measure(Constant(), adv, THREAT, estimator=estimator))
+    found = by_name(measure(Constant(), adv, settings(estimator=estimator)))
     assert found == {"layer": 0.0}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_unused_module_has_no_sensitivity(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
-    profile = measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2)
+    profile = measure(resnet, adv, settings(estimator=estimator, ascent_steps=2))
     assert profile.modules[-1].name == "unused"
     assert profile.modules[-1].curve == (0.0,) * len(profile.radii)
     assert all(module.mrs > 0 for module in profile.modules[:-1])
@@ -173,7 +173,7 @@ def test_model_is_left_as_it_came(resnet: nn.Module, adv: AdversarialSet, estima
     mean_loss(resnet, adv).backward()
     before = snapshot(resnet)
     with torch.no_grad():
-        measure(resnet, adv, THREAT, estimator=estimator, ascent_steps=2)
+        measure(resnet, adv, settings(estimator=estimator, ascent_steps=2))
     assert_same(before, snapshot(resnet))
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -195,20 +195,20 @@ def test_model_survives_an_exception(
 
     monkeypatch.setattr(losses.F, "cross_entropy", failing)
     with pytest.raises(KeyboardInterrupt):
-        measure(resnet, adv, THREAT)
+        measure(resnet, adv)
     assert_same(before, snapshot(resnet))
 
 
 def test_an_exception_inside_the_model_restores_forwards(resnet: nn.Module, adv: AdversarialSet) -> None:
     before = snapshot(resnet)
-    wrong = AdversarialSet(torch.rand(2, 4, 8, 8), torch.tensor([0, 1]), 0)
+    wrong = AdversarialSet(torch.rand(2, 4, 8, 8), torch.tensor([0, 1]), THREAT, 0)
     with pytest.raises(RuntimeError):
-        measure(resnet, wrong, THREAT)
+        measure(resnet, wrong)
     assert_same(before, snapshot(resnet))
 
 
 def test_deterministic(resnet: nn.Module, adv: AdversarialSet) -> None:
-    assert measure(resnet, adv, THREAT) == measure(resnet, adv, THREAT)
+    assert measure(resnet, adv) == measure(resnet, adv)
 
 
 def test_parts_represent_the_set_in_whatever_order() -> None:
@@ -219,7 +219,7 @@ def test_parts_represent_the_set_in_whatever_order() -> None:
     order = torch.randperm(200)
     found = []
     for chosen in (torch.arange(200), order):
-        adv = AdversarialSet(images[chosen], labels[chosen], 0)
+        adv = AdversarialSet(images[chosen], labels[chosen], THREAT, 0)
         found.append(losses.RobustLoss(model, adv, 64, torch.device("cpu")).stratified().part(20))
     part, other = (loss.adv for loss in found)
     assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
@@ -231,20 +231,20 @@ def test_parts_represent_the_set_in_whatever_order() -> None:
 
 
 def test_images_in_another_order_give_the_same(resnet: nn.Module, adv: AdversarialSet) -> None:
-    flipped = AdversarialSet(adv.images.flip(0), adv.labels.flip(0), adv.seed)
+    flipped = AdversarialSet(adv.images.flip(0), adv.labels.flip(0), THREAT, adv.seed)
     resnet.double()  # so that sums in another order agree
-    there, back = (by_name(measure(resnet, found, THREAT, radii=())) for found in (adv, flipped))
+    there, back = (by_name(measure(resnet, found, radii=())) for found in (adv, flipped))
     assert there == pytest.approx(back, rel=1e-9, abs=1e-12)
 
 
 def test_modules_in_order_of_execution(resnet: nn.Module, adv: AdversarialSet) -> None:
-    names = [module.name for module in measure(resnet, adv, THREAT, estimator="gradient").modules]
+    names = [module.name for module in measure(resnet, adv, settings(estimator="gradient")).modules]
     assert names[:2] == ["stem.0", "layer1.0.conv1"]
     assert names[-5:] == ["functional", "attention", "attention.out_proj", "head", "unused"]
 
 
 def test_json_round_trip(resnet: nn.Module, adv: AdversarialSet) -> None:
-    profile = measure(resnet, adv, THREAT, groups=[group("a", "stem.0", "layer1.0.conv2")])
+    profile = measure(resnet, adv, groups=[group("a", "stem.0", "layer1.0.conv2")])
     assert from_json(SensitivityProfile, json.loads(json.dumps(to_json(profile)))) == profile
     assert profile.rho in profile.radii and list(profile.radii) == sorted(profile.radii)
 
@@ -255,7 +255,7 @@ def group(name: str, *producers: str) -> ChannelGroup:
 
 
 def test_group_aggregations(resnet: nn.Module, adv: AdversarialSet) -> None:
-    profile = measure(resnet, adv, THREAT, groups=[group("g", "stem.0", "layer1.0.conv2")])
+    profile = measure(resnet, adv, groups=[group("g", "stem.0", "layer1.0.conv2")])
     a, b = by_name(profile)["stem.0"], by_name(profile)["layer1.0.conv2"]
     expected = {"sum": a + b, "max": max(a, b), "mean": (a + b) / 2, "quadrature": (a * a + b * b) ** 0.5}
     assert profile.aggregation == "sum" and profile.groups[0].mrs == pytest.approx(a + b)
@@ -271,7 +271,7 @@ def test_group_aggregations(resnet: nn.Module, adv: AdversarialSet) -> None:
 
 def test_damping_counts_a_group_once_a_producer(resnet: nn.Module, adv: AdversarialSet) -> None:
     pair = group("pair", "stem.0", "layer1.0.conv2")
-    profile = measure(resnet, adv, THREAT, groups=[pair])
+    profile = measure(resnet, adv, groups=[pair])
     a, b = (next(m for m in profile.modules if m.name == name) for name in pair.producers)
     half = tempered(profile, [pair], 0.5)
     assert half.groups[0].mrs == pytest.approx(a.mrs**0.5 + b.mrs**0.5)
@@ -282,7 +282,7 @@ def test_damping_counts_a_group_once_a_producer(resnet: nn.Module, adv: Adversar
 
 def test_sum_is_the_joint_first_order_rise(mlp: nn.Module, mlp_adv: AdversarialSet) -> None:
     rho = 1e-5
-    profile = measure(mlp, mlp_adv, THREAT, estimator="gradient", rho=rho, radii=(), groups=[group("g", "1", "3")])
+    profile = measure(mlp, mlp_adv, settings(estimator="gradient", rho=rho), radii=(), groups=[group("g", "1", "3")])
     mlp.zero_grad()
     base = mean_loss(mlp, mlp_adv, torch.float64)
     base.backward()
@@ -297,44 +297,59 @@ def test_sum_is_the_joint_first_order_rise(mlp: nn.Module, mlp_adv: AdversarialS
 def test_non_finite_loss_is_a_clear_error(resnet: nn.Module, adv: AdversarialSet, estimator: str) -> None:
     resnet.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(UsageError, match="robust loss is nan at the given weights"):
-        measure(resnet, adv, THREAT, estimator=estimator)
+        measure(resnet, adv, settings(estimator=estimator))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "hessian"}, "estimator must be one of gradient, boundary, ascent, got 'hessian'"),
-        ({"rho": 0.0}, "rho and radii must be finite and > 0"),
-        ({"radii": (0.1, float("inf"))}, "rho and radii must be finite and > 0"),
+        ({"radii": (0.1, float("inf"))}, "radii must be finite and > 0"),
+        ({"radii": (0.0,)}, "radii must be finite and > 0"),
         ({"batch_size": 0}, "at least 1"),
-        ({"aggregation": "median"}, "aggregation must be one of"),
     ],
 )
 def test_bad_arguments(resnet: nn.Module, adv: AdversarialSet, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        measure(resnet, adv, THREAT, **arguments)  # type: ignore[arg-type]
+        measure(resnet, adv, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"estimator": "hessian"},
+            r"sensitivity\.estimator must be one of 'gradient', 'boundary' or 'ascent', got 'hessian'",
+        ),
+        ({"rho": 0.0}, r"sensitivity\.rho: input should be greater than 0"),
+        ({"ascent_steps": 0}, r"sensitivity\.ascent_steps: input should be greater than or equal to 1"),
+        ({"aggregation": "median"}, r"sensitivity\.aggregation must be one of 'sum', .*, got 'median'"),
+    ],
+)
+def test_bad_settings(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings(**values)
 
 
 def test_models_that_cannot_be_measured(adv: AdversarialSet) -> None:
     with pytest.raises(UsageError, match="no convolution, linear or attention"):
-        measure(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), adv, THREAT)
+        measure(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), adv)
     normed = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5)))
     with pytest.raises(UsageError, match="remove_parametrizations"):
-        measure(normed, adv, THREAT)
+        measure(normed, adv)
     spectral = nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(192, 5)))
     with pytest.raises(UsageError, match=r"spectral norm: torch\.nn\.utils\.remove_spectral_norm"):
-        measure(spectral, adv, THREAT)
+        measure(spectral, adv)
     masked = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     prune.l1_unstructured(masked[1], "weight", 0.5)
     with pytest.raises(UsageError, match=r"'1' is computed from others.*torch\.nn\.utils\.prune\.remove"):
-        measure(masked, adv, THREAT)
+        measure(masked, adv)
 
 
 def test_wrapped_and_double_models(resnet: nn.Module, adv: AdversarialSet) -> None:
     groups = [ChannelGroup("shared", 6, (GroupSlice("shared", "out", tuple(range(6)), tuple(range(6))),))]
-    plain = measure(resnet, adv, THREAT, groups=groups)
+    plain = measure(resnet, adv, groups=groups)
     for wrapped in (nn.DataParallel(resnet), torch.compile(resnet, backend="eager")):
-        assert measure(wrapped, adv, THREAT, groups=groups) == plain
+        assert measure(wrapped, adv, groups=groups) == plain
     images = TensorImages((adv.images * 255).byte(), adv.labels)
     made = make_adversarial_set(resnet.double(), images, THREAT, SensitivitySection(steps=2))
     assert made.images.dtype == torch.float32
@@ -344,9 +359,9 @@ def test_gradient_checkpointing_is_put_aside() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
     adv = noise_set((3, 32, 32), 5, count=2)
-    plain = measure(model, adv, THREAT)
+    plain = measure(model, adv)
     model.set_grad_checkpointing(True)
-    assert measure(model, adv, THREAT) == plain
+    assert measure(model, adv) == plain
     assert model.grad_checkpointing
 
 
@@ -371,7 +386,7 @@ def test_adversarial_set(resnet: nn.Module) -> None:
     assert torch.equal(images.labels[source], made.labels)
     resnet.eval()
     attacked = loss_value(resnet, made)
-    assert attacked > loss_value(resnet, AdversarialSet(clean[source], made.labels, 0))
+    assert attacked > loss_value(resnet, AdversarialSet(clean[source], made.labels, THREAT, 0))
 
 
 def test_adversarial_set_refuses_nonsense(resnet: nn.Module) -> None:
@@ -381,7 +396,7 @@ def test_adversarial_set_refuses_nonsense(resnet: nn.Module) -> None:
     with pytest.raises(UsageError, match="batch_size of the adversarial set must be at least 1, got 0"):
         make_adversarial_set(resnet, empty, THREAT, batch_size=0)
     with pytest.raises(UsageError, match="one label an image"):
-        AdversarialSet(torch.zeros(2, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 0)
+        AdversarialSet(torch.zeros(2, 3, 8, 8), torch.zeros(1, dtype=torch.int64), THREAT, 0)
 
 
 def test_default_radii_contain_the_default_rho() -> None:
@@ -389,7 +404,7 @@ def test_default_radii_contain_the_default_rho() -> None:
 
 
 def test_the_table_ranks_modules(resnet: nn.Module, adv: AdversarialSet) -> None:
-    profile = measure(resnet, adv, THREAT, estimator="gradient")
+    profile = measure(resnet, adv, settings(estimator="gradient"))
     console = Console(record=True, width=140, quiet=False, file=io.StringIO())
     console.print(render_table(profile))
     text = console.export_text()

@@ -26,12 +26,12 @@ class Forbidden:
         raise AssertionError("the test split was read")
 
 
-@pytest.mark.parametrize("of", ["macs", "latency"])
-def test_nothing_is_measured_chosen_or_trained_on_test_images(tmp_path, monkeypatch, of):
+@pytest.mark.parametrize("metric", ["macs", "latency"])
+def test_nothing_is_measured_chosen_or_trained_on_test_images(tmp_path, monkeypatch, metric):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
-    flags = {"data.name": "toy.npz", "finetune.epochs": 1, "pruning.of": of, "pruning.cuts": 2}
+    flags = {"data.name": "toy.npz", "finetune.epochs": 1, "pruning.metric": metric, "pruning.cuts": 2}
     recipe = resolve(None, flags, QUICK[1::2], demo=False)
     data = open_data(recipe)
     loaded = open_model_for("weights.pt", data, recipe, "model.py:make_model")

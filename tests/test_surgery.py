@@ -29,7 +29,7 @@ from robust_prune.errors import UsageError
 from robust_prune.models.manifest import apply_changes, describe_changes
 from robust_prune.structure.groups import GroupSearch, find_candidates, find_groups
 from robust_prune.structure.masking import masked
-from robust_prune.structure.trial import Bench, Candidate, Cut
+from robust_prune.structure.trial import Candidate, Cut, Trial
 from robust_prune.surgery.apply import apply
 
 
@@ -223,17 +223,17 @@ def test_masking_is_undone_bit_for_bit() -> None:
 
 
 def test_the_proof_catches_a_wrong_channel() -> None:
-    bench = Bench(Residual(), example())
-    candidate = next(c for c in find_candidates(bench)[0] if c.group.name == "stem")
+    trial = Trial(Residual(), example())
+    candidate = next(c for c in find_candidates(trial)[0] if c.group.name == "stem")
     slices = list(candidate.group.slices)
     where = next(i for i, s in enumerate(slices) if (s.target, s.side) == ("conv1", "in"))
     slices[where] = replace(slices[where], root=slices[where].root[::-1])
     wrong = Candidate(replace(candidate.group, slices=tuple(slices)))
-    outcome = bench.attempt([Cut(wrong, (0, 1, 4))])
+    outcome = trial.attempt([Cut(wrong, (0, 1, 4))])
     assert "differs from the masked dense model" in outcome.reason
-    assert bench.small.stem.out_channels == 12
-    assert bench.attempt([Cut(candidate, (0, 1, 4))]).reason == ""
-    assert bench.small.stem.out_channels == 9
+    assert trial.small.stem.out_channels == 12
+    assert trial.attempt([Cut(candidate, (0, 1, 4))]).reason == ""
+    assert trial.small.stem.out_channels == 9
 
 
 @pytest.mark.parametrize("name", ["residual", "grouped", "wide_resnet", "vit"])

@@ -24,14 +24,14 @@ from robust_prune.budget.types import PruningPlan
 from robust_prune.serialization import from_json, to_json
 from robust_prune.structure.groups import find_groups
 from robust_prune.structure.tracing import TracedGroup, trace_groups
-from robust_prune.structure.trial import Bench
+from robust_prune.structure.trial import Trial
 from robust_prune.structure.types import GroupSlice
 from robust_prune.surgery.apply import apply
 
 
 def traced(model: nn.Module, **options: object) -> dict[str, TracedGroup]:
-    bench = Bench(model.eval(), example())
-    return {g.root: g for g in trace_groups(bench.dense, bench.images[:1], **options)}  # type: ignore[arg-type]
+    trial = Trial(model.eval(), example())
+    return {g.root: g for g in trace_groups(trial.dense, trial.images[:1], **options)}  # type: ignore[arg-type]
 
 
 def slices(group: TracedGroup) -> dict[tuple[str, str], GroupSlice]:
@@ -89,7 +89,7 @@ def test_the_split_size_is_repaired() -> None:
 def test_widths_that_only_code_ties_are_bundled() -> None:
     search = find_groups(TiedAttention(), example())
     (bundle,) = search.groups
-    assert bundle.members == ("embed", "q") and bundle.blocks == 2 and search.refused == ()
+    assert bundle.members == ("embed", "q") and bundle.blocks == 2 and search.skipped == ()
     assert {(s.target, s.side) for s in bundle.slices} == {
         ("embed", "out"), ("norm", "norm"), ("q", "in"), ("kv", "in"), ("proj", "out"), ("head", "in"),
         ("q", "out"), ("kv", "out"), ("proj", "in"),
@@ -110,7 +110,7 @@ def test_attention_whose_layers_are_never_called_is_found_by_their_weights() -> 
     model = randomised(model).eval()
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     search = find_groups(model, image)
-    assert not search.refused
+    assert not search.skipped
     done = apply(model, from_json(PruningPlan, json.loads(json.dumps(to_json(plan_of(search))))), image)
     assert not done.rolled_back
     block = done.model.get_submodule("features.1.1.attn")
@@ -161,7 +161,7 @@ def test_a_model_that_bears_no_other_values_is_pruned_as_far_as_the_graph_goes()
         trace_groups(Picky().eval(), example())
     search = find_groups(Picky(), example())
     assert [g.name for g in search.groups] == ["a"]
-    assert [r.name for r in search.refused] == ["b"]
+    assert [r.name for r in search.skipped] == ["b"]
 
 
 def test_a_model_that_changes_its_way_is_refused() -> None:

@@ -135,7 +135,8 @@ def test_a_killed_run_ends_bit_identical(tmp_path, monkeypatch, kill_at):
 
     monkeypatch.setattr(trainer._Run, "_step", step)
     checkpoint = tmp_path / "checkpoint.pt"
-    arguments = dict(checkpoint=checkpoint, checkpoint_seconds=0.0)
+    arguments = dict(checkpoint=checkpoint)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(_Killed):
         train(_model(), _images(96), _images(30, 1), THREAT, settings, **arguments)
     begun, calls, kill_at = checkpoint.exists(), 0, 0

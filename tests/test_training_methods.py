@@ -145,17 +145,16 @@ def test_a_users_loss_trains_resumes_and_is_part_of_the_key(mine: Path, tmp_path
         return step(run, indices)
 
     monkeypatch.setattr(trainer._Run, "_step", dying)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     resumed, checkpoint = _model(), tmp_path / "checkpoint.pt"
     arguments = (_images(96), _images(30, 1), THREAT, settings)
     with pytest.raises(_Killed):
-        train(resumed, *arguments, checkpoint=checkpoint, checkpoint_seconds=0)
+        train(resumed, *arguments, checkpoint=checkpoint)
     resumed = _model()
-    train(resumed, *arguments, checkpoint=checkpoint, checkpoint_seconds=0)
+    train(resumed, *arguments, checkpoint=checkpoint)
     assert all(torch.equal(value, _weights(whole)[name]) for name, value in _weights(resumed).items())
     mine.write_text(MINE + "\n# changed\n", encoding="utf-8")
-    run = trainer._Run(
-        _model(), *arguments, 0, trainer.make_accelerator(settings, "cpu", tmp_path), checkpoint, 0, None
-    )
+    run = trainer._Run(_model(), *arguments, 0, trainer.make_accelerator(settings, "cpu", tmp_path), checkpoint, None)
     assert not run.resume()
 
 

@@ -109,8 +109,8 @@ def test_plain_pruning_is_judged_by_the_same_rule():
 
     def judged(arch: str) -> dict:
         spec = registry.make_spec(arch, num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
-        twin, dtype = make_reference(registry.build(spec).eval(), images[:1].float())
-        return plain_pruning.prune_plain(twin, 10, images.to(dtype))[1]
+        reference, dtype = make_reference(registry.build(spec).eval(), images[:1].float())
+        return plain_pruning.prune_plain(reference, 10, images.to(dtype))[1]
 
     sound = judged("cifar/resnet20")
     assert sound["runs"] and sound["parity"] < 1e-9 and sound["groups"] == 12
@@ -123,8 +123,8 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     results = ROOT / "benchmarks" / "results"
     stored = json.loads((results / "zoo.json").read_text(encoding="utf-8"))
     assert (results / "zoo.md").read_text(encoding="utf-8") == zoo.table(stored)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert zoo.in_readme(readme, stored) == readme
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert zoo.in_page(page, stored) == page
     assert set(stored["rows"]) <= set(zoo.models())
 
 

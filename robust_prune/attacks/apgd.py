@@ -35,6 +35,7 @@ BUCKETS = 8
 """Into so many sizes a batch shrinks while images fall: few shapes to compile or to tune for."""
 
 
+# Ten parameters: those of `pgd` that apply, and the loss; callers set three or four.
 def apgd(
     model: nn.Module,
     x: Tensor,

@@ -40,6 +40,7 @@ def cross_entropy_objective(y: Tensor) -> Objective:
     return objective
 
 
+# Eleven parameters: an attack's own knobs, as other libraries of attacks name them; callers set two or three.
 def pgd(
     model: nn.Module,
     x: Tensor,

@@ -17,7 +17,7 @@ from ..sensitivity.profile import SensitivityProfile
 from ..structure.types import ChannelGroup
 from .analysis import Analysis
 from .cost import QuadraticForm
-from .rounding import floor_of, land
+from .rounding import floor_of, round_to_budget
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -100,11 +100,11 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     Args:
         analysis: of the model.
         section: allocation, what the budget counts, multiples of widths, and the floor.
-        budget: cost that may remain, in units of ``section.of``.
+        budget: cost that may remain, in units of ``section.metric``.
 
     Returns:
         Channels to keep, by group name. They are the floors if the budget is below what they cost, and everything if it
-        is above the dense cost. Compare `cost.cost(kept, of)` with the budget.
+        is above the dense cost. Compare `cost.cost(kept, metric)` with the budget.
 
     Raises:
         UsageError: an unknown allocation, one that answers in another form, or an input that it needs and lacks.
@@ -114,7 +114,7 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
         raise UsageError("the groups are not those that the cost model was made from")
     floors = np.array([floor_of(g, section.min_keep) for g in groups], dtype=np.float64)
     problem = Problem(
-        groups, cost.form(section.of), budget, floors, cost.dense, section, analysis.profile, analysis.scores,
+        groups, cost.form(section.metric), budget, floors, cost.dense, section, analysis.profile, analysis.scores,
         analysis.removed,
     )  # fmt: skip
     wish = ALLOCATIONS.load(section.allocation)(problem)
@@ -123,7 +123,7 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     losses = wish.losses or [
         ((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, wish.widths, strict=True)
     ]
-    keep = land(
-        groups, wish.widths, losses, problem.form, budget, align=section.align, min_keep=section.min_keep
+    keep = round_to_budget(
+        groups, wish.widths, losses, problem.form, budget, round_to=section.round_to, min_keep=section.min_keep
     )  # fmt: skip
     return {g.name: int(k) for g, k in zip(groups, keep, strict=True)}

@@ -43,7 +43,7 @@ class Analysis(Shown):
 
     def short(self) -> str:
         """Groups, cost and how sensitivity was measured."""
-        whole = f", {len(self.search.refused)} that stay whole" if self.search.refused else ""
+        whole = f", {len(self.search.skipped)} that stay whole" if self.search.skipped else ""
         measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
         return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
 
@@ -73,7 +73,7 @@ def analyse(
     Raises:
         UsageError: the model has no group of channels that can be cut.
     """
-    threat, section, example = recipe.threat_model, recipe.sensitivity, spec.blank_image()
+    section, example = recipe.sensitivity, spec.blank_image()
     model.cpu()
     search = find_groups(model, example)
     check_groups(search)
@@ -81,12 +81,8 @@ def analyse(
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))
     cost = cost_model(model, example, search.groups)
     model.to(device)
-    adv = make_adversarial_set(model, images, threat, section, seed=recipe.seed, device=device)
-    profile = measure(
-        model, adv, threat,
-        estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
-        device=device,
-    )  # fmt: skip
+    adv = make_adversarial_set(model, images, recipe.threat_model, section, seed=recipe.seed, device=device)
+    profile = measure(model, adv, section, groups=search.groups, device=device)
     scores = channel_scores(
         model, search.groups, recipe.pruning.criterion,
         adv=adv, clean=random_images(images, section.images, recipe.seed), seed=recipe.seed, device=device,
@@ -98,5 +94,5 @@ def analyse(
 def check_groups(search: GroupSearch) -> None:
     """Raises UsageError if there is nothing to cut."""
     if not search.groups:
-        reason = f": {search.refused[0].name}: {search.refused[0].reason}" if search.refused else ""
+        reason = f": {search.skipped[0].name}: {search.skipped[0].reason}" if search.skipped else ""
         raise UsageError(f"the model has no group of channels that can be cut{reason}")

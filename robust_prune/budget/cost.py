@@ -23,9 +23,9 @@ from ..models.wrappers import unwrap
 from ..structure.types import ChannelGroup
 from .counting import Product, count_macs, count_params, trace_products
 
-__all__ = ["CostModel", "Of", "QuadraticForm", "cost_model", "count_macs", "count_params"]
+__all__ = ["CostModel", "Metric", "QuadraticForm", "cost_model", "count_macs", "count_params"]
 
-Of = Literal["macs", "params", "channels"]
+Metric = Literal["macs", "params", "channels"]
 Floats = npt.NDArray[np.float64]
 _QUERY_NAMES = ("qkv", "q", "query", "q_proj", "to_q", "to_qkv", "in_proj_weight")
 
@@ -77,19 +77,19 @@ class CostModel:
             raise UsageError(f"the cost model has no group {sorted(unknown)[0]!r}. It has {', '.join(self.names)}.")
         return np.array([keep.get(n, d) for n, d in zip(self.names, self.dense, strict=True)], dtype=np.float64)
 
-    def form(self, of: str) -> QuadraticForm:
+    def form(self, metric: str) -> QuadraticForm:
         """The quadratic form of ``macs``, ``params`` or ``channels``.
 
         Raises:
             UsageError: any other name.
         """
-        if of not in self.forms:
-            raise UsageError(f"of must be one of {', '.join(get_args(Of))}, got {of!r}")
-        return self.forms[of]
+        if metric not in self.forms:
+            raise UsageError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+        return self.forms[metric]
 
-    def cost(self, keep: Mapping[str, int], of: str) -> int:
-        """Cost at the given widths, in the units of `of`."""
-        return round(self.form(of).value(self.counts(keep)))
+    def cost(self, keep: Mapping[str, int], metric: str) -> int:
+        """Cost at the given widths, in the units of `metric`."""
+        return round(self.form(metric).value(self.counts(keep)))
 
     def macs(self, keep: Mapping[str, int]) -> int:
         """Multiply-accumulates of one image at the given widths."""
@@ -103,9 +103,9 @@ class CostModel:
         """Channels of all groups together at the given widths, each group counted once."""
         return self.cost(keep, "channels")
 
-    def marginal(self, keep: Mapping[str, int], of: str) -> dict[str, float]:
+    def marginal(self, keep: Mapping[str, int], metric: str) -> dict[str, float]:
         """What one channel of each group costs at the given widths."""
-        gradient = self.form(of).gradient(self.counts(keep))
+        gradient = self.form(metric).gradient(self.counts(keep))
         return dict(zip(self.names, gradient.tolist(), strict=True))
 
 

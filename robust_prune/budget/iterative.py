@@ -10,7 +10,7 @@ from .rounding import TOLERANCE
 from .types import PruningPlan
 
 
-def remaining_ratio(before: Sequence[PruningPlan], ratio: float, of: str, steps: int) -> float:
+def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, steps: int) -> float:
     """Share of the *present* model that the next cut removes, so that equal shares remain after each of `steps` cuts.
 
     What earlier cuts took too much or too little is made good, and the last one lands on the whole budget.
@@ -18,7 +18,7 @@ def remaining_ratio(before: Sequence[PruningPlan], ratio: float, of: str, steps:
     Args:
         before: the cuts so far.
         ratio: share of the dense model's cost to remove in all, in (0, 1).
-        of: ``macs``, ``params`` or ``channels``.
+        metric: ``macs``, ``params`` or ``channels``.
         steps: number of cuts, more than were made.
 
     Raises:
@@ -29,15 +29,15 @@ def remaining_ratio(before: Sequence[PruningPlan], ratio: float, of: str, steps:
         raise UsageError(f"a cut number {done + 1} was asked for, but only {steps} are planned")
     if not before:
         return 1 - (1 - ratio) ** (1 / steps)
-    left = _cost(before[-1], of, after=True) / _cost(before[0], of, after=False)
+    left = _cost(before[-1], metric, after=True) / _cost(before[0], metric, after=False)
     target = (1 - ratio) ** ((done + 1) / steps)
     return min(max(1 - target / left, 1e-6), 1 - 1e-6)
 
 
-def _cost(plan: PruningPlan, of: str, *, after: bool) -> int:
-    if of == "channels":
+def _cost(plan: PruningPlan, metric: str, *, after: bool) -> int:
+    if metric == "channels":
         return sum(g.keep if after else g.channels for g in plan.groups)
-    if of == "params":
+    if metric == "params":
         return plan.params_after if after else plan.params_before
     return plan.macs_after if after else plan.macs_before
 
@@ -95,12 +95,12 @@ def compose(plans: Sequence[PruningPlan], ratio: float) -> PruningPlan:
     groups = tuple(
         replace(seen[name], removed=tuple(sorted(set(range(seen[name].channels)) - set(alive[name])))) for name in names
     )
-    if first.of == "latency":  # measured against the dense model in every cut, so the last one's word holds
+    if first.metric == "latency":  # measured against the dense model in every cut, so the last one's word holds
         reached, note = ratio, last.note
     else:
-        reached, note = 1 - _cost(last, first.of, after=True) / _cost(first, first.of, after=False), ""
+        reached, note = 1 - _cost(last, first.metric, after=True) / _cost(first, first.metric, after=False), ""
     if abs(reached - ratio) > TOLERANCE:
-        note = f"asked to remove {ratio:.1%} of {first.of}, {len(plans)} cuts came to {reached:.1%}. {last.note}"
+        note = f"asked to remove {ratio:.1%} of {first.metric}, {len(plans)} cuts came to {reached:.1%}. {last.note}"
     return replace(
         first, ratio=ratio, groups=groups, macs_after=last.macs_after, params_after=last.params_after, note=note.strip()
     )

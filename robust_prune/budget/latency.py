@@ -96,7 +96,7 @@ def plan_for_latency(
     tried = [Tried(0.0, present)]
     plans: list[PruningPlan] = []
     while (share := next_share(tried, wanted)) is not None:
-        plan = make_plan(analysis, section.model_copy(update={"of": "macs", "ratio": share}))
+        plan = make_plan(analysis, section.model_copy(update={"metric": "macs", "ratio": share}))
         if any(plan.groups == other.groups for other in plans):
             break
         plans.append(plan)
@@ -106,7 +106,7 @@ def plan_for_latency(
         if plan.note and tried[-1].kept > wanted:
             break  # not even the most that can be cut is fast enough
     if not plans:  # an earlier cut is as fast as was asked already; the smallest step that there is
-        plans.append(make_plan(analysis, section.model_copy(update={"of": "macs", "ratio": NARROW})))
+        plans.append(make_plan(analysis, section.model_copy(update={"metric": "macs", "ratio": NARROW})))
         tried.append(tried[0])
     best, kept = min(zip(plans, (t.kept for t in tried[1:]), strict=True), key=lambda pair: abs(pair[1] / wanted - 1))
     note = ""
@@ -115,4 +115,4 @@ def plan_for_latency(
             f"asked for {wanted:.1%} of the dense latency ({conditions}), the nearest that was found is "
             f"{kept:.1%}. {best.note}"
         ).strip()
-    return replace(best, ratio=section.ratio, of="latency", note=note)
+    return replace(best, ratio=section.ratio, metric="latency", note=note)

@@ -25,7 +25,7 @@ _BAR = 12
 def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     """Plans the removal of `section.ratio` of the model's cost; the lowest-scored channels of each group go.
 
-    A budget that the structure does not allow (floors, refused groups) is no error: the plan is the nearest that can be
+    A budget that the structure does not allow (floors, skipped groups) is no error: the plan is the nearest that can be
     had and its `note` names the ratio it reaches, so that the caller can go on, warn or stop.
 
     Args:
@@ -38,7 +38,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     """
     search, cost, profile = analysis.search, analysis.cost, analysis.profile
     check_groups(search)
-    keep = allocate(analysis, section, (1 - section.ratio) * cost.cost({}, section.of))
+    keep = allocate(analysis, section, (1 - section.ratio) * cost.cost({}, section.metric))
     mrs = {} if profile is None else {group.name: group.mrs for group in profile.groups}
     planned = tuple(
         PlannedGroup(
@@ -48,12 +48,12 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     )
     return PruningPlan(
         ratio=section.ratio,
-        of=section.of,
+        metric=section.metric,
         allocation=section.allocation,
         criterion=section.criterion,
-        align=section.align,
+        round_to=section.round_to,
         groups=planned,
-        refused=tuple(search.refused),
+        skipped=tuple(search.skipped),
         macs_before=cost.macs({}),
         macs_after=cost.macs(keep),
         params_before=cost.params({}),
@@ -64,7 +64,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
 
 def render_plan(plan: PruningPlan) -> Table:
     """The plan as a table: channels before and after with a bar and MRS a group, totals at the foot."""
-    title = f"Plan: remove {plan.ratio:.0%} of {plan.of} ({plan.allocation} allocation, {plan.criterion} scores)"
+    title = f"Plan: remove {plan.ratio:.0%} of {plan.metric} ({plan.allocation} allocation, {plan.criterion} scores)"
     table = Table(title=title, caption=escape(plan.note) or None, show_footer=True)
     left = (plan.macs_after / plan.macs_before, plan.params_after / plan.params_before)
     # Layer names differ at their ends, so a narrow terminal must fold them rather than cut them off.
@@ -78,8 +78,8 @@ def render_plan(plan: PruningPlan) -> Table:
         share = group.keep / group.channels
         mrs = "" if group.mrs is None else f"{group.mrs:.3g}"
         table.add_row(group.name, str(group.channels), str(group.keep), f"{share:.0%}", _bar(share), mrs)
-    for refused in plan.refused:
-        table.add_row(escape(f"{refused.name}: {refused.reason}"), "", "whole", "", "", "", style="dim")
+    for whole in plan.skipped:
+        table.add_row(escape(f"{whole.name}: {whole.reason}"), "", "whole", "", "", "", style="dim")
     return table
 
 
@@ -91,13 +91,13 @@ def _lowest(group: ChannelGroup, scores: Mapping[str, Tensor], keep: int) -> tup
 
 
 def _note(search: GroupSearch, cost: CostModel, keep: Mapping[str, int], section: PruningSection) -> str:
-    ratio, of = section.ratio, section.of
-    reached = 1 - cost.cost(keep, of) / cost.cost({}, of)
+    ratio, metric = section.ratio, section.metric
+    reached = 1 - cost.cost(keep, metric) / cost.cost({}, metric)
     if abs(reached - ratio) <= TOLERANCE:
         return ""
-    asked = f"asked to remove {ratio:.1%} of {of}, the nearest"
+    asked = f"asked to remove {ratio:.1%} of {metric}, the nearest"
     if all(keep[g.name] == floor_of(g, section.min_keep) for g in search.groups):
-        whole = f" and {len(search.refused)} groups stay whole" if search.refused else ""
+        whole = f" and {len(search.skipped)} groups stay whole" if search.skipped else ""
         lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in search.groups) else ""
         said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"
         return f"{said}. Lower {lower}the ratio."

@@ -1,9 +1,8 @@
-"""From wished widths to whole, aligned widths that cost what the budget says.
+"""From wished widths to whole widths, multiples of `round_to`, that cost what the budget says.
 
-Every group may keep a count from its own ladder of *levels* (multiples of the alignment, its floor, its dense size).
-The landing starts at the nearest levels, steps down to the budget, then takes single steps and exchanges between pairs
-of groups as long as they lower the allocation's own loss. Groups leave the aligned ladder
-only if no aligned widths come close.
+Every group may keep a count from its own list of allowed widths (multiples of `round_to`, its floor, its dense size).
+The search starts at the nearest of them, steps down to the budget, then takes single steps and exchanges between pairs
+of groups as long as they lower the allocation's own loss. Groups leave the multiples only if none of them come close.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ TOLERANCE = 0.01
 """Largest distance to the budget, as a share of the dense cost."""
 _MIN_LEVELS = 4
 _MAX_MOVES = 2000
-_STARTS = (0.97, 1.0, 1.03)  # on the wished widths: narrow models have few landings, and steps may miss one
-_REACH = (1, 2, 4)  # levels a step may take: exchanges between cheap and dear groups rarely balance one for one
+_STARTS = (0.97, 1.0, 1.03)  # on the wished widths: narrow models have few widths on the budget, and steps may miss one
+_REACH = (1, 2, 4)  # allowed widths a step may pass: exchanges between cheap and dear groups rarely balance one for one
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -40,17 +39,17 @@ def floor_of(group: ChannelGroup, min_keep: float) -> int:
     return min(group.channels, math.ceil(least / group.blocks) * group.blocks)
 
 
-def levels_of(group: ChannelGroup, align: int, min_keep: float) -> Ints:
+def allowed_widths(group: ChannelGroup, round_to: int, min_keep: float) -> Ints:
     """Counts that `group` may keep, ascending; the last is its dense size.
 
-    They are the multiples of `align` (halved until a narrow group has four of them) and of the group's blocks.
+    They are the multiples of `round_to` (halved until a narrow group has four of them) and of the group's blocks.
 
     Args:
         group: the group.
-        align: wished multiple, at least 1.
+        round_to: wished multiple, at least 1.
         min_keep: share in [0, 1).
     """
-    step = align
+    step = round_to
     while step > 1 and group.channels < _MIN_LEVELS * step:
         step = step // 2
     step = math.lcm(step, group.blocks)
@@ -61,14 +60,14 @@ def levels_of(group: ChannelGroup, align: int, min_keep: float) -> Ints:
     return np.array([*range(first, group.channels, step), group.channels], dtype=np.int64)
 
 
-def land(
+def round_to_budget(
     groups: Sequence[ChannelGroup],
     wished: Floats,
     losses: Sequence[Floats],
     form: QuadraticForm,
     budget: float,
     *,
-    align: int = 8,
+    round_to: int = 8,
     min_keep: float = 0.1,
 ) -> Ints:
     """Whole widths that cost at most `budget`, or a little more where nothing below is within `TOLERANCE`.
@@ -81,33 +80,33 @@ def land(
         losses: per group, the allocation's loss at each kept count 0..channels, [channels + 1].
         form: the cost.
         budget: cost that may remain, in the form's units.
-        align: wished multiple of the widths.
+        round_to: wished multiple of the widths.
         min_keep: floor as a share of each group.
 
     Returns:
         Kept channels [groups].
     """
-    tries = [_land_from(wished * scale, groups, losses, form, budget, align, min_keep) for scale in _STARTS]
+    tries = [_round_from(wished * scale, groups, losses, form, budget, round_to, min_keep) for scale in _STARTS]
     return min(tries, key=_Search.merit).keep.astype(np.int64)
 
 
-def _land_from(
+def _round_from(
     wished: Floats,
     groups: Sequence[ChannelGroup],
     losses: Sequence[Floats],
     form: QuadraticForm,
     budget: float,
-    align: int,
+    round_to: int,
     min_keep: float,
 ) -> _Search:
-    ladders = [levels_of(group, align, min_keep) for group in groups]
-    search = _Search(groups, losses, form, budget, ladders, min_keep)
+    allowed = [allowed_widths(group, round_to, min_keep) for group in groups]
+    search = _Search(groups, losses, form, budget, allowed, min_keep)
     search.place(wished)
     search.solve()
-    while not search.landed() and (choice := search.most_helpful()) is not None:
+    while not search.on_budget() and (choice := search.most_helpful()) is not None:
         search.relax(choice)
         search.solve()
-    if not search.landed() and bool((search.keep > search.floors).any()):
+    if not search.on_budget() and bool((search.keep > search.floors).any()):
         for group in range(len(groups)):
             search.relax(group)
         search.solve()
@@ -120,7 +119,7 @@ class _Search:
     losses: Sequence[Floats]
     form: QuadraticForm
     budget: float
-    ladders: list[Ints]
+    allowed: list[Ints]
     min_keep: float
     relaxed: set[int] = field(default_factory=set)
     keep: Floats = field(init=False)
@@ -140,17 +139,17 @@ class _Search:
 
     def place(self, wished: Floats) -> None:
         self.keep = np.array(
-            [ladder[np.abs(ladder - wish).argmin()] for ladder, wish in zip(self.ladders, wished, strict=True)],
+            [widths[np.abs(widths - wish).argmin()] for widths, wish in zip(self.allowed, wished, strict=True)],
             dtype=np.float64,
         )
 
-    def landed(self) -> bool:
+    def on_budget(self) -> bool:
         whole = bool((self.keep == self.dense).all())
         return abs(self.cost - self.budget) <= self.band or (whole and self.cost <= self.budget)
 
     def merit(self) -> tuple[float, int, bool, float]:
-        """Order of preference, least first: lands, keeps the alignment, stays within the budget, costs little loss."""
-        miss = 0.0 if self.landed() else abs(self.cost - self.budget)
+        """Sort key, smallest is best: on budget, widths kept as multiples, within the budget, little loss."""
+        miss = 0.0 if self.on_budget() else abs(self.cost - self.budget)
         return miss, len(self.relaxed), self.cost > self.budget, self._loss()
 
     def solve(self) -> None:
@@ -163,7 +162,7 @@ class _Search:
         """Lets one group keep any count from its floor on."""
         self.relaxed.add(group)
         blocks = self.groups[group].blocks
-        self.ladders[group] = np.arange(self.floors[group], self.dense[group] + 1, blocks, dtype=np.int64)
+        self.allowed[group] = np.arange(self.floors[group], self.dense[group] + 1, blocks, dtype=np.int64)
 
     def most_helpful(self) -> int | None:
         """The aligned group whose single channels bring the cost nearest to the budget."""
@@ -173,7 +172,7 @@ class _Search:
                 continue
             counts = np.arange(self.floors[g], self.dense[g] + 1, self.groups[g].blocks)
             gap = float(np.abs(self._costs_along(g, counts) - self.budget).min())
-            # Channels of a cheap group land closer than those of a dear one; within the band all are good enough.
+            # Channels of a cheap group come closer than those of a dear one; within the band all are good enough.
             if max(gap, self.band / 2) < best_gap:
                 best, best_gap = g, max(gap, self.band / 2)
         return best
@@ -185,14 +184,14 @@ class _Search:
     def _steps(self, direction: int, levels: int) -> Floats:
         """Change of each group's count to the level that is `levels` up (1) or down (-1); NaN where there is none."""
         steps = np.full(len(self.groups), np.nan)
-        for g, ladder in enumerate(self.ladders):
+        for g, widths in enumerate(self.allowed):
             now = self.keep[g]
             if direction > 0:
-                target = int(np.searchsorted(ladder, now, "right")) + levels - 1
+                target = int(np.searchsorted(widths, now, "right")) + levels - 1
             else:
-                target = int(np.searchsorted(ladder, now, "left")) - levels
-            if 0 <= target < len(ladder):
-                steps[g] = ladder[target] - now
+                target = int(np.searchsorted(widths, now, "left")) - levels
+            if 0 <= target < len(widths):
+                steps[g] = widths[target] - now
         return steps
 
     def _loss_change(self, steps: Floats) -> Floats:

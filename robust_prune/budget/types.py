@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from ..shown import Shown
-from ..structure.types import Refused
+from ..structure.types import Skipped
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class PruningPlan(Shown):
     """The whole cut, before anything is touched.
 
     Attributes:
-        ratio: share of `of` to remove, in (0, 1).
-        of: ``macs``, ``params``, ``channels`` or ``latency``.
+        ratio: share of `metric` to remove, in (0, 1).
+        metric: ``macs``, ``params``, ``channels`` or ``latency``.
         allocation: how the budget was spread over the groups.
         criterion: score by which channels were chosen.
-        align: of what widths are multiples where the budget allows.
+        round_to: of what widths are multiples where the budget allows.
         groups: all that can be cut, also those that stay whole.
-        refused: layers whose channels cannot be cut, and why.
+        skipped: layers whose channels cannot be cut, and why.
         macs_before: multiply-accumulates for one image, in closed form over channel counts.
         macs_after: the same for the widths that stay.
         params_before: parameters, in closed form over channel counts.
@@ -47,12 +47,12 @@ class PruningPlan(Shown):
     """
 
     ratio: float
-    of: str
+    metric: str
     allocation: str
     criterion: str
-    align: int
+    round_to: int
     groups: tuple[PlannedGroup, ...]
-    refused: tuple[Refused, ...]
+    skipped: tuple[Skipped, ...]
     macs_before: int
     macs_after: int
     params_before: int
@@ -63,7 +63,7 @@ class PruningPlan(Shown):
         """What is removed, and what that leaves."""
         cut = sum(bool(group.removed) for group in self.groups)
         return (
-            f"{self.ratio:.0%} of {self.of}: {self.macs_after / self.macs_before:.1%} of the MACs and "
+            f"{self.ratio:.0%} of {self.metric}: {self.macs_after / self.macs_before:.1%} of the MACs and "
             f"{self.params_after / self.params_before:.1%} of the parameters stay; {cut} of {len(self.groups)} groups "
             "lose channels"
         )

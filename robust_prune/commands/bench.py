@@ -14,17 +14,22 @@ from ..errors import UsageError
 def bench(
     *files: Path,
     batch: Annotated[str, Parameter(help="Batch sizes, separated by commas.")] = "1",
-    threads: Annotated[str, Parameter(help="Threads of a session, separated by commas.")] = "1",
-    provider: Annotated[str, Parameter(help="cpu, cuda or tensorrt; a silent fallback is refused.")] = "cpu",
+    threads: Annotated[str, Parameter(help="Numbers of threads, separated by commas.")] = "1",
+    provider: Annotated[
+        str, Parameter(help="Execution provider: cpu, cuda or tensorrt. A fallback to another one is an error.")
+    ] = "cpu",
     kind: Annotated[
-        str, Parameter(help="host, device (bound memory), graph (CUDA graph); separated by commas.")
+        str,
+        Parameter(
+            help="Kinds of runs, separated by commas: host, device (inputs bound to GPU memory), graph (CUDA graph)."
+        ),
     ] = "host",
-    energy: Annotated[bool, Parameter(help="Also read the GPU's energy (NVML).")] = False,
-    seconds: Annotated[float, Parameter(help="Measuring time in all.")] = 20.0,
-    out: Annotated[Path | None, Parameter(help="Also write the table as JSON.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the visiting order.")] = 0,
+    energy: Annotated[bool, Parameter(help="Also report the energy that the GPU reports (NVML).")] = False,
+    seconds: Annotated[float, Parameter(help="Measuring time in total, in seconds.")] = 20.0,
+    out: Annotated[Path | None, Parameter(help="JSON file that also receives the table.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the order in which files are visited.")] = 0,
 ) -> None:
-    """Time ONNX files side by side, interleaved, against the first of them.
+    """Measure the latency of ONNX files side by side, interleaved; ratios are to the first file.
 
     Parameters
     ----------

@@ -24,24 +24,32 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 
-RecipeFlag = Annotated[str | None, Parameter(help="Recipe file, or the name of a shipped one (recipes ls).")]
+RecipeFlag = Annotated[
+    str | None, Parameter(help="Settings of the run: a YAML file, or a name that `robust-prune recipes ls` lists.")
+]
 DataFlag = Annotated[
-    str | None, Parameter(help="cifar10, cifar100, svhn, fashion_mnist, sample, a folder, or an .npz file.")
+    str | None,
+    Parameter(
+        help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, or an .npz file."
+    ),
 ]
 ArchFlag = Annotated[
     str | None,
-    Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function, for files that hold only weights."),
+    Parameter(
+        help="Architecture of a file that holds only weights: timm/NAME, torchvision/NAME, cifar/NAME or "
+        "FILE.py:FUNCTION."
+    ),
 ]
-OutFlag = Annotated[Path | None, Parameter(help="Where results go.")]
-SeedFlag = Annotated[int | None, Parameter(help="Seed of everything random.")]
-DeviceFlag = Annotated[str | None, Parameter(help="auto, cpu or cuda.")]
+SeedFlag = Annotated[int | None, Parameter(help="Seed of all random numbers.")]
+DeviceFlag = Annotated[str | None, Parameter(help="Where to compute: auto, cpu or cuda.")]
 SetFlag = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative="", help="Any recipe value, e.g. --set finetune.lr=0.05. Repeatable."),
+    Parameter(name="--set", negative="", help="Set any value of the recipe, e.g. --set finetune.lr=0.05; repeatable."),
 ]
-ImagesFlag = Annotated[int | None, Parameter(help="Evaluate on the first N test images only.")]
+IMAGES_HELP = "Evaluate on the first N test images only."
+ImagesFlag = Annotated[int | None, Parameter(help=IMAGES_HELP)]
 TrustFlag = Annotated[
-    bool, Parameter(negative="", help="Open a pickled module: this runs code from the file. Only for files you made.")
+    bool, Parameter(negative="", help="Open pickled modules, which run code from the file. Only for files of your own.")
 ]
 
 
@@ -115,18 +123,9 @@ def open_model_for(
     """The model behind a name or path, held against the data it is to be used with."""
     from ..models.foreign import open_model
 
-    facts: dict[str, Any] = {}
-    if data is not None:
-        facts = {
-            "num_classes": data.num_classes,
-            "input_size": data.input_size,
-            "mean": data.mean,
-            "std": data.std,
-            "class_names": data.class_names,
-        }
     # A recipe's architecture is for files that hold only weights; the demo brings its own.
     known = arch if model == DEMO else arch or recipe.model.arch
-    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, **facts)
+    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, data=data)
     if others := loaded.provenance.get("weights_not_used"):
         used = loaded.provenance["weights_from"]
         console.print(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
 from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
     DEMO,
+    IMAGES_HELP,
     ArchFlag,
     DataFlag,
     DeviceFlag,
-    ImagesFlag,
     RecipeFlag,
     SeedFlag,
     SetFlag,
@@ -30,56 +30,65 @@ from .common import (
     run_name,
 )
 
+PRUNING, RECOVERY, EVALUATION = map(Group.create_ordered, ("Pruning", "Recovery", "Evaluation and export"))
+
 
 def compress(
     model: str,
     *,
-    ratio: Annotated[str | None, Parameter(help="Share to remove, between 0 and 1.")] = None,
-    of: Annotated[str | None, Parameter(help="What the ratio counts: macs, params, channels or latency.")] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    out: Annotated[Path | None, Parameter(help="Run folder; runs/NAME-... by default.")] = None,
+    out: Annotated[Path | None, Parameter(help="Run folder; by default runs/MODEL-METRIC-RATIO-HASH.")] = None,
     arch: ArchFlag = None,
+    ratio: Annotated[str | None, Parameter(group=PRUNING, help="Share to remove, between 0 and 1.")] = None,
+    metric: Annotated[
+        str | None, Parameter(group=PRUNING, help="What the ratio counts: macs, params, channels or latency.")
+    ] = None,
+    allocation: Annotated[
+        str | None, Parameter(group=PRUNING, help=f"How the cut is spread over the groups: {ALLOCATIONS.help()}.")
+    ] = None,
+    criterion: Annotated[
+        str | None, Parameter(group=PRUNING, help=f"Score of the channels within a group: {CRITERIA.help()}.")
+    ] = None,
+    cuts: Annotated[
+        int | None, Parameter(group=PRUNING, help="Number of rounds of pruning and fine-tuning that share the ratio.")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(group=PRUNING, negative="", help="Print the plan and write nothing.")] = False,
     recovery: Annotated[
         Recovery | None,
-        Parameter(help="How long to fine-tune, and by which method; in place of what the recipe says."),
+        Parameter(group=RECOVERY, help="Preset for method and length of fine-tuning; replaces the recipe's."),
     ] = None,
-    epochs: Annotated[int | None, Parameter(help="Fine-tuning epochs.")] = None,
-    loss: Annotated[str | None, Parameter(help=f"Fine-tuning loss: {LOSSES.help()}.")] = None,
+    epochs: Annotated[int | None, Parameter(group=RECOVERY, help="Fine-tuning epochs.")] = None,
+    loss: Annotated[str | None, Parameter(group=RECOVERY, help=f"Fine-tuning method: {LOSSES.help()}.")] = None,
     baseline: Annotated[
         str | None,
         Parameter(
-            help="scratch: also train the pruned architecture from fresh weights, for the time that fine-tuning took "
-            "(--set baseline.minutes=10 for another), and show it in the table."
+            group=RECOVERY,
+            help="With scratch, also train the pruned architecture from fresh weights for as long as fine-tuning took "
+            "(or --set baseline.minutes=10), and add it to the table.",
         ),
     ] = None,
-    images: ImagesFlag = None,
-    allocation: Annotated[str | None, Parameter(help=f"How the budget is spread: {ALLOCATIONS.help()}.")] = None,
-    criterion: Annotated[
-        str | None,
-        Parameter(help=f"Channel score inside a group: {CRITERIA.help()}."),
-    ] = None,
-    cuts: Annotated[int | None, Parameter(help="Cuts that the ratio is spread over.")] = None,
-    tier: Annotated[str | None, Parameter(help=f"Strength of the evaluation: {TIERS.help()}.")] = None,
+    tier: Annotated[str | None, Parameter(group=EVALUATION, help=f"Strength of the attacks: {TIERS.help()}.")] = None,
+    images: Annotated[int | None, Parameter(group=EVALUATION, help=IMAGES_HELP)] = None,
     precision: Annotated[
-        str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
+        str | None,
+        Parameter(group=EVALUATION, help="Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8."),
     ] = None,
-    dry_run: Annotated[bool, Parameter(negative="", help="Print the plan; write nothing.")] = False,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Make a robust model smaller: measure, cut, fine-tune, evaluate, export, time, report.
+    """Prune a robust model, fine-tune it, and report its robust accuracy and latency.
 
     Parameters
     ----------
     model
-        A model file, or "demo" for the embedded one.
+        A model file, or "demo" for the robust model that comes with the package.
     """
     flags = {
         "pruning.ratio": ratio,
-        "pruning.of": of,
+        "pruning.metric": metric,
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
         "pruning.cuts": cuts,

@@ -7,7 +7,7 @@ from ..errors import EnvironmentProblem
 
 
 def doctor() -> None:
-    """Check this machine and name repairs. Exit code 3 when something must be repaired."""
+    """Check the installation and the hardware, and name repairs. Exit code 3 if something must be repaired."""
     from ..machine.snapshot import doctor_checks, render_doctor
 
     checks = doctor_checks()

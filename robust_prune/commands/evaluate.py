@@ -41,14 +41,16 @@ def evaluate(
     *,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    onnx: Annotated[Path | None, Parameter(help="The exported file of this model, scored on the same images.")] = None,
-    tier: Annotated[str | None, Parameter(help=f"Strength: {TIERS.help()}.")] = None,
-    steps: Annotated[int | None, Parameter(help="PGD steps.")] = None,
+    onnx: Annotated[
+        Path | None, Parameter(help="The ONNX file of this model, to be evaluated on the same images.")
+    ] = None,
+    tier: Annotated[str | None, Parameter(help=f"Strength of the attacks: {TIERS.help()}.")] = None,
+    steps: Annotated[int | None, Parameter(help="Steps of PGD.")] = None,
     restarts: Annotated[int | None, Parameter(help="Random restarts of PGD.")] = None,
-    epsilon: Annotated[str | None, Parameter(help="Radius, e.g. 8/255.")] = None,
-    sweep: Annotated[str | None, Parameter(help="Other radii for PGD, e.g. 2/255,4/255,16/255.")] = None,
+    epsilon: Annotated[str | None, Parameter(help="Radius of the perturbation, e.g. 8/255.")] = None,
+    sweep: Annotated[str | None, Parameter(help="Further radii, evaluated with PGD, e.g. 2/255,4/255,16/255.")] = None,
     images: ImagesFlag = None,
-    out: Annotated[Path | None, Parameter(help="Result card, a .json file; its neighbour keeps the progress.")] = None,
+    out: Annotated[Path | None, Parameter(help="Result as a .json file; a file beside it keeps the progress.")] = None,
     arch: ArchFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
@@ -60,7 +62,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A model file, or "demo" for the embedded one.
+        A model file, or "demo" for the robust model that comes with the package.
     """
     flags = {
         "evaluation.tier": tier,

@@ -32,9 +32,9 @@ def export(
     out: Annotated[Path, Parameter(help="The .onnx file to write.")] = Path("model.onnx"),
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    opset: Annotated[int | None, Parameter(help="ONNX operator set, 18 or newer.")] = None,
+    opset: Annotated[int | None, Parameter(help="Version of the ONNX operator set, 18 or newer.")] = None,
     precision: Annotated[
-        str | None, Parameter(help="Files to write beside the fp32 one: fp16, int8 or both, separated by a comma.")
+        str | None, Parameter(help="Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8.")
     ] = None,
     arch: ArchFlag = None,
     trust_pickle: TrustFlag = False,
@@ -45,7 +45,7 @@ def export(
     Parameters
     ----------
     model
-        A model file, or "demo" for the embedded one.
+        A model file, or "demo" for the robust model that comes with the package.
     """
     flags = {"export.opset": opset, "export.precisions": listed(precision), "data.name": data}
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)

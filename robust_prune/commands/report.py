@@ -14,9 +14,11 @@ from .common import command_line
 
 def report(
     *runs: Path,
-    out: Annotated[Path, Parameter(help="Folder for report.html, result.json and the tables.")] = Path("runs/report"),
+    out: Annotated[Path, Parameter(help="Folder that receives report.html, result.json and the tables.")] = Path(
+        "runs/report"
+    ),
 ) -> None:
-    """Draw the report of finished runs again, several of them in one table and one Pareto plot.
+    """Write the report of a finished run again, or compare several runs in one table and one plot.
 
     Parameters
     ----------

@@ -27,22 +27,22 @@ from .common import (
 def sensitivity(
     model: str,
     *,
-    estimator: Annotated[str | None, Parameter(help="gradient, boundary or ascent.")] = None,
+    estimator: Annotated[str | None, Parameter(help="How MRS is estimated: gradient, boundary or ascent.")] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    out: Annotated[Path | None, Parameter(help="Folder for sensitivity.json.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder that receives sensitivity.json.")] = None,
     arch: ArchFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Measure Module Robustness Sensitivity, layer by layer.
+    """Measure the Module Robustness Sensitivity (MRS) of each layer.
 
     Parameters
     ----------
     model
-        A model file, or "demo" for the embedded one.
+        A model file, or "demo" for the robust model that comes with the package.
     """
     flags = {"sensitivity.estimator": estimator, "data.name": data, "seed": seed, "device": device}
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
@@ -62,11 +62,7 @@ def sensitivity(
     search = find_groups(loaded.module, loaded.spec.blank_image())
     loaded.module.to(where)
     adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
-    profile = measure(
-        loaded.module, adv, threat,
-        estimator=section.estimator, rho=section.rho, groups=search.groups, aggregation=section.aggregation,
-        device=where,
-    )  # fmt: skip
+    profile = measure(loaded.module, adv, section, groups=search.groups, device=where)
     console.print(render_table(profile))
     if out is not None:
         write_json(out / "sensitivity.json", to_json(profile))

@@ -26,17 +26,19 @@ from .common import (
 def train(
     *,
     recipe: RecipeFlag = None,
-    arch: Annotated[str | None, Parameter(help="timm/NAME, torchvision/NAME, cifar/NAME or file.py:function.")] = None,
+    arch: Annotated[
+        str | None, Parameter(help="Architecture: timm/NAME, torchvision/NAME, cifar/NAME or FILE.py:FUNCTION.")
+    ] = None,
     data: DataFlag = None,
-    out: Annotated[Path | None, Parameter(help="Run folder; runs/ARCH-DATA by default.")] = None,
+    out: Annotated[Path | None, Parameter(help="Run folder; by default runs/ARCH-DATA.")] = None,
     epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,
-    loss: Annotated[str | None, Parameter(help=f"Training loss: {LOSSES.help()}.")] = None,
+    loss: Annotated[str | None, Parameter(help=f"Training method: {LOSSES.help()}.")] = None,
     images: ImagesFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     assignments: SetFlag = None,
 ) -> None:
-    """Train a robust model from scratch; a killed run goes on with the same command."""
+    """Train a robust model from scratch; the same command resumes a run that was killed."""
     flags = {
         "model.arch": arch,
         "data.name": data,

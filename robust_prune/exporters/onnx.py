@@ -82,11 +82,11 @@ def export_onnx(
         raise UsageError(f"opset must be >= {MIN_OPSET} (older sets lack operators we need), got {opset}. Try 18.")
     check_images(images)
     images = images.detach().to("cpu", torch.float32).contiguous()
-    twin = eval_copy(model, torch.float32)
-    classes = logits_of(twin, images[:2]).shape[1]
+    reference = eval_copy(model, torch.float32)
+    classes = logits_of(reference, images[:2]).shape[1]
     if class_names and len(class_names) != classes:
         raise UsageError(f"got {len(class_names)} class names for a model with {classes} logits")
-    graph = _trace(twin, images[:2], opset)
+    graph = _trace(reference, images[:2], opset)
     _strip(graph)
     flushed = _flush_subnormals(graph)
     graph.metadata_props[MANIFEST_KEY] = _manifest_text(manifest, images, class_names)
@@ -98,7 +98,7 @@ def export_onnx(
     def write(part: Path) -> None:
         try:
             ir.save(graph, part, format="protobuf", external_data=data[0].name if data else None)
-            checked.append(_gate(part, path, twin, images))
+            checked.append(_gate(part, path, reference, images))
         except BaseException:
             for file in fresh:
                 file.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data.base import DataBundle
 from ..errors import EnvironmentProblem, UsageError
 from ..models import artifact, registry, weight_files
 from .artifact import Model
@@ -21,33 +22,26 @@ from .state_dict import FoundWeights, find_weights, fit_to
 DEMO = "demo"
 """Name of the embedded, adversarially trained model."""
 
-_DATA_FACTS = ("num_classes", "input_size", "mean", "std")
-
 
 def open_model(
     path_or_name: str | Path,
     *,
     arch: str | None = None,
-    num_classes: int | None = None,
-    input_size: Sequence[int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    class_names: Sequence[str] = (),
+    data: DataBundle | None = None,
     kwargs: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     trust_source: bool = False,
 ) -> Model:
     """Opens a model for any command.
 
-    An artifact of ours knows all about itself; the data's facts are only held against it. A state_dict needs `arch` and
-    the data's facts. It may be nested (``state_dict``, ``model``, ``ema`` and the like), carry prefixes (``module.``,
-    ``_orig_mod.``, ``backbone.``) and the buffers of a normalization layer, whose statistics then replace `mean` and
-    `std`.
+    An artifact of ours knows all about itself; the data are only held against it. A state_dict needs `arch` and `data`.
+    It may be nested (``state_dict``, ``model``, ``ema`` and the like), carry prefixes (``module.``,
+    ``_orig_mod.``, ``backbone.``) and the buffers of a normalization layer, whose statistics then replace the data's.
 
     Args:
         path_or_name: a file, or ``"demo"`` for the embedded model.
         arch: architecture of a foreign checkpoint; for an artifact of a ``file.py:function``, where that file is now.
-        num_classes, input_size, mean, std, class_names: of the data that the model is to be used with.
+        data: what the model is to be used with; weights take their classes, image size and normalization from it.
         kwargs: constructor arguments for `arch`.
         trust_pickle: allow pickled modules, which run code from the file. `arch` is needed all the same, since the
             result must be rebuilt without pickle.
@@ -68,7 +62,8 @@ def open_model(
     contents = weight_files.read(path, trust_pickle=trust_pickle)
     if artifact.is_artifact(contents):
         loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source)
-        check_data(loaded.spec, num_classes=num_classes, input_size=input_size)
+        if data is not None:
+            check_data(loaded.spec, num_classes=data.num_classes, input_size=data.input_size)
         return loaded
     found = find_weights(contents.value, str(path))
     if arch is None:
@@ -77,18 +72,18 @@ def open_model(
             f"{path} holds {kind} and does not say which architecture they belong to. Add --arch, e.g. "
             "--arch cifar/resnet18, --arch timm/resnet50 or --arch my_model.py:make_model."
         )
-    facts = {"num_classes": num_classes, "input_size": input_size, "mean": mean, "std": std}
-    missing = [name for name in _DATA_FACTS if facts[name] is None]
-    if num_classes is None or input_size is None or mean is None or std is None:
-        raise UsageError(f"to open the foreign checkpoint {path}, {', '.join(missing)} must be known. Give --data.")
+    if data is None:
+        raise UsageError(
+            f"{path} holds plain weights: their classes, image size and normalization must be known. Give --data."
+        )
     spec = registry.make_spec(
         arch,
-        num_classes=num_classes,
-        input_size=input_size,
-        mean=mean,
-        std=std,
+        num_classes=data.num_classes,
+        input_size=data.input_size,
+        mean=data.mean,
+        std=data.std,
         kwargs=kwargs,
-        class_names=class_names,
+        class_names=data.class_names,
     )
     return _open_foreign(path, found, registry.without_pretrained(spec))
 

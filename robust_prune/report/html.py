@@ -43,7 +43,7 @@ def _environment() -> jinja2.Environment:
 
 def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     bars, scale = charts.sensitivity_bars(run.profile) if run.profile else ([], charts.Scale(()))
-    refused = [*(run.plan.refused if run.plan else ()), *run.rolled_back]
+    skipped = [*(run.plan.skipped if run.plan else ()), *run.rolled_back]
     return {
         "run": run,
         "title": unbroken(run.title),
@@ -63,7 +63,7 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
         "sensitivity": bars,
         "scale": scale.ticks,
         "widths": charts.width_bars(run.plan, [r.name for r in run.rolled_back]) if run.plan else [],
-        "refused": refused,
+        "skipped": skipped,
         "accuracy_curves": charts.accuracy_curves(run.history),
         "loss_curve": charts.loss_curve(run.history),
         "latencies": [(m.label, row) for m in run.models for row in m.latency],

@@ -15,11 +15,12 @@ DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"
 
 def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) -> list[ModelRow]:
     """A row for the model with its fp32 file, and one for each file of lower precision."""
+    assert card.macs is not None and card.params is not None
     return [
         ModelRow(
             label=label if precision == "fp32" else f"{label} {precision}",
-            macs=card.macs or 0,
-            params=card.params or 0,
+            macs=card.macs,
+            params=card.params,
             file_bytes=file.bytes,
             card=card if precision == "fp32" else None,
             onnx_clean=card.exported[precision].clean,

@@ -59,15 +59,15 @@ def _alone(model: ModelRow) -> str:
     if card is None:
         return ""
     return (
-        f"Of {card.clean.total:,} {card.split} images the {model.label} model gets {text.percent(card.clean.value)} "
-        f"right, and {text.percent(card.robust.value)} even when each is attacked."
+        f"The {model.label} model classifies {text.percent(card.clean.value)} of {card.clean.total:,} {card.split} "
+        f"images correctly, and {text.percent(card.robust.value)} under attack."
     )
 
 
 def _size(before: ModelRow, after: ModelRow) -> str:
     macs, params = 1 - after.macs / max(before.macs, 1), 1 - after.params / max(before.params, 1)
     return (
-        f"The {after.label} model does {text.percent(macs)} less arithmetic for an image than the {before.label} one "
+        f"The {after.label} model needs {text.percent(macs)} fewer multiply-accumulates than the {before.label} one "
         f"and has {text.percent(params)} fewer parameters."
         if macs > 0 and params > 0
         else ""
@@ -81,8 +81,8 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
         return ""
     where = f"at batch {row.batch} on {row.threads} thread{'s' if row.threads != 1 else ''} of this machine"
     if row.speedup.verdict == "no difference":
-        return f"Its speed {where} cannot be told apart from the {before.label} model's."
-    doubt = "; a noisy measurement, to be repeated" if row.noisy else ""
+        return f"Its latency {where} cannot be told apart from the {before.label} model's."
+    doubt = "; the measurement was noisy and should be repeated" if row.noisy else ""
     return (
         f"It is {row.speedup.value:.2f} times as fast {where} "
         f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f}{doubt})."
@@ -98,13 +98,13 @@ def _further(run: RunReport, model: ModelRow) -> str:
         return ""
     first = run.models[0].label
     speed = (
-        f"cannot be told apart in speed from the {first} one"
+        f"cannot be told apart in latency from the {first} one"
         if row.speedup.verdict == "no difference"
         else f"is {row.speedup.value:.2f} times as fast as the {first} one"
     )
     return (
-        f"The {model.label} file {speed} at batch {row.batch} and is right on {text.percent(robust.value)} of the "
-        "images even when each one is attacked."
+        f"The {model.label} file {speed} at batch {row.batch} and classifies {text.percent(robust.value)} of the "
+        "attacked images correctly."
     )
 
 
@@ -113,9 +113,9 @@ def _accuracy(before: ModelRow, after: ModelRow) -> str:
         return ""
     old, new = before.card, after.card
     return (
-        f"Of {new.clean.total:,} {new.split} images it gets {text.percent(new.clean.value)} right "
-        f"({before.label}: {text.percent(old.clean.value)}), and {text.percent(new.robust.value)} even when each one "
-        f"is attacked ({before.label}: {text.percent(old.robust.value)})."
+        f"It classifies {text.percent(new.clean.value)} of {new.clean.total:,} {new.split} images correctly "
+        f"({before.label}: {text.percent(old.clean.value)}), and {text.percent(new.robust.value)} under attack "
+        f"({before.label}: {text.percent(old.robust.value)})."
     )
 
 
@@ -149,8 +149,8 @@ def after_the_cut(run: RunReport) -> str:
         return ""
     repair = REPAIRS.get(run.recipe.get("pruning", {}).get("compensation", ""), "")
     return (
-        f"Right after the cut{repair}, before any fine-tuning, the model got {text.percent(card.clean.value)} of "
-        f"{card.clean.total:,} {card.split} images right, and {text.percent(card.robust.value)} under attack."
+        f"Right after the cut{repair}, before any fine-tuning, the model classified {text.percent(card.clean.value)} "
+        f"of {card.clean.total:,} {card.split} images correctly, and {text.percent(card.robust.value)} under attack."
     )
 
 
@@ -164,8 +164,8 @@ def how_cut(run: RunReport) -> str:
         return ""
     rule = f"{ALLOCATIONS.choices[plan.allocation]}." if plan.allocation in ALLOCATIONS.choices else ""
     rule = rule or f"The share of each group was set by the allocation {plan.allocation}."
-    aligned = f" Widths are multiples of {plan.align} where the budget allows." if plan.align > 1 else ""
-    target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.of, plan.of)}."
+    aligned = f" Widths are multiples of {plan.round_to} where the budget allows." if plan.round_to > 1 else ""
+    target = f"The target was to remove {text.percent(plan.ratio, 0)} of {UNITS.get(plan.metric, plan.metric)}."
     score = CRITERIA.choices.get(plan.criterion, plan.criterion)
     ranking = f" Within a group, channels were ranked by {score[:1].lower()}{score[1:]}."
     return f"{target} {rule}{ranking}{aligned}"

@@ -15,7 +15,7 @@ from ..evaluation.card import Accuracy, ResultCard
 from ..exporters.types import OnnxArtifact
 from ..sensitivity.profile import SensitivityProfile
 from ..shown import Shown
-from ..structure.types import Refused
+from ..structure.types import Skipped
 from ..training.types import EpochRecord
 
 
@@ -76,7 +76,7 @@ class RunReport(Shown):
     models: tuple[ModelRow, ...]
     profile: SensitivityProfile | None = None
     plan: PruningPlan | None = None
-    rolled_back: tuple[Refused, ...] = ()
+    rolled_back: tuple[Skipped, ...] = ()
     history: tuple[EpochRecord, ...] = ()
     before_finetune: ResultCard | None = None
     environment: dict[str, Any] = field(default_factory=dict)

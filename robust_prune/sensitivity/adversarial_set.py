@@ -24,11 +24,13 @@ class AdversarialSet:
     Attributes:
         images: float32 [N, C, H, W] in [0, 1], on the CPU.
         labels: int64 [N], on the CPU.
+        threat: norm and radius of the attack.
         seed: what chose the images and the random starts.
     """
 
     images: Tensor
     labels: Tensor
+    threat: ThreatModel
     seed: int
 
     def __post_init__(self) -> None:
@@ -84,4 +86,4 @@ def make_adversarial_set(
             made.append(pgd(model, x.to(dtype), y, threat, steps=section.steps, generator=generator).float().cpu())
             labels.append(y.long().cpu())
             advance(len(y))
-    return AdversarialSet(torch.cat(made), torch.cat(labels), seed)
+    return AdversarialSet(torch.cat(made), torch.cat(labels), threat, seed)

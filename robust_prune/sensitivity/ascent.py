@@ -2,7 +2,8 @@
 
 Steps are long: `STRIDE` radii along the normalised gradient before projecting. On a convex loss a step of infinite
 length (the generalised power method, Journee et al., 2010, arXiv 0811.4724) rises in every step; a finite one remembers
-where it was, which keeps it from cycling where the loss is not convex. Where to begin is for `starts` to say.
+where it was, which keeps it from cycling where the loss is not convex. Where to begin
+`initial_directions` says.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .initial_directions import unit
 from .losses import cross_entropy_sum, finite
 from .recordings import Recordings
-from .starts import unit
 from .targets import Target, exchanged
 
 STRIDE = 3.0

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.context import frozen_eval
-from ..attacks.threat import ThreatModel
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..models.wrappers import unwrap
+from ..recipe import SensitivitySection
 from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
-from .groups import aggregate_groups, check_aggregation
-from .losses import Ray, RobustLoss, losses_along
+from .groups import aggregate_groups
+from .losses import LineSearch, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .recordings import bounded
 from .replay import NEVER, Trace, trace_calls
@@ -51,15 +51,11 @@ FINE_BELOW = 0.02
 def measure(
     model: nn.Module,
     adv: AdversarialSet,
-    threat: ThreatModel,
+    section: SensitivitySection | None = None,
     *,
-    estimator: str = "boundary",
-    rho: float = 0.1,
     radii: Sequence[float] = DEFAULT_RADII,
     groups: Sequence[ChannelGroup] = (),
-    aggregation: str = "sum",
     batch_size: int = 256,
-    ascent_steps: int = 10,
     memory_bytes: int = 2 << 30,
     device: torch.device | str = "cpu",
 ) -> SensitivityProfile:
@@ -72,7 +68,7 @@ def measure(
       `search`). Two forwards more than K partial forwards a module; each begins at the module (see `replay`), about
       half a forward on average. The search costs the same however large the set.
     - ``ascent``: the same with a longer search, which also goes on from where the short one arrives and ends in up to
-      `ascent_steps` steps on the whole set.
+      ``section.ascent_steps`` steps on the whole set.
 
     Search and losses are computed in bf16 where the hardware has it, and small losses again in the model's own
     precision. Curves go along the direction found at `rho`, rather than searching again at each radius.
@@ -84,14 +80,11 @@ def measure(
     Args:
         model: maps [0, 1] images to logits; already on `device`.
         adv: the adversarial set, made at these weights.
-        threat: what `adv` was made with, for the record.
-        estimator: one of `ESTIMATORS`.
-        rho: relative radius of the reported MRS, > 0.
-        radii: relative radii of the curves, > 0; `rho` is added.
+        section: estimator, relative radius ``rho`` of the reported MRS, aggregation over a group (see
+            `aggregate_groups`), steps of ``ascent``; the defaults of recipes without it.
+        radii: relative radii of the curves, > 0; ``rho`` is added.
         groups: coupled groups to aggregate for.
-        aggregation: see `aggregate_groups`.
         batch_size: most images per pass.
-        ascent_steps: for ``ascent``, >= 1.
         memory_bytes: limit on what recordings and backward passes keep of the images: batches are made smaller to fit
             (of one image at least), and ascents compute again what does not. On top come about ten copies of the
             measured weights, for ``gradient`` three.
@@ -103,10 +96,11 @@ def measure(
     Raises:
         UsageError: an argument out of range, a model without such layers, or a loss that is NaN or infinite.
     """
-    _check(estimator, rho, radii, batch_size, ascent_steps)
+    section = section or SensitivitySection()
+    estimator, rho = section.estimator, section.rho
+    _check(radii, batch_size)
     model = unwrap(model)
-    check_aggregation(aggregation)
-    all_radii = tuple(sorted({float(r) for r in radii} | {float(rho)}))
+    all_radii = tuple(sorted({float(r) for r in radii} | {rho}))
     loss = RobustLoss(model, adv, batch_size, torch.device(device))
     with frozen_eval(model), _plain_passes(model):
         targets = find_targets(model)
@@ -130,35 +124,33 @@ def measure(
         else:
             if rho >= BF16_RHO:
                 searched = searched.fast()
-            directions = find_directions(searched, trace, live, float(rho), SHORT, 0, half)
+            directions = find_directions(searched, trace, live, rho, SHORT, 0, half)
             if estimator == "ascent":
                 directions = find_directions(
-                    searched, trace, live, float(rho), LONG, ascent_steps, half, others=directions
+                    searched, trace, live, rho, LONG, section.ascent_steps, half, others=directions
                 )
             base, rises = _along(loss, trace, live, directions, all_radii)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
-        modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, float(rho)) for t in ordered)
+        modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, rho) for t in ordered)
     profile = SensitivityProfile(
         estimator=estimator,
-        rho=float(rho),
+        rho=rho,
         radii=all_radii,
-        aggregation=aggregation,
+        aggregation=section.aggregation,
         base_loss=base,
         images=len(adv),
         seed=adv.seed,
-        threat=threat,
+        threat=adv.threat,
         modules=modules,
     )
-    return aggregate_groups(profile, groups, aggregation)
+    return aggregate_groups(profile, groups, section.aggregation)
 
 
-def _check(estimator: str, rho: float, radii: Sequence[float], batch_size: int, ascent_steps: int) -> None:
-    if estimator not in ESTIMATORS:
-        raise UsageError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
-    if not all(math.isfinite(r) and r > 0 for r in (rho, *radii)):
-        raise UsageError(f"rho and radii must be finite and > 0, got rho {rho} and radii {tuple(radii)}. Try 0.1.")
-    if batch_size < 1 or ascent_steps < 1:
-        raise UsageError(f"batch_size and ascent_steps must be at least 1, got {batch_size} and {ascent_steps}")
+def _check(radii: Sequence[float], batch_size: int) -> None:
+    if not all(math.isfinite(r) and r > 0 for r in radii):
+        raise UsageError(f"radii must be finite and > 0, got {tuple(radii)}. Try 0.1.")
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
 
 
 @contextmanager
@@ -205,23 +197,27 @@ def _along(
     radii: tuple[float, ...],
 ) -> tuple[float, dict[int, list[float]]]:
     """R, and by target how much it rises at each radius."""
-    rays = [Ray(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)]
+    line_searches = [
+        LineSearch(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)
+    ]
     fast = loss.fast()
-    base, rises = _rises(fast, trace, rays, "Sensitivity, losses")
+    base, rises = _rises(fast, trace, line_searches, "Sensitivity, losses")
     if fast.bf16:
         small = [[k for k, rise in enumerate(row) if abs(rise) < FINE_BELOW] for row in rises]
         rows = [i for i, found in enumerate(small) if found]
-        again = [replace(rays[i], lengths=tuple(rays[i].lengths[k] for k in small[i])) for i in rows]
+        again = [replace(line_searches[i], lengths=tuple(line_searches[i].lengths[k] for k in small[i])) for i in rows]
         exact = _rises(loss, trace, again, "Sensitivity, small losses")[1] if again else []
         for i, values in zip(rows, exact, strict=True):
             for k, value in zip(small[i], values, strict=True):
                 rises[i][k] = value
-    return base, {id(ray.target.weight): row for ray, row in zip(rays, rises, strict=True)}
+    return base, {id(line.target.weight): row for line, row in zip(line_searches, rises, strict=True)}
 
 
-def _rises(loss: RobustLoss, trace: Trace, rays: list[Ray], label: str) -> tuple[float, list[list[float]]]:
-    with track(label, loss.num_batches * len(rays)) as advance:
-        base, losses = losses_along(loss, trace, rays, advance)
+def _rises(
+    loss: RobustLoss, trace: Trace, line_searches: list[LineSearch], label: str
+) -> tuple[float, list[list[float]]]:
+    with track(label, loss.num_batches * len(line_searches)) as advance:
+        base, losses = losses_along(loss, trace, line_searches, advance)
     return base, [[value - base for value in row] for row in losses]
 
 

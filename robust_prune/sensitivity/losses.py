@@ -66,7 +66,7 @@ class RobustLoss:
         return self._of(by_loss[self.adv.labels[by_loss].argsort(stable=True)])
 
     def _of(self, chosen: Tensor) -> RobustLoss:
-        return replace(self, adv=AdversarialSet(self.adv.images[chosen], self.adv.labels[chosen], self.adv.seed))
+        return replace(self, adv=replace(self.adv, images=self.adv.images[chosen], labels=self.adv.labels[chosen]))
 
     def fast(self) -> RobustLoss:
         """The same in bf16, where the hardware has it and the weights are single precision."""
@@ -139,7 +139,7 @@ def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ray:
+class LineSearch:
     """Perturbations of one weight along one direction.
 
     Attributes:
@@ -154,39 +154,39 @@ class Ray:
 
 
 def losses_along(
-    loss: RobustLoss, trace: Trace, rays: Sequence[Ray], tick: Callable[[], None]
+    loss: RobustLoss, trace: Trace, line_searches: Sequence[LineSearch], tick: Callable[[], None]
 ) -> tuple[float, list[list[float]]]:
-    """R at the given weights and at every perturbation of every ray.
+    """R at the given weights and at every point of every line search.
 
-    Each batch is recorded once and then serves all rays, so memory holds the recorded outputs of one batch, and a
-    perturbation costs only what lies behind its weight.
+    Each batch is recorded once and then serves all line searches, so memory holds the recorded outputs of one batch,
+    and a perturbation costs only what lies behind its weight.
 
     Args:
         loss: what to measure.
         trace: of the same model.
-        rays: what to try, one weight at a time.
-        tick: called after each ray of each batch.
+        line_searches: what to try, one weight at a time.
+        tick: called after each line search of each batch.
 
     Returns:
-        The unperturbed loss, and for each ray one loss a length.
+        The unperturbed loss, and for each line search one loss a length.
 
     Raises:
         UsageError: a loss is not finite.
     """
-    frontiers = [trace.frontier(ray.target.weight) for ray in rays]
+    frontiers = [trace.frontier(line.target.weight) for line in line_searches]
     keep = frozenset[int]().union(*frontiers)
     base = 0.0
-    sums = [[0.0] * len(ray.lengths) for ray in rays]
+    sums = [[0.0] * len(line.lengths) for line in line_searches]
     with torch.no_grad(), loss.autocast():
         for x, y in loss.batches():
             logits, recording = record(loss.model, trace, x, keep)
             base += finite(cross_entropy_sum(logits, y).item(), "at the given weights")
-            for ray, frontier, row in zip(rays, frontiers, sums, strict=True):
-                for position, length in enumerate(ray.lengths):
-                    with exchanged(ray.target, ray.target.weight + length * ray.direction):
+            for line, frontier, row in zip(line_searches, frontiers, sums, strict=True):
+                for position, length in enumerate(line.lengths):
+                    with exchanged(line.target, line.target.weight + length * line.direction):
                         logits = replay(loss.model, trace, x, recording, frontier)
                     value = cross_entropy_sum(logits, y).item()
-                    row[position] += finite(value, f"with {ray.target.name!r} perturbed by a norm of {length:.3g}")
+                    row[position] += finite(value, f"with {line.target.name!r} perturbed by a norm of {length:.3g}")
                 tick()
     count = len(loss.adv)
     return base / count, [[value / count for value in row] for row in sums]

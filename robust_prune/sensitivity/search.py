@@ -9,38 +9,38 @@ from torch import Tensor, nn
 
 from ..console import track
 from .ascent import ascend, first_step
+from .initial_directions import shortlist
 from .losses import RobustLoss
 from .recordings import Recordings, bytes_an_image
 from .replay import Trace
-from .starts import shortlist
 from .targets import Target
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long to search on few images: starts are made, the best ones compared, and the best of these goes on.
+class SearchBudget:
+    """How long to search on few images: directions are made, the best compared, and the best of these climbs on.
 
     Attributes:
-        start_images: images that starts are made on and take their first step on.
-        starts: how many of them a target are compared.
+        initial_images: images on which initial directions are made and take their first step.
+        initial_directions: how many of them are compared for each target.
         compare_images: images that they are compared on.
         compare_steps: iterates of an ascent from each of them there.
         images: images that the best one goes on with.
         steps: iterates there.
     """
 
-    start_images: int
-    starts: int
+    initial_images: int
+    initial_directions: int
     compare_images: int
     compare_steps: int
     images: int
     steps: int
 
 
-# Multiples of ten: of ten classes, parts of a stratified set then have as many images each, and no start towards one of
-# them is favoured by chance.
-SHORT = Effort(start_images=20, starts=3, compare_images=30, compare_steps=1, images=60, steps=3)
-LONG = Effort(start_images=60, starts=4, compare_images=120, compare_steps=5, images=120, steps=4)
+# Multiples of ten: of ten classes, parts of a stratified set then have as many images each, and no initial direction
+# towards one of them is favoured by chance.
+SHORT = SearchBudget(initial_images=20, initial_directions=3, compare_images=30, compare_steps=1, images=60, steps=3)
+LONG = SearchBudget(initial_images=60, initial_directions=4, compare_images=120, compare_steps=5, images=120, steps=4)
 
 
 def find_directions(
@@ -48,7 +48,7 @@ def find_directions(
     trace: Trace,
     live: Sequence[tuple[Target, Tensor]],
     rho: float,
-    effort: Effort,
+    search_budget: SearchBudget,
     whole_steps: int,
     memory_bytes: int,
     others: Sequence[Tensor] = (),
@@ -60,10 +60,11 @@ def find_directions(
         trace: of the same model.
         live: distinct weights, each with its gradient, which is not zero.
         rho: relative radius of the balls, > 0.
-        effort: how long to search on parts of the set.
+        search_budget: how long to search on parts of the set.
         whole_steps: most iterates on the whole set after that; 0 for none.
         memory_bytes: limit on the recordings kept for the ascents.
-        others: for each target one more direction, to be compared with the best start and gone on with if it is better.
+        others: for each target one more direction, to be compared with the best initial direction, and taken
+            if it is better.
 
     Returns:
         A direction a target, unit Frobenius norm.
@@ -76,8 +77,11 @@ def find_directions(
     targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
     weights = [target.weight for target in targets]
     radii = [rho * float(weight.detach().norm()) for weight in weights]
-    few = loss.part(effort.start_images)
-    stages = [(loss.part(effort.compare_images), effort.compare_steps), (loss.part(effort.images), effort.steps)]
+    few = loss.part(search_budget.initial_images)
+    stages = [
+        (loss.part(search_budget.compare_images), search_budget.compare_steps),
+        (loss.part(search_budget.images), search_budget.steps),
+    ]
     if whole_steps:
         stages.append((loss, whole_steps))
     limit = memory_bytes // (len(stages) + 1)
@@ -88,7 +92,7 @@ def find_directions(
         targets,
         gradients,
         rho,
-        effort.starts,
+        search_budget.initial_directions,
         lambda i, start: first_step(first(weights[i]), targets[i], start, radii[i]),
     )
     bases = [stage.value() for stage, _ in stages]

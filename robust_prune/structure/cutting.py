@@ -47,10 +47,10 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def gone_positions(group: ChannelGroup, removed: tuple[int, ...]) -> dict[Place, list[int]]:
     """For each place that `group` cuts, the positions (of the dense model) that go with the channels `removed`."""
-    gone = set(removed)
+    removed_set = set(removed)
     found: dict[Place, list[int]] = {}
     for part in group.slices:
-        positions = [i for i, r in zip(part.index, part.root, strict=True) if r in gone]
+        positions = [i for i, r in zip(part.index, part.root, strict=True) if r in removed_set]
         found.setdefault((part.target, part.side, part.dim), []).extend(positions)
     return found
 
@@ -90,15 +90,15 @@ class Cutter:
             part = next(s for s in group.slices if (s.target, s.side, s.dim) == place)
             alive = self._alive.get(place) or list(range(place_size(self.model, part)))
             where = {dense: now for now, dense in enumerate(alive)}
-            gone = set(positions)
-            if not gone < where.keys():
+            removed_set = set(positions)
+            if not removed_set < where.keys():
                 raise ValueError(f"{part.target}: all of its channels would go, or some are gone already")
-            current = sorted(where[p] for p in gone)
+            current = sorted(where[p] for p in removed_set)
             if part.side == "param":
                 _cut_parameter(self.model, part.target, part.dim, current)
             else:
                 cut_module(self.model.get_submodule(part.target), part.side, current)
-            self._alive[place] = [dense for dense in alive if dense not in gone]
+            self._alive[place] = [dense for dense in alive if dense not in removed_set]
 
     def snapshot(self) -> tuple[Any, ...]:
         """A cheap state for `restore`: cuts replace tensors, they never write into them."""

@@ -17,8 +17,8 @@ from .attention import Attention, find_attention
 from .cutting import is_depthwise, place_size
 from .graph import BoundedGraph, BrokenMapping, Coupling, couple
 from .tracing import trace_groups
-from .trial import Bench, Candidate, Cut, Ledger
-from .types import ChannelGroup, GroupSlice, Refused
+from .trial import Candidate, Cut, Ledger, Trial
+from .types import ChannelGroup, GroupSlice, Skipped
 
 _SEED = 308
 
@@ -29,11 +29,11 @@ class GroupSearch:
 
     Attributes:
         groups: proven groups, in the order in which their root layers run.
-        refused: layers whose channels must stay, each with its reason. The classifier is in neither.
+        skipped: layers whose channels must stay, each with its reason. The classifier is in neither.
     """
 
     groups: tuple[ChannelGroup, ...]
-    refused: tuple[Refused, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
@@ -41,7 +41,7 @@ def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
 
     Groups are proven when some of their channels, cut for real, leave a model equal to the dense one with the same
     channels zeroed (random weights, double precision); where that fails, sets of them are halved until it is known
-    which group fails. Layers that the graph leaves without a group are looked at again by watching values (see
+    which group fails. Layers that the graph leaves without a group are looked at again by perturbing values (see
     `tracing`). The layers that make the logits are never cut.
 
     Args:
@@ -53,24 +53,25 @@ def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
         UsageError: the model does not run on `example`, or re-parametrises its weights.
     """
     check_example(example)
-    bench = Bench(unwrap(model), example)
-    candidates, refused = find_candidates(bench)
-    unfelt = bench.unfelt(candidates)
-    refused += [
-        Refused(name, "the logits do not depend on it, so that a cut cannot be checked") for name in sorted(unfelt)
+    trial = Trial(unwrap(model), example)
+    candidates, skipped = find_candidates(trial)
+    without_gradient = trial.without_gradient(candidates)
+    skipped += [
+        Skipped(name, "the logits do not depend on it, so that a cut cannot be checked")
+        for name in sorted(without_gradient)
     ]
-    ledger = Ledger(bench)
-    ledger.commit([Cut(c, _trial(c.group)) for c in candidates if c.group.name not in unfelt])
-    stuck = (*refused, *ledger.failed)
+    ledger = Ledger(trial)
+    ledger.commit([Cut(c, _trial_cut(c.group)) for c in candidates if c.group.name not in without_gradient])
+    stuck = (*skipped, *ledger.failed)
     if stuck:
-        traced = find_traced(bench, [cut.candidate.group for cut in ledger.done])
-        unfelt |= bench.unfelt(traced)
-        ledger.commit([Cut(c, _trial(c.group)) for c in traced if c.group.name not in unfelt])
+        traced = find_traced(trial, [cut.candidate.group for cut in ledger.done])
+        without_gradient |= trial.without_gradient(traced)
+        ledger.commit([Cut(c, _trial_cut(c.group)) for c in traced if c.group.name not in without_gradient])
         known = {c.group.name for c in candidates}
         lost = [c for c in ledger.lost if not (c.candidate.group.traced and c.candidate.group.name in known)]
-        ledger.commit([Cut(c, _trial(c.group)) for c in _bundles([c.candidate for c in lost])])
+        ledger.commit([Cut(c, _trial_cut(c.group)) for c in _bundles([c.candidate for c in lost])])
     done = [cut.candidate.group for cut in ledger.done]
-    order = {name: i for i, (name, _) in enumerate(bench.dense.named_modules())}
+    order = {name: i for i, (name, _) in enumerate(trial.dense.named_modules())}
     return GroupSearch(tuple(sorted(done, key=lambda group: order[group.name])), _remaining(stuck, ledger))
 
 
@@ -80,17 +81,17 @@ def check_example(example: Tensor) -> None:
         raise UsageError(f"pruning needs one example image of shape [1, C, H, W], got {list(example.shape)}.")
 
 
-def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
-    """Groups of the bench's dense twin as its graph tells them, not yet proven, and the layers without one."""
-    model = bench.dense
-    graph = BoundedGraph().build(model, bench.images[:1])
-    blocks = find_attention(model, bench.images)
+def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
+    """Groups of the trial's reference as its graph tells them, not yet proven, and the layers without one."""
+    model = trial.dense
+    graph = BoundedGraph().build(model, trial.images[:1])
+    blocks = find_attention(model, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     candidates: list[Candidate] = []
-    refused: list[Refused] = []
+    skipped: list[Skipped] = []
     claimed: dict[str, set[int]] = {}
     for block in blocks:
-        _add_attention(block, candidates, refused)
+        _add_attention(block, candidates, skipped)
     layers = [m for m in graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     order = {m: i for i, m in enumerate(model.modules())}
     # Depthwise layers follow what feeds them; they are roots only when nothing else led to them.
@@ -109,31 +110,31 @@ def find_candidates(bench: Bench) -> tuple[list[Candidate], list[Refused]]:
                 candidates.append(Candidate(_as_group(name, coupling, model, in_attention)))
         except BrokenMapping as error:
             claimed[name].update(free)
-            refused.append(Refused(name, str(error)))
+            skipped.append(Skipped(name, str(error)))
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(candidates, key=lambda c: position[c.group.name]), refused
+    return sorted(candidates, key=lambda c: position[c.group.name]), skipped
 
 
-def find_traced(bench: Bench, found: Sequence[ChannelGroup]) -> list[Candidate]:
-    """Groups of the bench's dense twin as `tracing` tells them, not yet proven, apart from those `found` already."""
-    if any(isinstance(module, nn.MultiheadAttention) for module in bench.dense.modules()):
+def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
+    """Groups of the trial's reference as `tracing` tells them, not yet proven, apart from those `found` already."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in trial.dense.modules()):
         return []  # it mixes all that reaches it, which no cut gets past, and makes every pass of the search dear
-    blocks = find_attention(bench.dense, bench.images)
+    blocks = find_attention(trial.dense, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]
     try:
-        found_by_value = trace_groups(bench.dense, bench.images[:1], taken=taken, skip=in_attention.keys())
+        found_by_value = trace_groups(trial.dense, trial.images[:1], taken=taken, skip=in_attention.keys())
     except Exception:  # the model meets made-up values there, which its code need not bear
         return []
     candidates = []
     for traced in found_by_value:
         with suppress(BrokenMapping):
-            group = _as_group(traced.root, traced.coupling, bench.dense, in_attention, traced.blocks)
+            group = _as_group(traced.root, traced.coupling, trial.dense, in_attention, traced.blocks)
             candidates.append(Candidate(replace(group, traced=True)))
     return candidates
 
 
-def _remaining(stuck: Sequence[Refused], ledger: Ledger) -> tuple[Refused, ...]:
+def _remaining(stuck: Sequence[Skipped], ledger: Ledger) -> tuple[Skipped, ...]:
     """Those of `stuck` that no proven group covers, each with the last reason found for its group, or for its layer."""
     covered = {producer for cut in ledger.done for producer in cut.candidate.group.producers}
     reasons = {
@@ -141,7 +142,7 @@ def _remaining(stuck: Sequence[Refused], ledger: Ledger) -> tuple[Refused, ...]:
         for cut, failed in zip(ledger.lost, ledger.failed, strict=True)
         for producer in cut.candidate.group.producers
     } | {failed.name: failed.reason for failed in ledger.failed}
-    return tuple(Refused(r.name, reasons.get(r.name, r.reason)) for r in stuck if r.name not in covered)
+    return tuple(Skipped(r.name, reasons.get(r.name, r.reason)) for r in stuck if r.name not in covered)
 
 
 def bundled(members: Sequence[Candidate]) -> Candidate:
@@ -176,11 +177,11 @@ def _claim(coupling: Coupling, claimed: dict[str, set[int]]) -> None:
             claimed.setdefault(part.target, set()).update(part.index)
 
 
-def _add_attention(block: Attention, candidates: list[Candidate], refused: list[Refused]) -> None:
+def _add_attention(block: Attention, candidates: list[Candidate], skipped: list[Skipped]) -> None:
     if block.obstacle:
-        refused.append(Refused(block.producers[0], block.obstacle))
+        skipped.append(Skipped(block.producers[0], block.obstacle))
     elif block.head_dim < 2:
-        refused.append(Refused(block.producers[0], "its heads have one dimension each"))
+        skipped.append(Skipped(block.producers[0], "its heads have one dimension each"))
     else:
         candidates.append(Candidate(block.group(), (block,)))
 
@@ -251,7 +252,7 @@ def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None
             raise BrokenMapping(f"its channels are interleaved over the {count} parts of {part.target}")
 
 
-def _trial(group: ChannelGroup) -> tuple[int, ...]:
+def _trial_cut(group: ChannelGroup) -> tuple[int, ...]:
     """Channels to remove for a proof: equally many, different ones, from each block; a share of the group's own.
 
     With one share for all, groups whose widths the model's code ties would pass together, and fail in a plan.

@@ -23,8 +23,8 @@ class OrderedLayerNormPruner(LayernormPruner):
         """
         if len(layer.normalized_shape) != 1:
             raise ValueError(f"LayerNorm over {tuple(layer.normalized_shape)} covers more than the channels")
-        gone = set(idxs)
-        keep = [i for i in range(layer.normalized_shape[0]) if i not in gone]
+        removed_set = set(idxs)
+        keep = [i for i in range(layer.normalized_shape[0]) if i not in removed_set]
         if layer.weight is not None:
             layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
         if layer.bias is not None:

@@ -15,7 +15,7 @@ _STATISTICS = (nn.LayerNorm, nn.GroupNorm)
 
 
 @contextmanager
-def masked(model: nn.Module, gone: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
+def masked(model: nn.Module, removed: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
     """`model` with the given positions zeroed, inside the ``with`` block; bit-identical to before after it.
 
     Weights, biases and free parameters are zeroed. Layer and group norms take their statistics over channels, so zeroed
@@ -23,13 +23,13 @@ def masked(model: nn.Module, gone: Mapping[Place, Iterable[int]]) -> Iterator[nn
 
     Args:
         model: the dense model; only the calling thread may use it meanwhile.
-        gone: for each place (target, side, dimension), the positions to zero.
+        removed: for each place (target, side, dimension), the positions to zero.
     """
     undo: list[tuple[Tensor, Tensor]] = []
     norms: list[nn.Module] = []
     try:
         with torch.no_grad():
-            for (target, side, dim), positions in gone.items():
+            for (target, side, dim), positions in removed.items():
                 index = sorted(positions)
                 if side == "param":
                     _zero(model.get_parameter(target), dim, index, undo)

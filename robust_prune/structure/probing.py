@@ -43,7 +43,7 @@ class Call:
     step: Tensor
 
 
-class Watch(TorchFunctionMode):
+class Probe(TorchFunctionMode):
     """Stands in for the layers of a model during its passes."""
 
     def __init__(self, model: nn.Module, stack: list[nn.Module]) -> None:
@@ -177,16 +177,16 @@ def _along(mask: Tensor, dim: int, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[Watch]:
-    """A `Watch` of `model`, which is in eval mode; inside the ``with`` block its layers are stood in for."""
+def probing(model: nn.Module) -> Iterator[Probe]:
+    """A `Probe` of `model`, which is in eval mode; inside the ``with`` block its layers are stood in for."""
     stack: list[nn.Module] = []
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(lambda m, inputs: stack.append(m)))
         handles.append(module.register_forward_hook(lambda m, inputs, output: stack.pop() and None))
     try:
-        with Watch(model, stack) as watch:
-            yield watch
+        with Probe(model, stack) as probe:
+            yield probe
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Couplings found by watching values, for models whose index mappings torch-pruning gets wrong.
+"""Couplings found by perturbing values, for models whose index mappings torch-pruning gets wrong.
 
 Every convolution and linear layer is made to return fixed values, whatever comes in, so that nothing but the operations
 between the layers is left: splits, shifts, sums, gates, pools. Then output channels of one layer are changed, and the
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cutting import Place
 from .graph import Coupling
-from .probing import Watch, watching
+from .probing import Probe, probing
 from .types import GroupSlice
 
 _SEED = 1735
@@ -58,11 +58,11 @@ def trace_groups(
         BrokenMapping: the model does not make the same calls in every pass.
     """
     components = _Components()
-    with torch.no_grad(), watching(model) as watch:
-        watch.start(image)
-        sources = [p for p in watch.producers() if p[0] not in skip]
-        for source, memberships, reached in _probe(watch, sources, image):
-            _link(source, memberships, reached, watch, components)
+    with torch.no_grad(), probing(model) as probe:
+        probe.start(image)
+        sources = [p for p in probe.producers() if p[0] not in skip]
+        for source, memberships, reached in _probe_sources(probe, sources, image):
+            _link(source, memberships, reached, probe, components)
     held = {((s.target, s.side, s.dim), i) for s in taken for i in s.index}
     classes = [c for c in components.classes() if not any(p in held or p[0] in (_OUTPUT, _NOWHERE) for p in c)]
     roots = [p for p in sources if p[1] == "out"]
@@ -93,19 +93,21 @@ class _Components:
         return list(found.values())
 
 
-def _probe(watch: Watch, sources: list[Place], image: Tensor) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
+def _probe_sources(
+    probe: Probe, sources: list[Place], image: Tensor
+) -> Iterator[tuple[Place, Tensor, dict[int, Tensor]]]:
     """For each source, the channels changed in each pass [T, C], and by call what came in changed [T, positions]."""
     reach: dict[Place, frozenset[int]] = {}
     for source in sources:
-        whole = torch.ones(watch.size(source), dtype=torch.bool)
-        reach[source] = frozenset(i for i, seen in enumerate(watch.run(image, {source: whole})) if bool(seen.any()))
+        whole = torch.ones(probe.size(source), dtype=torch.bool)
+        reach[source] = frozenset(i for i, seen in enumerate(probe.run(image, {source: whole})) if bool(seen.any()))
     for together in _apart(reach):
-        members = {s: _halves(watch.size(s)) for s in together}
+        members = {s: _halves(probe.size(s)) for s in together}
         rounds = max(len(m) for m in members.values())
-        seen = _passes(watch, image, members, rounds)
+        seen = _passes(probe, image, members, rounds)
         layers = [s for s in together if s[1] == "out"]  # an unclear parameter will not be linked at all
-        unclear = {s: _random_sets(watch.size(s)) for s in layers if _is_unclear(members[s], reach[s], seen)}
-        more = _passes(watch, image, unclear, _EXTRA_PROBES) if unclear else seen[:0]
+        unclear = {s: _random_sets(probe.size(s)) for s in layers if _is_unclear(members[s], reach[s], seen)}
+        more = _passes(probe, image, unclear, _EXTRA_PROBES) if unclear else seen[:0]
         for source in together:
             sets, passes = members[source], seen[: len(members[source])]
             if source in unclear:
@@ -127,8 +129,8 @@ def _apart(reach: Mapping[Place, frozenset[int]]) -> list[list[Place]]:
     return [members for _, members in colours]
 
 
-def _passes(watch: Watch, image: Tensor, members: Mapping[Place, Tensor], count: int) -> list[list[Tensor]]:
-    return [watch.run(image, {s: m[t] for s, m in members.items() if t < len(m)}) for t in range(count)]
+def _passes(probe: Probe, image: Tensor, members: Mapping[Place, Tensor], count: int) -> list[list[Tensor]]:
+    return [probe.run(image, {s: m[t] for s, m in members.items() if t < len(m)}) for t in range(count)]
 
 
 def _halves(channels: int) -> Tensor:
@@ -159,9 +161,9 @@ def _possible(members: Tensor, moved: Tensor) -> Tensor:
     return (ruled_out == 0) & moved.any(0).unsqueeze(1)
 
 
-def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], watch: Watch, components: _Components) -> None:
+def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], probe: Probe, components: _Components) -> None:
     for index, moved in reached.items():
-        place = watch.calls[index].entering if index < len(watch.calls) else _OUTPUT
+        place = probe.calls[index].entering if index < len(probe.calls) else _OUTPUT
         possible = _possible(members, moved)
         if source[1] == "param" and bool((possible.sum(1) > 1).any()):
             continue  # its positions are not channels there: tokens, say, each of which all channels see

@@ -1,4 +1,4 @@
-"""One cut as a transaction on a twin: made, run, compared with the masked dense twin, and kept or undone."""
+"""One cut as a transaction: made in a copy of the reference, compared with the masked reference, kept or undone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attention import Adaptation, Attention
 from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
 from .masking import masked
 from .reference import first_line, images_like, make_reference, relative_error
-from .types import ChannelGroup, Refused
+from .types import ChannelGroup, Skipped
 
 # Relative error of two exact computations of the same thing; a wrong channel costs percents.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
@@ -79,7 +79,7 @@ class Outcome:
 
     Attributes:
         reason: empty when it was kept, else why it was undone.
-        error: relative error against the masked dense twin.
+        error: relative error against the masked reference.
         edits: stale attributes that were repaired.
         adaptations: by the name of its first producer, how each attention block was told.
     """
@@ -90,8 +90,8 @@ class Outcome:
     adaptations: dict[str, Adaptation] = field(default_factory=dict)
 
 
-class Bench:
-    """A dense twin, its cut copy, and the images on which they are compared.
+class Trial:
+    """A dense reference with random weights, its cut copy, and the images on which they are compared.
 
     Args:
         model: any model; it is not touched.
@@ -103,17 +103,17 @@ class Bench:
         self.small = copy.deepcopy(self.dense)
         self.cutter = Cutter(self.small)
         self.images = images_like(example, self.dtype)
-        self._gone: dict[Place, set[int]] = {}
+        self._removed: dict[Place, set[int]] = {}
 
     def attempt(self, cuts: list[Cut]) -> Outcome:
-        """Make `cuts` on the small twin together; undo them unless it then equals the masked dense twin."""
+        """Make `cuts` on the copy together; undo them unless it then equals the masked reference."""
         saved = self.cutter.snapshot()
-        gone = {place: set(found) for place, found in self._gone.items()}
+        removed = {place: set(found) for place, found in self._removed.items()}
         try:
             for cut in cuts:
                 for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
-                    gone.setdefault(place, set()).update(positions)
-            with masked(self.dense, gone):
+                    removed.setdefault(place, set()).update(positions)
+            with masked(self.dense, removed):
                 wanted = self._run(self.dense)
             outcome = self._cut_and_repair(cuts, wanted)
         except Exception as error:
@@ -121,10 +121,10 @@ class Bench:
         if outcome.reason:
             self.cutter.restore(saved)
         else:
-            self._gone = gone
+            self._removed = removed
         return outcome
 
-    def unfelt(self, candidates: list[Candidate]) -> set[str]:
+    def without_gradient(self, candidates: list[Candidate]) -> set[str]:
         """Names of the groups whose producers do not move the logits at all: a proof of their cut would be empty."""
         names = dict.fromkeys(n for c in candidates for n in c.group.producers)
         if not names:
@@ -182,7 +182,7 @@ class Bench:
 
 
 class Ledger:
-    """What the transactions on a bench came to.
+    """What the transactions on a trial came to.
 
     Attributes:
         done: cuts that are proven and in place.
@@ -193,10 +193,10 @@ class Ledger:
         error: largest relative error of a proof.
     """
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
         self.done: list[Cut] = []
-        self.failed: list[Refused] = []
+        self.failed: list[Skipped] = []
         self.lost: list[Cut] = []
         self._failures: Counter[str] = Counter()
         self.edits: list[Edit] = []
@@ -219,17 +219,17 @@ class Ledger:
             for cut in suspects:
                 self._commit([cut])
             return
-        outcome = self._bench.attempt(cuts)
+        outcome = self._trial.attempt(cuts)
         if outcome.reason and len(cuts) > 1:
             self._commit(cuts[: len(cuts) // 2])
             self._commit(cuts[len(cuts) // 2 :])
             return
         if outcome.reason and (other := cuts[0].candidate.other_layout()):
             second = [Cut(other, cuts[0].removed)]
-            tried = self._bench.attempt(second)
+            tried = self._trial.attempt(second)
             outcome, cuts = (outcome, cuts) if tried.reason else (tried, second)
         if outcome.reason:
-            self.failed.append(Refused(cuts[0].candidate.group.name, outcome.reason))
+            self.failed.append(Skipped(cuts[0].candidate.group.name, outcome.reason))
             self.lost += cuts
             self._failures[_kind(cuts[0])] += 1
             return

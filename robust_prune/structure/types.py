@@ -38,7 +38,7 @@ class ChannelGroup:
         blocks: channels must be removed in the same number from each of `blocks` equal consecutive parts
             (grouped convolution: number of groups; attention heads with equal head dimensions: heads; else 1).
         slices: everything that is cut together; the first is the root's ``out`` side.
-        traced: whether it was found by watching values, where the graph had it wrong.
+        traced: whether it was found by perturbing values, where the graph had it wrong.
         members: names of the groups that it bundles, because the model's code wants equal widths of them; else empty.
         dense: channels before any cut, of which floors are a share; None if there was no cut before.
     """
@@ -58,7 +58,7 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Skipped:
     """A group that stays whole, and why."""
 
     name: str

@@ -16,8 +16,8 @@ from ..structure.cutting import Cutter, Place, gone_positions
 from ..structure.groups import bundled, check_example, find_candidates, find_traced
 from ..structure.masking import masked
 from ..structure.reference import copy_model, first_line, images_like, precise_copy, relative_error
-from ..structure.trial import TOLERANCE, Bench, Candidate, Cut, Ledger, apply_edits
-from ..structure.types import ChannelGroup, Refused
+from ..structure.trial import TOLERANCE, Candidate, Cut, Ledger, Trial, apply_edits
+from ..structure.types import ChannelGroup, Skipped
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Surgery:
         rolled_back: groups of the plan that stayed whole, each with its reason.
         parity: largest relative error, over all checks, between the cut model and the masked dense one.
         edits: attributes that the cuts had made stale, as ``module.attribute``.
-        gone: positions of the original that went, for each place (module, side, dimension) that was cut.
+        removed: positions of the original that went, for each place (module, side, dimension) that was cut.
     """
 
     model: nn.Module
     applied: tuple[PlannedGroup, ...]
-    rolled_back: tuple[Refused, ...]
+    rolled_back: tuple[Skipped, ...]
     parity: float
     edits: tuple[str, ...] = ()
-    gone: Mapping[Place, frozenset[int]] = field(default_factory=dict)
+    removed: Mapping[Place, frozenset[int]] = field(default_factory=dict)
 
 
 def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
     """Cut the channels that `plan` names out of a copy of `model`.
 
-    Groups are first cut in a private twin with random weights and compared with the masked dense twin: all at once
+    Groups are first cut in a private reference with random weights and compared with the masked one: all at once
     and, where that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back and the
     others go on. The same cuts are then made in a copy of the model, which is compared with the masked model itself
     and run backward.
@@ -60,44 +60,44 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
     """
     check_example(example)
     base = unwrap(model)
-    bench = Bench(base, example)
-    known = _candidates(bench, plan)
+    trial = Trial(base, example)
+    known = _candidates(trial, plan)
     cuts: list[Cut] = []
-    refused: list[Refused] = []
+    skipped: list[Skipped] = []
     for planned in plan.groups:
         if not planned.removed:
             continue
         reason = _invalid(planned, known.get(planned.name))
         if reason:
-            refused.append(Refused(planned.name, reason))
+            skipped.append(Skipped(planned.name, reason))
         else:
             cuts.append(Cut(known[planned.name], planned.removed))
-    ledger = Ledger(bench)
+    ledger = Ledger(trial)
     ledger.commit(cuts)
     small = copy_model(base)
     _replay(small, ledger)
-    gone = _gone(ledger)
-    parity = max(ledger.error, _whole_parity(base, small, gone, example))
+    removed = _removed(ledger)
+    parity = max(ledger.error, _whole_parity(base, small, removed, example))
     done = {c.candidate.group.name for c in ledger.done}
     return Surgery(
         small,
         tuple(p for p in plan.groups if p.name in done),
-        (*refused, *ledger.failed),
+        (*skipped, *ledger.failed),
         parity,
         tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in ledger.edits),
-        gone,
+        removed,
     )
 
 
-def _candidates(bench: Bench, plan: PruningPlan) -> dict[str, Candidate]:
-    """The groups of the bench's model by name, found the way in which each planned group was found."""
-    known = {c.group.name: c for c in find_candidates(bench)[0]}
+def _candidates(trial: Trial, plan: PruningPlan) -> dict[str, Candidate]:
+    """The groups of the trial's model by name, found the way in which each planned group was found."""
+    known = {c.group.name: c for c in find_candidates(trial)[0]}
     bundles = [p for p in plan.groups if p.members]
     single = [p for p in plan.groups if not p.members]
     traced = {p.name for p in single if p.traced} | {m for p in bundles for m in p.members if m not in known}
     if traced:
         others = [known[p.name].group for p in single if not p.traced and p.name in known]
-        known |= {c.group.name: c for c in find_traced(bench, others) if c.group.name in traced}
+        known |= {c.group.name: c for c in find_traced(trial, others) if c.group.name in traced}
     for bundle in bundles:
         members = [known[m] for m in bundle.members if m in known]
         if len(members) == len(bundle.members) and {m.group.channels for m in members} == {bundle.channels}:
@@ -133,15 +133,15 @@ def _replay(small: nn.Module, ledger: Ledger) -> None:
     apply_edits(small, tuple(ledger.edits))
 
 
-def _gone(ledger: Ledger) -> dict[Place, frozenset[int]]:
-    gone: dict[Place, set[int]] = {}
+def _removed(ledger: Ledger) -> dict[Place, frozenset[int]]:
+    removed: dict[Place, set[int]] = {}
     for cut in ledger.done:
         for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
-            gone.setdefault(place, set()).update(positions)
-    return {place: frozenset(positions) for place, positions in gone.items() if positions}
+            removed.setdefault(place, set()).update(positions)
+    return {place: frozenset(positions) for place, positions in removed.items() if positions}
 
 
-def _whole_parity(base: nn.Module, small: nn.Module, gone: Mapping[Place, frozenset[int]], example: Tensor) -> float:
+def _whole_parity(base: nn.Module, small: nn.Module, removed: Mapping[Place, frozenset[int]], example: Tensor) -> float:
     """Relative error of the pruned model against the masked one, with the model's own weights, after a backward pass.
 
     Raises:
@@ -150,7 +150,7 @@ def _whole_parity(base: nn.Module, small: nn.Module, gone: Mapping[Place, frozen
     dense, dtype = precise_copy(base, example)
     exact = copy_model(small).to(dtype).eval()
     images = images_like(example, dtype).requires_grad_()
-    with torch.no_grad(), masked(dense, gone):
+    with torch.no_grad(), masked(dense, removed):
         wanted = dense(images)
     try:
         found = exact(images)

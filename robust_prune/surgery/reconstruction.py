@@ -45,7 +45,7 @@ class _Reached(Exception):
 def reconstruct(
     small: nn.Module,
     dense: nn.Module,
-    gone: Mapping[Place, Iterable[int]],
+    removed: Mapping[Place, Iterable[int]],
     images: Tensor,
     *,
     ridge: float = RIDGE,
@@ -60,7 +60,7 @@ def reconstruct(
     Args:
         small: the pruned model; its mode leaves as it came.
         dense: the model that it was cut from, on the same device; likewise.
-        gone: positions of the dense model that went, as `Surgery.gone` tells them.
+        removed: positions of the dense model that went, as `Surgery.removed` tells them.
         images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
         ridge: >= 0, see `RIDGE`. The more, the nearer the weights stay to the cut ones.
         batch_size: images a pass.
@@ -75,7 +75,7 @@ def reconstruct(
     """
     if len(images) == 0 or ridge < 0:
         raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
-    readers = _readers(dense, gone)
+    readers = _readers(dense, removed)
     device = next(small.parameters()).device
     solved = []
     with frozen_eval(small), frozen_eval(dense):
@@ -88,17 +88,17 @@ def reconstruct(
     return tuple(solved)
 
 
-def _readers(dense: nn.Module, gone: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
+def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
     """Layers that lost inputs, each with the positions of its outputs that stay."""
     found = {}
-    for target, side, _ in gone:
+    for target, side, _ in removed:
         if side != "in":
             continue
         module: Any = dense.get_submodule(target)
         # Subclasses that pad or standardise their weights in forward are not the linear map of their weight.
         plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
         if plain and getattr(module, "groups", 1) == 1:
-            lost = set(gone.get((target, "out", 0), ()))
+            lost = set(removed.get((target, "out", 0), ()))
             keep = [i for i in range(module.weight.shape[0]) if i not in lost]
             found[target] = torch.tensor(keep)
     return found

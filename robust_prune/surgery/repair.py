@@ -40,4 +40,4 @@ def repair(
         few = recipe.sensitivity.model_copy(update={"images": count})
         adv = adv or make_adversarial_set(dense, images, recipe.threat_model, few, seed=recipe.seed, device=device)
         clean, _ = random_images(images, count, recipe.seed)
-        reconstruct(small, dense, surgery.gone, torch.cat([clean, adv.images]))
+        reconstruct(small, dense, surgery.removed, torch.cat([clean, adv.images]))

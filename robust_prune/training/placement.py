@@ -13,9 +13,9 @@ from .precision import Precision
 
 def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
     """A copy in eval mode without gradients, laid out like the student."""
-    twin = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
-    precision.arrange(twin)
-    return twin
+    placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
+    precision.arrange(placed)
+    return placed
 
 
 def resident(images: ImageSet, device: torch.device) -> ImageSet:

@@ -60,13 +60,11 @@ class _Run:
         seed: int,
         accelerator: Accelerator,
         checkpoint: Path | None,
-        checkpoint_seconds: float,
         teacher: nn.Module | None,
     ) -> None:
         from timm.utils import ModelEmaV3
 
         self.settings, self.threat, self.seed, self.checkpoint = settings, threat, seed, checkpoint
-        self.checkpoint_seconds = checkpoint_seconds
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         begun_from = models_hash(model), images_hash(train_images)
@@ -181,7 +179,7 @@ class _Run:
             self._step(order[start : start + self.batch_size])
             state.step += 1
             unfinished = state.step < self.steps_per_epoch
-            save = unfinished and time.monotonic() - last_save > self.checkpoint_seconds
+            save = unfinished and time.monotonic() - last_save > CHECKPOINT_SECONDS
             if save or not unfinished or self.figures.due:
                 self._read_figures(advance)
             if save:
@@ -346,6 +344,7 @@ class _Run:
         self.save()
 
 
+# Nine parameters: what is learned, from what, against what and how; the rest have defaults.
 def train(
     model: nn.Module,
     train_images: ImageSet,
@@ -356,14 +355,13 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     checkpoint: Path | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     teacher: nn.Module | None = None,
 ) -> TrainResult:
     """Trains `model` in place and leaves it with the weights of the best epoch.
 
     After each epoch the live and the averaged weights are scored by PGD on held-out training images; the best
-    robust accuracy wins. With `checkpoint` the run goes on where a killed one stood; the file holds at most
-    `checkpoint_seconds` less than what was done, and a resumed run ends with the same weights.
+    robust accuracy wins. With `checkpoint` the run goes on where a killed one stood; the file is written
+    every `CHECKPOINT_SECONDS`, and a resumed run ends with the same weights.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits.
@@ -375,7 +373,6 @@ def train(
         device: ``cpu`` or ``cuda``; under a distributed launcher each process takes its own, and an equal share of
             every batch (what cannot be divided is left out) and of the held-out images. All must call this.
         checkpoint: file to resume from and save to.
-        checkpoint_seconds: longest time between two saves.
         teacher: the dense parent, for distillation; it is copied.
 
     Raises:
@@ -388,9 +385,7 @@ def train(
     accelerator = make_accelerator(settings, device, checkpoint.parent if checkpoint else Path())
     if settings.distillation and teacher is None:
         raise UsageError("distillation needs the dense parent, which only compress has. Set distillation to 0.")
-    run = _Run(
-        model, train_images, validation, threat, settings, seed, accelerator, checkpoint, checkpoint_seconds, teacher
-    )
+    run = _Run(model, train_images, validation, threat, settings, seed, accelerator, checkpoint, teacher)
     result = run.run()
     if settings.trackers:
         accelerator.end_training()

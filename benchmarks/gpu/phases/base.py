@@ -62,7 +62,6 @@ def run(work: Work, sizes: Sizes, deadline: float) -> None:
     with _kept(work, checkpoint, spec):
         result = train(
         model, images, data.validation, THREAT, settings, device=sizes.device, checkpoint=checkpoint,
-        checkpoint_seconds=60.0,
     )  # fmt: skip
     artifact.save(work.base, model.cpu(), spec, threat=THREAT, provenance=found["settings"], store_dtype="float16")
     found |= {

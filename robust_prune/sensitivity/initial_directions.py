@@ -9,8 +9,8 @@ only what is linear there. Moving *all* weights together, each by a small share 
 does give one class, where each weight's gradient says how it best takes part in that: the same maximum, seen from
 inside. Such a joint climb costs no more for all weights than a step of an ascent costs for one at the first layer.
 
-Which start leads highest, the loss right there does not tell: the best one may be the lowest. Its slope tells more. So
-every weight takes one step from every start, and those that promise most are kept.
+The loss right there does not tell which initial direction leads highest: the best one may be the lowest. Its slope
+tells more. So every weight takes one step from each of them, and those that promise most are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = 10
 """Most classes to start towards: those to which the model gives most probability on the images of the search."""
 
 ALIKE = 0.8
-"""Cosine from which on two directions count as one start."""
+"""Cosine from which on two directions count as one."""
 
 
 def shortlist(
@@ -45,17 +45,17 @@ def shortlist(
     count: int,
     step: Callable[[int, Tensor], tuple[Tensor, float]],
 ) -> list[list[Tensor]]:
-    """The most promising starts of each target, one step on, best first.
+    """The most promising initial directions of each target, one step on, best first.
 
-    For each start, `JOINT_STEPS` + 1 forwards and backwards over the set, and one step a target. Memory: `count` + 5
-    copies of the targets' weights.
+    For each initial direction, `JOINT_STEPS` + 1 forwards and backwards over the set, and one step a target. Memory:
+    `count` + 5 copies of the targets' weights.
 
     Args:
         loss: what to raise, over few images.
         targets: distinct weights.
         gradients: of R with respect to each, not zero.
         rho: relative radius of the balls, > 0.
-        count: most starts a target, >= 1.
+        count: most initial directions a target, >= 1.
         step: from the position of a target and a direction to the next direction, and how high that leads.
 
     Returns:
@@ -67,7 +67,7 @@ def shortlist(
     best: list[list[tuple[float, Tensor]]] = [[] for _ in targets]
     lengths = [rho * float(target.weight.detach().norm()) for target in targets]
     labels = (None, *_likely_classes(loss))
-    with track("Sensitivity, starts", len(labels) * len(targets)) as advance:
+    with track("Sensitivity, initial directions", len(labels) * len(targets)) as advance:
         for label in labels:
             directions = _joint_climb(loss, targets, gradients, lengths, label)
             for position, (held, direction) in enumerate(zip(best, directions, strict=True)):
