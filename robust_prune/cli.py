@@ -31,7 +31,7 @@ _COMMANDS = {
 }
 for _name, _help in _COMMANDS.items():
     app.command(f"robust_prune.commands.{_name}:{_name}", name=_name, help=_help)
-app.command("robust_prune.commands.recipes:app", name="recipes", help="List, show or copy the shipped recipes.")
+app.command("robust_prune.commands.recipes:app", name="recipes", help="List, show, copy or explain recipes.")
 
 
 def main(arguments: list[str] | None = None) -> None:

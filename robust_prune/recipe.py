@@ -29,14 +29,16 @@ def _switch(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
-CriterionName = Annotated[str, AfterValidator(CRITERIA.check)]
-AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check)]
-LossName = Annotated[str, AfterValidator(LOSSES.check)]
-TierName = Annotated[str, AfterValidator(TIERS.check)]
+# Each catalogue stands in its annotation as well, where `recipe_docs` finds the choices.
+CriterionName = Annotated[str, AfterValidator(CRITERIA.check), CRITERIA]
+AllocationName = Annotated[str, AfterValidator(ALLOCATIONS.check), ALLOCATIONS]
+LossName = Annotated[str, AfterValidator(LOSSES.check), LOSSES]
+TierName = Annotated[str, AfterValidator(TIERS.check), TIERS]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Experiment trackers that accelerate supports."""
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(_number)]
+Radius = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 
 
 class Section(BaseModel):
@@ -64,7 +66,7 @@ class ThreatSection(Section):
 
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the perturbation."""
-    epsilon: FractionNumber = Field(8 / 255, ge=0)
+    epsilon: Radius = 8 / 255
     """Radius in units of the [0, 1] pixel range; fractions such as 8/255 are allowed."""
 
 
@@ -104,9 +106,9 @@ class PruningSection(Section):
     """Cost to which the ratio refers. `latency` is that of the exported file on this machine, at the first value of
     `bench.batches` and the first value of `bench.threads`; candidates are timed until one is within 5 % of it."""
     allocation: AllocationName = "mrs"
-    """Allocation of the budget over groups; `robust-prune compress --help` lists all."""
+    """Allocation of the budget over groups."""
     criterion: CriterionName = "adversarial_taylor"
-    """Criterion that ranks the channels of a group; `robust-prune compress --help` lists all."""
+    """Criterion that ranks the channels of a group; those with the lowest scores are removed first."""
     round_to: int = Field(8, ge=1)
     """Number to whose multiples widths are rounded where the budget allows."""
     mrs_exponent: float = Field(0.25, ge=0, le=1)
@@ -129,7 +131,7 @@ class TrainSettings(Section):
     """Adversarial training or fine-tuning."""
 
     loss: LossName = "n_fgsm"
-    """Training loss; `robust-prune train --help` lists all."""
+    """Training loss."""
     epochs: int = Field(30, ge=0)
     """Number of passes over the training images."""
     batch_size: int = Field(128, ge=1)
@@ -196,7 +198,7 @@ class EvaluationSection(Section):
     """Measurement of robust accuracy."""
 
     tier: TierName = "pgd"
-    """Strength of the attack, printed next to every result; `robust-prune evaluate --help` lists all."""
+    """Strength of the attack, printed next to every result."""
     steps: int = Field(20, ge=1)
     """Number of PGD steps."""
     restarts: int = Field(2, ge=1)

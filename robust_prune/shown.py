@@ -35,6 +35,7 @@ def as_html(renderable: RenderableType) -> str:
     """Return a rich renderable as HTML with inline styles."""
     from rich.console import Console
 
-    console = Console(record=True, width=HTML_WIDTH, file=io.StringIO(), force_terminal=True)
+    # In a notebook rich would display what it prints, beside the HTML that is returned here.
+    console = Console(record=True, width=HTML_WIDTH, file=io.StringIO(), force_terminal=True, force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>')

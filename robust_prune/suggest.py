@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -14,7 +14,11 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
         known: existing names.
         prefix: prefix of each suggestion.
     """
-    near = [prefix + match for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
+    return question([prefix + match for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)])
+
+
+def question(near: Sequence[str]) -> str:
+    """The same for names that are known to be near."""
     if not near:
         return ""
     listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"

@@ -35,11 +35,15 @@ class LatencyRow:
         path: path of the ONNX file.
         provider: execution provider, as verified.
         kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (I/O binding and a CUDA graph).
-        batch, threads: batch size and number of intra-op threads.
+        batch: number of images in a run.
+        threads: number of intra-op threads.
         samples: number of timed runs.
         p50_ms: median time of one run in milliseconds.
-        p50_low, p50_high: 95 % bootstrap interval of the median in milliseconds.
-        p90_ms, p95_ms, p99_ms: percentiles in milliseconds; None below 64, 130 and 662 samples.
+        p50_low: lower end of its 95 % bootstrap interval in milliseconds.
+        p50_high: upper end of that interval.
+        p90_ms: 90th percentile in milliseconds; None with fewer than 64 samples.
+        p95_ms: 95th percentile; None with fewer than 130 samples.
+        p99_ms: 99th percentile; None with fewer than 662 samples.
         images_per_second: batch size divided by the median time.
         speedup: speed-up over the first file of the table; None for that file.
         noisy: whether the interval of the A/A ratio excludes 1, in which case the row should be measured again.

@@ -47,8 +47,10 @@ class PruningPlan(Shown):
         round_to: number of which widths are multiples where possible.
         groups: channels to remove from each group.
         skipped: groups and layers that cannot be cut, with the reasons.
-        macs_before, macs_after: multiply-accumulates of one image, computed from channel counts.
-        params_before, params_after: number of parameters, computed from channel counts.
+        macs_before: multiply-accumulates of one image, computed from channel counts.
+        macs_after: the same at the planned widths.
+        params_before: number of parameters, computed from channel counts.
+        params_after: the same at the planned widths.
         note: empty if the budget is met (within 1 % of the dense cost; of a latency, within 5 %), else the nearest
             ratio that is possible and why.
     """

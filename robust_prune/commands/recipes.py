@@ -8,12 +8,18 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich.table import Table
+from rich.text import Text
 
 from ..console import console
 from ..errors import UsageError
+from ..recipe_docs import KeyDoc, SectionDoc, describe
+from ..recipe_docs import find as find_key
 from ..recipe_reader import find, load, shipped
 
-app = App(name="recipes", help="List, show or copy the shipped recipes.")
+WIDTH = 80
+"""Columns that explanations fill at most: lines of prose are hard to read across a whole screen."""
+
+app = App(name="recipes", help="List, show or copy the shipped recipes, and explain their keys.")
 
 
 @app.command
@@ -55,3 +61,55 @@ def cp(name: str, to: Path) -> None:
         raise UsageError(f"{to} exists already. Name another file.")
     shutil.copyfile(find(name), to)
     console.print(f"{to}", markup=False)
+
+
+@app.command
+def explain(key: str | None = None) -> None:
+    """Say what a key of a recipe means: its type, limits, default and choices.
+
+    Parameters
+    ----------
+    key
+        A key such as finetune.lr, or a section such as pruning; all of them by default.
+    """
+    if key is None:
+        _print(_overview())
+        console.print("\nMore on each: robust-prune recipes explain KEY, e.g. pruning.ratio or pruning")
+        return
+    found = find_key(key)
+    _print(Text(f"{found.name}\n", style="bold"))
+    _print(Text(f"{found.text}\n"))
+    _print(_section(found) if isinstance(found, SectionDoc) else _key(found))
+
+
+def _print(shown: Table | Text) -> None:
+    console.print(shown, width=min(WIDTH, console.width))
+
+
+def _overview() -> Table:
+    table = Table.grid(padding=(0, 2))
+    for section in describe():
+        table.add_row(Text(section.name, style="bold"), Text(section.text))
+        table.add_row("", Text(", ".join(key.short_name for key in section.keys), style="dim"))
+    return table
+
+
+def _section(section: SectionDoc) -> Table:
+    table = Table("key", "default", "what it means", box=None, padding=(0, 2, 0, 0))
+    for key in section.keys:
+        table.add_row(Text(key.short_name), Text(key.default), Text(key.text))
+    return table
+
+
+def _key(key: KeyDoc) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("type", Text(key.kind))
+    table.add_row("default", Text(key.default))
+    if any(choice.help for choice in key.choices):
+        choices = Table.grid(padding=(0, 2))
+        for choice in key.choices:
+            choices.add_row(Text(choice.name), Text(choice.help))
+        table.add_row("choices", choices)
+    elif key.choices:
+        table.add_row("choices", Text(", ".join(choice.name for choice in key.choices)))
+    return table

@@ -143,7 +143,8 @@ class DataBundle(Shown):
         validation: held-out training images for model selection; never used for training.
         test: images for the final results of a run only.
         class_names: name of each class.
-        mean, std: mean and standard deviation of each channel of [0, 1] images.
+        mean: mean of each channel of [0, 1] images.
+        std: standard deviation of each channel of [0, 1] images.
         input_size: (channels, height, width) of the images.
         sample: whether this is the embedded sample, whose results are only indicative.
         notes: sentences that a report must show, such as how a missing split was made.

@@ -92,21 +92,26 @@ class ResultCard(Shown):
 
     Attributes:
         model: name of the model in reports.
-        data, split: data set and split of the images.
+        data: name of the data set.
+        split: split of the images.
         tier: evaluation tier, e.g. ``pgd`` (PGD-20).
         attack: one line with the attacks, their steps, restarts and losses.
         threat: norm and radius.
-        clean, robust: accuracy without an attack, and in the point-wise worst case over all attacks.
+        clean: accuracy without an attack.
+        robust: accuracy in the point-wise worst case over all attacks.
         flags: warnings, one sentence each, about results that may not be trusted; empty if there are none.
-        forwards, backwards: forward and backward passes of single images during the attacks.
+        forwards: forward passes of single images during the attacks.
+        backwards: backward passes of single images during the attacks.
         seconds: wall time of the evaluation.
         seed: random seed of the attacks.
         breakdown: number of images classified correctly after each attack, in the order of the attacks.
         per_class: accuracy of each class.
         sweep: pairs of a radius, in units of the [0, 1] pixel range, and the accuracy there under PGD on the first
             images.
-        model_hash, images_hash: SHA-256 of the model and of a sample of the images.
-        macs, params: MACs of one image and parameters of the model; None if they were not counted.
+        model_hash: SHA-256 of the model.
+        images_hash: SHA-256 of a sample of the images.
+        macs: multiply-accumulates of one image; None if they were not counted.
+        params: number of parameters; None if they were not counted.
         exported: accuracy of exported forms of the model, by name.
     """
 

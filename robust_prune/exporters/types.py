@@ -15,8 +15,8 @@ class Parity:
     Attributes:
         batch_sizes: batch sizes that were compared.
         images: number of distinct images.
-        onnx_error, torch_error: largest absolute difference of a logit from the float64 reference, of the file and of
-            torch in float32.
+        onnx_error: largest absolute difference of a logit of the file from the float64 reference.
+        torch_error: largest absolute difference of a logit of torch in float32 from that reference.
         argmax_agreement: share in [0, 1] of predictions on which the file and the reference agree.
         passed: whether the check passed.
     """

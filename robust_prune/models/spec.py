@@ -18,7 +18,8 @@ class ModelSpec:
         arch: ``timm/<name>``, ``torchvision/<name>``, ``cifar/<name>`` or ``path/to/file.py:function``.
         num_classes: number of logits.
         input_size: (channels, height, width) of an image.
-        mean, std: mean and standard deviation of each channel of [0, 1] images; the model normalizes with them.
+        mean: mean of each channel of [0, 1] images, subtracted inside the model.
+        std: standard deviation of each channel, by which the model divides.
         kwargs: further keyword arguments of the constructor, JSON values only.
         class_names: names of the classes; may be empty.
         source_sha256: SHA-256 of the file for ``file.py:function``; else empty.
