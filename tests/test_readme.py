@@ -40,7 +40,7 @@ def test_there_are_commands_for_every_verb():
 def test_the_setup_commands_are_the_ones_that_ci_runs():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     marks = re.findall(r"<!-- ci:(\w+) -->\n```bash", README)
-    assert marks == ["demo", "tests", "development"]
+    assert marks == ["demo", "tests", "development", "docs"]
     assert f"for name in {' '.join(marks)}; do" in script
 
 
