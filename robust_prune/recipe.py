@@ -203,7 +203,7 @@ class EvaluationSection(Section):
     """Number of PGD steps."""
     restarts: int = Field(2, ge=1)
     """Number of random restarts of PGD; an image is robust only if it survives all of them."""
-    sweep: tuple[Annotated[FractionNumber, Field(ge=0)], ...] = ()
+    sweep: tuple[Radius, ...] = ()
     """Further radii at which the first 256 images are attacked by PGD; fractions such as 4/255 are allowed."""
     images: int | None = Field(None, ge=1)
     """Number of test images; all of them by default."""

@@ -175,7 +175,7 @@ def test_a_key_is_explained(capsys):
 
 def test_sections_and_all_keys_are_explained(capsys):
     section = explained(capsys, "evaluation")
-    assert section.startswith("evaluation How robust accuracy is measured.") and "restarts 2 Random restarts" in section
+    assert section.startswith("evaluation Measurement of robust accuracy.") and "restarts 2 Number of random" in section
     everything = explained(capsys)
     assert all(key.rpartition(".")[2] in everything for key in VALUES)
 
