@@ -58,6 +58,7 @@ from .training.types import TrainResult
 
 ModelSource = Model | nn.Module | str | Path
 Threat = ThreatModel | float | None
+_PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_keep"})
 
 
 def load(
@@ -112,12 +113,19 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
     Args:
         analysis: analysis of the model.
         ratio: share of the MACs, or of another ``metric``, to remove, in (0, 1).
-        pruning: values of the recipe section ``pruning``, such as ``metric="params"`` or ``allocation="uniform"``.
+        pruning: further values of the recipe section ``pruning``: ``metric``, ``allocation``, ``round_to``,
+            ``mrs_exponent`` and ``min_keep``.
 
     Raises:
-        UsageError: a value is out of range, or the metric is ``latency``, for which `compress` is needed.
+        UsageError: a value is out of range or belongs to another step, or the metric is ``latency``, for which
+            `compress` is needed.
     """
     section = make_section(PruningSection, ratio=ratio, **pruning)
+    if others := sorted(pruning.keys() - _PLANNING):
+        raise UsageError(
+            f"plan takes ratio, {', '.join(sorted(_PLANNING))}; {', '.join(others)} cannot change a plan. "
+            "Channel scores are made by analyse(..., pruning__criterion=...)."
+        )
     if section.metric == "latency":
         raise UsageError(
             "a latency budget needs exported candidates: compress(..., pruning__metric='latency') makes them."

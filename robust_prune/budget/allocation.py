@@ -131,9 +131,16 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     wish = ALLOCATIONS.load(section.allocation)(problem)
     if not isinstance(wish, Wish) or np.shape(wish.widths) != (len(groups),):
         raise UsageError(f"allocation {section.allocation!r} must return a Wish with {len(groups)} widths, got {wish}")
-    losses = wish.losses or [
-        ((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, wish.widths, strict=True)
-    ]
+    if wish.losses is not None and [np.shape(row) for row in wish.losses] != [(g.channels + 1,) for g in groups]:
+        raise UsageError(
+            f"allocation {section.allocation!r} must return losses [channels + 1] for each of {len(groups)} groups, "
+            f"got {[np.shape(row) for row in wish.losses]}"
+        )
+    losses = (
+        wish.losses
+        if wish.losses is not None
+        else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, wish.widths, strict=True)]
+    )
     keep = round_to_budget(
         groups, wish.widths, losses, problem.form, budget, round_to=section.round_to, min_keep=section.min_keep
     )  # fmt: skip

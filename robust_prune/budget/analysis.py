@@ -29,10 +29,12 @@ class Analysis(Shown):
     Attributes:
         search: groups of channels that can be cut, and layers that cannot.
         cost: MACs, parameters and channels as a function of the kept channels.
-        profile: MRS of modules and groups; None if it was not measured, which only the ``uniform`` allocation allows.
+        profile: MRS of modules and groups, which `analyse` always measures; None where a caller went without, which
+            only the ``uniform`` allocation allows.
         scores: importance of each channel by group name, [channels]; higher is more important.
         removed: relative size of the weight perturbation by removing the k least important channels, by group name,
-            [channels + 1]; None if the ``mrs`` allocation is not used.
+            [channels + 1]; None where a caller went without, which the ``mrs`` allocation does not allow.
+        criterion: name of the criterion that made the scores; empty if unknown.
     """
 
     search: GroupSearch
@@ -40,6 +42,7 @@ class Analysis(Shown):
     profile: SensitivityProfile | None
     scores: Mapping[str, Tensor]
     removed: Mapping[str, Tensor] | None = None
+    criterion: str = ""
 
     def short(self) -> str:
         """Return one sentence: number of groups, MACs, and how MRS was measured."""
@@ -88,7 +91,7 @@ def analyse(
         adv=adv, clean=random_images(images, section.images, recipe.seed), seed=recipe.seed, device=device,
     )  # fmt: skip
     removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
-    return Analysis(search, cost, profile, scores, removed)
+    return Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
 
 
 def check_groups(search: GroupSearch) -> None:

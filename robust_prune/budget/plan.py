@@ -31,7 +31,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     Args:
         analysis: analysis of the model.
         section: ratio, metric (for ``latency`` see `plan_for_latency`), allocation, rounding and minimum width. The
-            criterion is only recorded; the scores are those of `analysis`.
+            criterion is that of `analysis`, which made the scores.
 
     Raises:
         UsageError: there is no group to cut, or an input that the allocation needs is missing from `analysis`.
@@ -50,7 +50,7 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
         ratio=section.ratio,
         metric=section.metric,
         allocation=section.allocation,
-        criterion=section.criterion,
+        criterion=analysis.criterion or section.criterion,
         round_to=section.round_to,
         groups=planned,
         skipped=tuple(search.skipped),
@@ -71,7 +71,7 @@ def render_plan(plan: PruningPlan) -> Table:
     table.add_column("group", footer="MACs\nparameters", overflow="fold")
     table.add_column("channels", justify="right", footer=_totals(plan.macs_before, plan.params_before))
     table.add_column("kept", justify="right", footer=_totals(plan.macs_after, plan.params_after))
-    table.add_column("share", justify="right", footer="\n".join(f"{share:.0%}" for share in left))
+    table.add_column("kept, %", justify="right", footer="\n".join(f"{share:.0%}" for share in left))
     table.add_column("", footer="\n".join(_bar(share) for share in left), min_width=_BAR)
     table.add_column("MRS", justify="right")
     for group in plan.groups:

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from .. import distributed
 from ..console import console
 from ..errors import UsageError
-from ..recipe import Recipe
+from ..recipe import Recipe, ThreatSection
 from ..recipe_reader import load
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ SetFlag = Annotated[
     list[str] | None,
     Parameter(name="--set", negative="", help="Set any value of the recipe, e.g. --set finetune.lr=0.05; repeatable."),
 ]
+EPSILON_HELP = "Radius of the perturbation, in units of the [0, 1] pixel range, e.g. 8/255; by default the model's."
+EpsilonFlag = Annotated[str | None, Parameter(help=EPSILON_HELP)]
+NormFlag = Annotated[str | None, Parameter(help="Norm of the perturbation: linf or l2.")]
 IMAGES_HELP = "Evaluate on the first N test images only."
 ImagesFlag = Annotated[int | None, Parameter(help=IMAGES_HELP)]
 TrustFlag = Annotated[
@@ -134,6 +137,15 @@ def open_model_for(
             markup=False,
         )
     return loaded
+
+
+def with_threat_of(loaded: Model, recipe: Recipe) -> Recipe:
+    """Return the recipe with the threat model that the model was trained against, unless recipe or flags name one."""
+    known = loaded.threat
+    if known is None or known == recipe.threat_model or "threat" in recipe.model_fields_set:
+        return recipe
+    console.print(f"Threat model: {known}, as stored with the model (--epsilon and --norm change it).", markup=False)
+    return recipe.model_copy(update={"threat": ThreatSection(norm=known.norm, epsilon=known.epsilon)})
 
 
 def run_name(model: str) -> str:

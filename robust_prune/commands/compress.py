@@ -16,6 +16,8 @@ from .common import (
     ArchFlag,
     DataFlag,
     DeviceFlag,
+    EpsilonFlag,
+    NormFlag,
     RecipeFlag,
     SeedFlag,
     SetFlag,
@@ -28,6 +30,7 @@ from .common import (
     open_model_for,
     resolve,
     run_name,
+    with_threat_of,
 )
 
 PRUNING, RECOVERY, EVALUATION = map(Group.create_ordered, ("Pruning", "Recovery", "Evaluation and export"))
@@ -54,6 +57,8 @@ def compress(
         int | None, Parameter(group=PRUNING, help="Number of rounds of pruning and fine-tuning that share the ratio.")
     ] = None,
     dry_run: Annotated[bool, Parameter(group=PRUNING, negative="", help="Print the plan and write nothing.")] = False,
+    epsilon: EpsilonFlag = None,
+    norm: NormFlag = None,
     recovery: Annotated[
         Recovery | None,
         Parameter(group=RECOVERY, help="Preset for method and length of fine-tuning; replaces the recipe's."),
@@ -92,6 +97,8 @@ def compress(
         "pruning.allocation": allocation,
         "pruning.criterion": criterion,
         "pruning.cuts": cuts,
+        "threat.epsilon": epsilon,
+        "threat.norm": norm,
         "data.name": data,
         "finetune.epochs": epochs,
         "finetune.loss": loss,
@@ -110,6 +117,7 @@ def compress(
     check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+    resolved = with_threat_of(loaded, resolved)
 
     from ..compression import compress as run_compression
     from ..compression import plan_only

@@ -17,7 +17,9 @@ from .common import (
     ArchFlag,
     DataFlag,
     DeviceFlag,
+    EpsilonFlag,
     ImagesFlag,
+    NormFlag,
     RecipeFlag,
     SeedFlag,
     SetFlag,
@@ -28,6 +30,7 @@ from .common import (
     open_model_for,
     resolve,
     run_name,
+    with_threat_of,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ def evaluate(
     tier: Annotated[str | None, Parameter(help=f"Strength of the attacks: {TIERS.help()}.")] = None,
     steps: Annotated[int | None, Parameter(help="Steps of PGD.")] = None,
     restarts: Annotated[int | None, Parameter(help="Random restarts of PGD.")] = None,
-    epsilon: Annotated[str | None, Parameter(help="Radius of the perturbation, e.g. 8/255.")] = None,
+    epsilon: EpsilonFlag = None,
+    norm: NormFlag = None,
     sweep: Annotated[str | None, Parameter(help="Further radii, evaluated with PGD, e.g. 2/255,4/255,16/255.")] = None,
     images: ImagesFlag = None,
     out: Annotated[Path | None, Parameter(help="Result as a .json file; a file beside it keeps the progress.")] = None,
@@ -71,6 +75,7 @@ def evaluate(
         "evaluation.restarts": restarts,
         "evaluation.images": images,
         "threat.epsilon": epsilon,
+        "threat.norm": norm,
         "data.name": data,
         "seed": seed,
         "device": device,
@@ -81,6 +86,7 @@ def evaluate(
         raise UsageError(f"--out {out} is a folder. Name a file, e.g. {out / 'card.json'}.")
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+    resolved = with_threat_of(loaded, resolved)
 
     from ..budget.counting import count_macs, count_params
     from ..data.base import SAMPLE_NOTE, first

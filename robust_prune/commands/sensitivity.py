@@ -21,6 +21,7 @@ from .common import (
     open_data,
     open_model_for,
     resolve,
+    with_threat_of,
 )
 
 
@@ -49,6 +50,7 @@ def sensitivity(
     check_model_path(model)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+    resolved = with_threat_of(loaded, resolved)
 
     from ..machine.device import choose_device
     from ..runs.files import write_json

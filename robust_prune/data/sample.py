@@ -27,8 +27,6 @@ VALIDATION = 200
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Mean and standard deviation of each channel over all 50,000 training images, in [0, 1]."""
 
-NOTE = "figures on the embedded sample of CIFAR-10 (500 test images) are indicative"
-
 
 def load_sample() -> DataBundle:
     """Return the embedded sample; its validation part is every tenth training image of each class.
@@ -53,7 +51,6 @@ def load_sample() -> DataBundle:
         std=STD,
         input_size=(3, 32, 32),
         sample=True,
-        notes=(NOTE,),
     )
 
 

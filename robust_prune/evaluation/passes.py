@@ -22,6 +22,7 @@ from ..console import track
 from ..data.base import ImageSet
 from ..errors import UsageError
 from ..introspect.fingerprint import images_hash, models_hash
+from ..models import user_file
 from ..models.layout import tf32
 from ..recipe import EvaluationSection
 from ..runs.files import digest
@@ -92,7 +93,8 @@ class Request:
         """Hash of everything on which the results depend."""
         section = self.section
         settings = [
-            to_json(self.threat), section.tier, section.steps, section.restarts, section.sweep, self.batch_size
+            to_json(self.threat), section.tier, user_file.versions(section.tier), section.steps, section.restarts,
+            section.sweep, self.batch_size,
         ]  # fmt: skip
         exported = {name: file.key for name, file in self.exported.items()}
         identity = [models_hash(self.model), images_hash(self.images), exported]

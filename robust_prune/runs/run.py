@@ -133,7 +133,9 @@ def claim(folder: Path, key: str, command: str) -> None:
             f"{folder} holds a run of another version of robust-prune, which this one cannot go on with. "
             "Name another folder with --out, or remove it."
         )
-    if not isinstance(stored, dict) or stored.get("key") != key:
+    if not isinstance(stored, dict) or "key" not in stored:
+        raise UsageError(f"{mark} is damaged. Name another folder with --out, or remove {folder}.")
+    if stored["key"] != key:
         raise UsageError(
             f"{folder} holds a run with another model, data, recipe or version. "
             "Name another folder with --out, or remove it."
