@@ -33,6 +33,7 @@ from robust_prune.introspect.fingerprint import images_hash, models_hash
 from robust_prune.models import artifact, foreign, registry
 from robust_prune.models.artifact import Model
 from robust_prune.recipe import PruningSection, Recipe
+from robust_prune.report import RunReport
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.surgery import repair as repairing
 from robust_prune.surgery.apply import apply
@@ -51,6 +52,8 @@ class Recorder:
 
     until: frozenset[str] = frozenset()
     first: dict[str, Any] = field(default_factory=dict)
+    called: list[str] = field(default_factory=list)
+    report: RunReport | None = None
 
     def stage(self, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         """A function that notes what it is called with, and answers."""
@@ -60,11 +63,16 @@ class Recorder:
             # What is saved names its whole recipe by a hash, which every value reaches.
             seen = keywords.get("threat") if name == "artifact" else [arguments, keywords]
             self.first.setdefault(label, note(seen))
+            self.called.append(label)
             if self.until and self.until <= self.first.keys():
                 raise Reached
             return answer(*arguments, **keywords)
 
         return noted
+
+    def keep(self, report: RunReport, *_: Any) -> None:
+        """Keeps the report in place of writing it."""
+        self.report = report
 
 
 def note(value: Any) -> Any:
@@ -126,6 +134,12 @@ class Prepared:
     def surgery(self) -> Any:
         return apply(self.dense.module, self.plan, self.dense.spec.blank_image())
 
+    def reopened(self) -> nn.Module:
+        """The dense model once more."""
+        model = registry.build(self.dense.spec).eval()
+        model.load_state_dict(self.dense.module.state_dict())
+        return model
+
 
 PREPARED = Prepared()
 
@@ -137,7 +151,7 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
     def evaluated(*_: Any, subject: Any, exported: Any = None, **__: Any) -> ResultCard:
         found = card(subject.model, 20, 10, 24)
         right = ExportedAccuracy(found.clean, found.robust)
-        return replace(found, exported=dict.fromkeys(exported or {}, right))
+        return replace(found, split=subject.split, exported=dict.fromkeys(exported or {}, right))
 
     def exported(*arguments: Any) -> OnnxArtifact:
         path = Path(arguments[3])
@@ -193,18 +207,29 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
     ]
 
 
-def recorded(command: str, values: Mapping[str, Any], folder: Path, until: Collection[str] = ()) -> dict[str, Any]:
-    """What the stages of ``compress`` or ``train`` are first called with, by stage, under a recipe of `values`.
+def recorded(
+    command: str,
+    values: Mapping[str, Any],
+    folder: Path,
+    until: Collection[str] = (),
+    answers: Mapping[str, Callable[..., Any]] | None = None,
+) -> Recorder:
+    """What the stages of ``compress`` or ``train`` are called with under a recipe of `values`.
 
-    The run ends as soon as all stages of `until` have been called.
+    Args:
+        command: ``compress`` or ``train``.
+        values: dotted values of the recipe.
+        folder: of the run.
+        until: stages; the run ends as soon as all of them have been called.
+        answers: by stage, what it answers in place of what was prepared.
     """
     recorder = Recorder(frozenset(until))
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
         for owner, name, stage, answer in _stages():
-            patch.setattr(owner, name, recorder.stage(stage, answer))
+            patch.setattr(owner, name, recorder.stage(stage, (answers or {}).get(stage, answer)))
         for owner in (compression, training):
             patch.setattr(owner, "snapshot", dict)
-            patch.setattr(owner, "write", lambda *_: None)
+            patch.setattr(owner, "write", recorder.keep)
         recipe = recipe_reader.load(None, {"data.name": "toy", "model.arch": ARCH} | dict(values))
         bundle = open_data(recipe)
         if command == "train":
@@ -212,4 +237,4 @@ def recorded(command: str, values: Mapping[str, Any], folder: Path, until: Colle
         else:
             model = open_model_for("toy.pt", bundle, recipe, None)
             compression.compress(job.Compression("toy", model, bundle, recipe, folder, "command"))
-    return recorder.first
+    return recorder

@@ -125,7 +125,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], dict
 
     @cache
     def run(command: str, given: tuple[tuple[str, Any], ...], stages: tuple[str, ...]) -> dict[str, Any]:
-        return recorded(command, dict(given), tmp_path_factory.mktemp("unchanged") / "run", stages)
+        return recorded(command, dict(given), tmp_path_factory.mktemp("unchanged") / "run", stages).first
 
     return lambda case: run(case.command, tuple(case.given.items()), case.stages)
 
@@ -134,7 +134,9 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], dict
 def test_every_value_reaches_its_stages(name: str, unchanged: Callable[[Case], dict[str, Any]], tmp_path: Path) -> None:
     for number, case in enumerate(CASES[name]):
         before = unchanged(case)
-        after = recorded(case.command, {**case.given, name: case.value}, tmp_path / str(number) / "run", case.stages)
+        after = recorded(
+            case.command, {**case.given, name: case.value}, tmp_path / str(number) / "run", case.stages
+        ).first
         for stage in case.stages:
             assert stage in before or stage in after, f"no run got as far as the {stage}"
             assert before.get(stage) != after.get(stage), f"{name} does not reach the {stage}"
@@ -144,7 +146,7 @@ def test_every_value_reaches_its_stages(name: str, unchanged: Callable[[Case], d
 def test_what_is_recorded_is_the_same_for_the_same_recipe(command: str, tmp_path: Path) -> None:
     """Or a difference would show nothing."""
     given = {**SCRATCH, "export.precisions": ["fp16"]}
-    one, two = (recorded(command, given, tmp_path / name / "run") for name in ("one", "two"))
+    one, two = (recorded(command, given, tmp_path / name / "run").first for name in ("one", "two"))
     assert one == two
     assert len(one) > (25 if command == "compress" else 5)
 
