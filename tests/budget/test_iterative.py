@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from robust_prune.budget.iterative import compose, dense_widths, realised, remaining_ratio
@@ -24,7 +26,8 @@ def test_the_last_cut_makes_good_what_earlier_ones_missed() -> None:
     for after in (450, 560):
         ratio = remaining_ratio((plan(1000, after),), 0.75, "macs", 2)
         assert after * (1 - ratio) == pytest.approx(250)
-    assert remaining_ratio((plan(1000, 200),), 0.75, "macs", 2) < 1e-3
+    # An earlier cut took more than all: the last one takes next to nothing, but something.
+    assert 0 < remaining_ratio((plan(1000, 200),), 0.75, "macs", 2) < 1e-3
     with pytest.raises(UsageError, match="only 1 are planned"):
         remaining_ratio((plan(1000, 500),), 0.5, "macs", 1)
 
@@ -44,7 +47,8 @@ def test_cuts_add_up_in_channels_of_the_dense_model() -> None:
     assert [(g.name, g.removed, g.mrs) for g in whole.groups] == [("a", (0, 1, 3, 4, 7), 0.5), ("b", (3,), 0.7)]
     assert (whole.macs_before, whole.macs_after, whole.params_after, whole.ratio) == (1000, 400, 800, 0.6)
     assert whole.note == ""
-    assert "asked to remove 50.0% of macs, 3 cuts came to 60.0%" in compose([first, second, third], 0.5).note
+    said = compose([first, second, dataclasses.replace(third, note="One channel is too coarse.")], 0.5).note
+    assert said == "asked to remove 50.0% of macs, 3 cuts came to 60.0%. One channel is too coarse."
 
 
 def test_one_cut_is_itself_and_misfits_are_refused() -> None:
@@ -69,3 +73,10 @@ def test_a_group_that_was_rolled_back_counts_as_whole_in_the_cuts_that_follow() 
     assert [(g.name, g.removed) for g in whole.groups] == [("a", (0, 1, 4)), ("b", (2,)), ("c", (1,))]
     assert dense_widths([real, second]) == {"a": 8, "b": 4, "c": 3}
     assert remaining_ratio((real,), 0.5, "macs", 2) == pytest.approx(1 - 500 / 700)
+
+
+def test_a_latency_is_what_the_last_cut_says_of_it() -> None:
+    first = plan(1000, 600, PlannedGroup("a", 8, (1, 4), 0.5), metric="latency")
+    second = dataclasses.replace(plan(600, 480, PlannedGroup("a", 6, (0, 5), 9.0), metric="latency"), note="as near")
+    assert compose([first, second], 0.4).note == "as near"  # 52 % of the MACs went, which nobody had asked for
+    assert compose([first, dataclasses.replace(second, note="")], 0.4).note == ""

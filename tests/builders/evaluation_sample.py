@@ -75,6 +75,22 @@ class DiesAfter(nn.Module):
         return self.model(x)
 
 
+class Mirrored:
+    """A file that sees every image mirrored: points found on the model hardly harm it."""
+
+    key = "mirrored"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        return self.model(images.flip(-1))
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.logits(images).argmax(1)
+
+
 def evaluated(
     model: nn.Module,
     images: TensorImages,

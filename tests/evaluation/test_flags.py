@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders.evaluation_sample import (
     THREAT,
+    Mirrored,
     Tiny,
     evaluated,
 )
@@ -15,7 +16,7 @@ from robust_prune.attacks.objectives import classify
 from robust_prune.catalogue import TIERS
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
-from robust_prune.evaluation.flags import exported_flags
+from robust_prune.evaluation.flags import BUFFERS_MOVED, exported_flags
 
 # --- flags -------------------------------------------------------------------------------------------------------
 
@@ -116,6 +117,34 @@ def test_training_mode_is_flagged_and_comes_back(trained: Tiny, images: TensorIm
         trained.eval()
     assert any("not in eval mode" in flag for flag in card.flags)
     assert card.robust == reference.robust
+
+
+class MovesBuffersLater(MovesBuffers):
+    """Keeps still while it is looked at first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) if self.calls > 30 else self.model(x)
+
+
+def test_buffers_that_move_only_later_are_flagged_too(trained: Tiny, images: TensorImages) -> None:
+    model = MovesBuffersLater(trained).eval()
+    flags = evaluated(model, images, THREAT, steps=20, batch_size=32).flags
+    assert model.calls > 60 and flags == (BUFFERS_MOVED,)
+
+
+def test_what_stronger_attacks_find_beyond_pgd_is_flagged(trained: Tiny, images: TensorImages) -> None:
+    card = evaluated(trained, images, THREAT, tier="apgd", steps=1, restarts=1)
+    gap = 100 * (card.breakdown["pgd"] - card.robust.correct) / 150
+    assert gap > 6, "one step of PGD is meant to be weak"
+    assert any(f"Stronger attacks found {gap:.1f} points that PGD missed" in flag for flag in card.flags)
+
+
+def test_a_file_that_is_more_robust_than_its_model_is_flagged(trained: Tiny, images: TensorImages) -> None:
+    card = evaluated(trained, images, THREAT, steps=10, restarts=1, exported={"int8": Mirrored(trained)})
+    gap = 100 * (card.exported["int8"].robust.correct - card.robust.correct) / 150
+    assert gap > 1
+    assert f"The int8 file's robust accuracy is {gap:.1f} points off the torch model's (limit 1)." in card.flags
 
 
 def test_exported_flags_have_their_limits() -> None:

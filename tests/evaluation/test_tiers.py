@@ -13,6 +13,7 @@ from builders.evaluation_sample import (
     THREAT,
     DiesAfter,
     KilledError,
+    Mirrored,
     Tiny,
     evaluated,
     generated,
@@ -186,22 +187,6 @@ def test_limits_of_the_alarms() -> None:
     assert black_box_flags("the model", 64, 1) == [] and "2 of 64" in black_box_flags("the model", 64, 2)[0]
     assert sweep_flags({0.02: 0.4, 0.01: 0.391, 0.03: 0.2}) == []
     assert "rises by 2.0 points from radius 0.01 to 0.02" in sweep_flags({0.02: 0.41, 0.01: 0.39})[0]
-
-
-class Mirrored:
-    """An exported form that sees every image mirrored, so that points found on the model hardly harm it."""
-
-    key = "mirrored"
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        return self.model(images.flip(-1))
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self.logits(images).argmax(1)
 
 
 def test_an_exported_file_is_attacked_directly_as_well(
