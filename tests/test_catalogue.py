@@ -29,27 +29,20 @@ def test_one_file_more_is_one_criterion_more(tmp_path: Path) -> None:
     """In help, in recipes and in the contract test, which a bad criterion fails."""
     shutil.copytree(ROOT / "robust_prune", tmp_path / "robust_prune", ignore=shutil.ignore_patterns("*.pyc"))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    toy = tmp_path / "robust_prune" / "ranking" / "criteria" / "toy.py"
+    criteria = tmp_path / "robust_prune" / "ranking" / "criteria"
     body = '"""A toy."""\nimport torch\n\n\ndef score(asked):\n'
     body += "    return {g.name: torch.%s(g.channels) for g in asked.groups}\n"
+    (criteria / "toy_good.py").write_text(body % "ones")
+    (criteria / "toy_bad.py").write_text(body % "zeros")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        return done.stdout + done.stderr
 
-    toy.write_text(body % "ones")
-    assert "toy" in run("-m", "robust_prune", "compress", "--help").stdout
-    contract = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "ranking" / "test_importance.py"),
-        "-k",
-        "toy",
-    )
-    passed = run(*contract)
-    assert "1 passed" in passed.stdout, passed.stdout + passed.stderr
-    toy.write_text(body % "zeros")
-    assert "1 failed" in run(*contract).stdout
+    assert "toy_good" in run("-m", "robust_prune", "compress", "--help")
+    contract = str(ROOT / "tests" / "ranking" / "test_importance.py")
+    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", contract, "-k", "toy")
+    assert "1 failed, 1 passed" in told and "FAILED" in told and "[toy_bad]" in told.split("FAILED")[1], told

@@ -9,6 +9,7 @@ from builders.toy import QUICK, write_data, write_model
 
 from robust_prune import cli
 from robust_prune.bench.candidates import CandidateClock
+from robust_prune.budget import latency
 from robust_prune.budget.counting import count_macs
 from robust_prune.budget.latency import TOLERANCE
 from robust_prune.models import registry
@@ -22,7 +23,6 @@ def test_a_whole_run_lands_on_a_latency(tmp_path, monkeypatch, capsys, cuts):
     write_model(tmp_path)
 
     def kept(clock, model):
-        clock._export(model, "candidate")
         image, dense = clock.spec.blank_image(), registry.build(clock.spec)
         return 0.1 + 0.9 * count_macs(model.cpu(), image) / count_macs(dense, image)
 
@@ -55,6 +55,7 @@ def test_a_latency_that_cannot_be_had_is_said(tmp_path, monkeypatch, capsys):
 
 def test_the_real_clock_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency, "MOST_CANDIDATES", 2)
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
     cli.main(

@@ -88,11 +88,13 @@ def test_the_lines_for_python_run(tmp_path, monkeypatch, capsys):
     assert code is not None
     whole = load_sample()
     train, validation, test = (
-        first(part, n) for part, n in ((whole.train, 48), (whole.validation, 20), (whole.test, 20))
+        first(part, n) for part, n in ((whole.train, 12), (whole.validation, 6), (whole.test, 6))
     )
     few = replace(whole, train=train, validation=validation, test=test)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "load_data", lambda name: few)
+    monkeypatch.setattr("robust_prune.evaluation.worst_case.APGD_STEPS", 10)
+    monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 20)
     exec(code[1], {})
     assert (tmp_path / "small.onnx").is_file()
-    assert "20 test images of sample" in capsys.readouterr().out
+    assert "6 test images of sample" in capsys.readouterr().out

@@ -46,10 +46,12 @@ def test_train_then_sensitivity_evaluate_export_and_bench(here, capsys):
     assert rows[1]["speedup"] is not None and rows[3]["memory_mib"] > 0
 
 
-def test_the_command_takes_a_users_loss(mine: Path, tmp_path: Path) -> None:
-    cli.app(
-        ["train", "--recipe", "smoke", "--loss", f"{mine}:margin", "--epochs", "1", "--out", str(tmp_path / "run"),
-         "--images", "16"],
-        exit_on_error=False,
+def test_the_command_takes_a_users_loss(here: Path, mine: Path) -> None:
+    write_data(here / "toy.npz")
+    write_model(here)
+    cli.main(
+        ["train", "--arch", "model.py:make_model", "--data", "toy.npz", "--loss", f"{mine}:margin", "--epochs", "1",
+         "--images", "16", "--out", "run"]
     )  # fmt: skip
-    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert json.loads((here / "run" / "result.json").read_text())["recipe"]["training"]["loss"] == f"{mine}:margin"
+    assert (here / "run" / "model.safetensors").is_file()

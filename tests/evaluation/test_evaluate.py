@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from robust_prune.attacks import ThreatModel, frozen_eval
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import QualityGateError, UsageError
+from robust_prune.evaluation import evaluate as module
 from robust_prune.evaluation import worst_case
 from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.scoring import check_points
 from robust_prune.evaluation.state import load_state
 from robust_prune.evaluation.worst_case import start_seed, worst_points
 from robust_prune.introspect.fingerprint import models_hash
+from robust_prune.recipe import EvaluationSection
 from robust_prune.serialization import from_json, to_json
 
 # --- figures -----------------------------------------------------------------------------------------------------
@@ -87,6 +90,49 @@ def test_epsilon_zero_gives_the_clean_accuracy(trained: Tiny, images: TensorImag
     card = evaluated(trained, images, ThreatModel("linf", 0.0))
     assert card.robust == card.clean
     assert (card.forwards, card.backwards) == (0, 0)
+
+
+def test_an_attack_with_no_room_is_named_so(trained: Tiny, images: TensorImages) -> None:
+    assert evaluated(trained, images, ThreatModel("linf", 0.0)).attack == "none: epsilon is 0"
+    bf16 = evaluated(trained, images, THREAT, steps=1, precision="bf16").attack
+    assert bf16 == "PGD-1, 2 random restarts, cross-entropy, fp32 verdict, bf16 gradients"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_gradients_are_bf16_where_the_hardware_is_fast_at_it(
+    trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
+    assert ("bf16 gradients" in evaluated(trained, images, THREAT, steps=1, precision="auto").attack) == fast
+
+
+def seen_by(model: nn.Module, images: TensorImages, **options: Any) -> list[Tensor]:
+    """All batches that an evaluation puts through the model."""
+    batches: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda _, given: batches.append(given[0].detach()))
+    try:
+        settings = EvaluationSection(steps=1, restarts=1, precision="fp32")
+        module.evaluate(model, images, THREAT, settings, **options)
+    finally:
+        hook.remove()
+    return batches
+
+
+def test_random_starts_follow_the_seed(trained: Tiny, images: TensorImages) -> None:
+    one, again, other = (seen_by(trained, images, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    attacked = [len(batch) == len(other[i]) and not torch.equal(batch, other[i]) for i, batch in enumerate(one)]
+    assert any(attacked) and torch.equal(one[0], other[0])
+
+
+def test_images_come_in_the_layout_that_the_model_is_fastest_in(trained: Tiny, images: TensorImages) -> None:
+    class Viewing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return trained(x.view(len(x), -1).view_as(x))
+
+    for model, layout in ((trained, torch.channels_last), (Viewing(), torch.contiguous_format)):
+        whole = [batch for batch in seen_by(model, images) if len(batch) == len(images)]
+        assert whole and all(batch.is_contiguous(memory_format=layout) for batch in whole)
 
 
 def test_more_restarts_never_help_the_model(trained: Tiny, images: TensorImages) -> None:
@@ -195,6 +241,33 @@ def test_state_of_other_settings_or_models_is_not_reused(trained: Tiny, images: 
     _, note = load_state(state, "another key", 150)
     assert "another model or other settings" in note
     assert (tmp_path / "state.npz.old").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1}, {"threat": ThreatModel("l2", 0.1)}, {"steps": 2}, {"restarts": 2}, {"sweep": (0.1,)},
+        {"batch_size": 32}, {"precision": "bf16"}, {"tier": "apgd"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_whatever_changes_the_figures_changes_the_key_of_the_state(
+    trained: Tiny, images: TensorImages, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key_of(seed: int = 0, threat: ThreatModel = THREAT, **section: Any) -> str:
+        keys: list[str] = []
+
+        def stop(path: Path, key: str, *_: int) -> None:
+            keys.append(key)
+            raise KilledError
+
+        monkeypatch.setattr(module, "load_state", stop)
+        settings = EvaluationSection(**{"steps": 1, "restarts": 1, "precision": "fp32", **section})
+        with pytest.raises(KilledError):
+            module.evaluate(trained, images, threat, settings, seed=seed, state_path=tmp_path / "state.npz")
+        return keys[0]
+
+    assert key_of() == key_of() != key_of(**changes)
 
 
 def test_model_hash_sees_weights_buffers_and_structure_but_not_mode(trained: Tiny) -> None:
