@@ -1,26 +1,21 @@
-"""Fixtures of more than one file."""
+"""Fixtures of more than one folder."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-import torch
-from evaluation_sample import Tiny, generated, train_tiny
-from sensitivity_models import TinyResNet, noise_set, randomised
-from torch import nn
+from builders.evaluation_sample import Tiny, generated, train_tiny
+from builders.users_loss import LOSSES_FILE
 
 from robust_prune.data.base import TensorImages
-from robust_prune.sensitivity.adversarial_set import AdversarialSet
 
 
 @pytest.fixture
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(TinyResNet())
-
-
-@pytest.fixture
-def adv() -> AdversarialSet:
-    return noise_set((3, 8, 8), 5)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, entered."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +26,11 @@ def trained() -> Tiny:
 @pytest.fixture(scope="module")
 def images() -> TensorImages:
     return generated(150, seed=1)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A user's file of losses."""
+    file = tmp_path / "mine.py"
+    file.write_text(LOSSES_FILE, encoding="utf-8")
+    return file

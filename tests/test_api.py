@@ -1,217 +1,164 @@
-"""The front door for Python: short, typed, and clear about what it cannot take."""
+"""The front door for Python hands on what it was given; `end_to_end/test_api.py` walks through it."""
 
 from __future__ import annotations
 
-import operator
-import os
-import shutil
-import subprocess
-import sys
-from importlib.metadata import EntryPoint
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-from toy import MODEL_FILE, write_data
+from builders.recorded import PREPARED
 
 import robust_prune as rp
+from robust_prune import api
 from robust_prune.errors import UsageError
+from robust_prune.structure.types import Skipped
 
-ROOT = Path(__file__).parent.parent
-FEW = {
-    "sensitivity__images": 32, "sensitivity__steps": 2, "pruning__compensation_images": 32, "evaluation__steps": 2,
-    "finetune__epochs": 1, "finetune__batch_size": 32, "finetune__validation_images": 20, "bench__seconds": 0.2,
-    "bench__batches": (1,),
-}  # fmt: skip
-
-
-class Net(nn.Module):
-    """A user's own module, normalization inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        scope: dict = {}
-        exec(MODEL_FILE, scope)
-        self.net = scope["make_model"](3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - 0.3) / 0.2)
-
-
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    with np.load(write_data(tmp_path_factory.mktemp("data") / "toy.npz")) as stored:
-        return dict(stored)
+TRAINED_FOR = rp.ThreatModel("l2", 0.25)
 
 
 @pytest.fixture
-def data(arrays: dict[str, np.ndarray]) -> rp.DataBundle:
-    return rp.load_data(
-        {"train": (arrays["x_train"], arrays["y_train"]), "test": (arrays["x_test"], arrays["y_test"])}, name="toy"
-    )
+def model() -> rp.Model:
+    return replace(PREPARED.dense, module=PREPARED.reopened(), threat=TRAINED_FOR)
 
 
-def test_the_story_step_by_step(data: rp.DataBundle, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = Net()
-    before = module(torch.rand(2, 3, 16, 16)).shape
-    analysis = rp.analyse(module, data, sensitivity__images=32, sensitivity__steps=2)
-    plan = rp.plan(analysis, ratio=0.5, round_to=1)
-    small = rp.prune(module, plan, data, pruning__compensation_images=32)
-    assert sum(p.numel() for p in small.module.parameters()) == plan.params_after < plan.params_before
-    assert module(torch.rand(2, 3, 16, 16)).shape == before
-    tuned = rp.finetune(small, data, epochs=1, batch_size=32, threat=4 / 255)
-    assert len(tuned.history) == 1 and tuned.history[0].seconds > 0
-    card = rp.evaluate(small, data, 4 / 255, steps=2, images=30)
-    assert card.clean.total == 30 and card.threat == rp.ThreatModel("linf", 4 / 255)
-    file = rp.export(small, tmp_path / "small.onnx", data)
-    assert file.parity.passed
-    table = rp.benchmark({"small": file.path}, batches=(1,), seconds=0.2)
-    for value in (data, analysis, plan, small, tuned, card, table):
-        assert len(repr(value)) < 300, repr(value)
-    for value in (analysis, plan, table):
-        assert "<pre" in value._repr_html_()
-    rp.save(small, tmp_path / "small.safetensors")
-    again = rp.load(tmp_path / "small.safetensors", like=Net())
-    images = torch.rand(3, 3, 16, 16)
-    assert torch.equal(again(images), small.module.eval()(images))
+@pytest.fixture
+def data() -> rp.DataBundle:
+    return PREPARED.bundle
 
 
-def test_the_whole_job_goes_on_where_it_was(data: rp.DataBundle, tmp_path: Path, monkeypatch) -> None:
-    torch.manual_seed(0)
-    module = Net()
-    done = rp.compress(module, data, ratio=0.5, out=tmp_path / "run", threat=4 / 255, name="net", **FEW)
-    assert done.report.models[1].macs < 0.6 * done.report.models[0].macs
-    assert "net compressed" in repr(done) and "pruned" in done._repr_html_()
-    monkeypatch.setattr("robust_prune.compression.train", lambda *_, **__: pytest.fail("trained again"))
-    again = rp.compress(module, data, ratio=0.5, out=tmp_path / "run", threat=4 / 255, name="net", **FEW)
-    assert again.report.models == done.report.models
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the stages are called with, by their name in `api`."""
+    seen: dict[str, Any] = {}
+
+    def recorder(name: str, answer: Any) -> Any:
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            seen[name] = (arguments, keywords)
+            return answer
+
+        return noted
+
+    for name, answer in {
+        "_analyse": PREPARED.analysis, "train": "tuned", "_evaluate": "card", "export_model": "file", "repair": None,
+        "run_section": "table", "_compress": "done",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(api, name, recorder(name, answer))
+    return seen
 
 
-def test_a_model_of_another_process_asks_for_its_object(data: rp.DataBundle, tmp_path: Path, monkeypatch) -> None:
-    from robust_prune.models import registry
-
-    plan = rp.plan(rp.analyse(Net(), data, sensitivity__images=16, sensitivity__steps=1), allocation="uniform")
-    rp.save(rp.prune(Net(), plan, data, pruning__compensation="none"), tmp_path / "m.safetensors")
-    monkeypatch.setattr(registry, "_OBJECTS", {})
-    with pytest.raises(UsageError, match=r"was a Python object .* like=module"):
-        rp.load(tmp_path / "m.safetensors")
-    assert rp.load(tmp_path / "m.safetensors", like=Net()).spec.num_classes == 3
-
-
-def test_datasets_floats_and_other_orders_are_the_same_images(arrays: dict[str, np.ndarray]) -> None:
-    x, y = torch.from_numpy(arrays["x_train"]), torch.from_numpy(arrays["y_train"])
-    planes = x.permute(0, 3, 1, 2)
-    for train in ((x, y), (planes, y), (planes.float() / 255, y.tolist()), TensorDataset(planes.float() / 255, y)):
-        bundle = rp.load_data({"train": train, "test": (x[:30], y[:30])}, validation=40)
-        assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (200, 40, 30)
-        assert torch.equal(bundle.test.get(torch.arange(2))[0], planes[:2])
-        assert bundle.input_size == (3, 16, 16) and bundle.num_classes == 3
+def test_analysis_takes_training_images_and_the_recipe_that_is_named(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    assert rp.analyse(model, data, sensitivity__images=32) is PREPARED.analysis
+    (module, spec, images, recipe, device), _ = asked["_analyse"]
+    assert (module, spec, images, device) == (model.module, model.spec, data.train, "cpu")
+    assert recipe.sensitivity.images == 32 and recipe.threat_model == TRAINED_FOR
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("seed: 3\nthreat: {norm: linf, epsilon: 2/255}\n")
+    rp.analyse(model, data, recipe=str(mine), sensitivity__steps=2)
+    recipe = asked["_analyse"][0][3]
+    assert (recipe.seed, recipe.sensitivity.steps, recipe.threat_model) == (3, 2, rp.ThreatModel("linf", 2 / 255))
 
 
-def test_wrong_types_and_values_are_refused_before_any_work(data: rp.DataBundle, tmp_path: Path) -> None:
-    cases = (
-        (lambda: rp.evaluate(3, data), "a model is a Model, a torch module, 'demo' or a file; got builtins.int"),
-        (lambda: rp.evaluate(Net(), [1]), "data are a name such as 'cifar10'.* got builtins.list"),
-        (lambda: rp.evaluate(Net(), data, "8/255"), "a threat is a ThreatModel, or a number"),
-        (lambda: rp.evaluate(Net(), data, steps=0), "evaluation.steps: input should be greater than or equal to 1"),
-        (lambda: rp.evaluate(Net(), data, tire="pgd"), "unknown recipe key evaluation.tire. Did you mean tier"),
-        (lambda: rp.evaluate(nn.Flatten(), data), "no parameters"),
-        (lambda: rp.evaluate(nn.Linear(3, 3), data), "cannot run on 3x16x16 images of toy"),
-        (lambda: rp.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), data), r"logits \(1, 3\) for toy"),
-        (lambda: rp.finetune(Net(), data), "finetune trains a Model in place"),
-        (lambda: rp.save(Net(), tmp_path / "m.pt"), "save writes a Model"),
-        (lambda: rp.compress(Net(), data, ratio=1.5), r"ratio must be in \(0, 1\), got 1.5"),
-        (lambda: rp.load_data({"train": (1, 2)}), "data need 'train' and 'test'"),
-        (lambda: rp.load_data({"train": 3, "test": 3}), "train must be a torch Dataset or a pair"),
-        (
-            lambda: rp.load_data({"train": (torch.rand(4, 3, 8, 8) * 3, [0, 1] * 2), "test": ()}),
-            r"train images must be uint8, or float in \[0, 1\]",
-        ),
-    )
-    for call, message in cases:
-        with pytest.raises(UsageError, match=message) as raised:
-            call()
-        assert "\n" not in str(raised.value)
+def test_a_plan_takes_its_ratio_and_section_and_no_latency() -> None:
+    plan = rp.plan(PREPARED.analysis, ratio=0.3, metric="params", allocation="uniform")
+    assert (plan.ratio, plan.metric, plan.allocation) == (0.3, "params", "uniform")
+    assert rp.plan(PREPARED.analysis).ratio == 0.5
+    with pytest.raises(UsageError, match="a latency budget needs exported candidates"):
+        rp.plan(PREPARED.analysis, metric="latency")
 
 
-def test_a_users_criterion_and_allocation_are_files_of_their_own(data: rp.DataBundle, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from robust_prune.budget.allocation import Wish\n"
-        "def last_first(asked):\n"
-        "    import torch\n"
-        "    return {g.name: torch.arange(g.channels).flip(0) + 1.0 for g in asked.groups}\n"
-        "def nearly_all(problem):\n"
-        "    return Wish(problem.largest(lambda t: t * problem.dense))\n"
-        "def nonsense(asked):\n"
-        "    return {}\n"
-    )
-    few = {"sensitivity__images": 16, "sensitivity__steps": 1}
-    analysis = rp.analyse(Net(), data, pruning__criterion=f"{tmp_path / 'mine.py'}:last_first", **few)
-    plan = rp.plan(analysis, allocation=f"{tmp_path / 'mine.py'}:nearly_all", round_to=1)
-    for group in plan.groups:
-        assert group.removed == tuple(range(group.keep, group.channels))
-    with pytest.raises(UsageError, match="must return a dict with a tensor"):
-        rp.analyse(Net(), data, pruning__criterion=f"{tmp_path / 'mine.py'}:nonsense", **few)
+def test_pruning_repairs_on_training_images_and_names_what_stayed_whole(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(model, provenance={"from": "here"})
+    small = rp.prune(model, PREPARED.plan, data, pruning__compensation="none")
+    (_, dense, images, recipe, _), _ = asked["repair"]
+    assert dense is model.module and images is data.train and recipe.pruning.compensation == "none"
+    assert small.provenance == {"from": "here"} and small.threat == TRAINED_FOR
+    assert sum(p.numel() for p in small.module.parameters()) == PREPARED.plan.params_after
+    whole = replace(PREPARED.surgery, rolled_back=(Skipped("backbone.conv1", "why"),))
+    monkeypatch.setattr(api, "apply", lambda *_: whole)
+    small = rp.prune(model, PREPARED.plan, data)
+    assert small.provenance == {"from": "here", "rolled_back": {"backbone.conv1": "why"}}
 
 
-def test_a_run_with_another_version_of_a_users_file_is_another_run(data: rp.DataBundle, tmp_path: Path) -> None:
-    source = tmp_path / "mine.py"
-    text = "import torch\ndef score(asked):\n    return {g.name: torch.%s(g.channels) for g in asked.groups}\n"
-    source.write_text(text % "ones")
-    torch.manual_seed(0)
-    module, settings = Net(), {**FEW, "pruning__criterion": f"{source}:score", "out": tmp_path / "run"}
-    rp.compress(module, data, **settings)
-    source.write_text(text % "rand")
-    with pytest.raises(UsageError, match="holds a run with another model, data, recipe"):
-        rp.compress(module, data, **settings)
+def test_fine_tuning_takes_the_teacher_the_threat_and_the_held_out_images(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any]
+) -> None:
+    model.module.train()
+    teacher = replace(model, module=PREPARED.reopened())
+    assert rp.finetune(model, data, teacher=teacher, epochs=2, distillation=0.5) == "tuned"
+    (module, images, held_out, threat, settings), keywords = asked["train"]
+    assert module is model.module and (images, held_out, threat) == (data.train, data.validation, TRAINED_FOR)
+    assert (settings.epochs, settings.distillation, settings.crop_padding) == (2, 0.5, 0)
+    assert keywords == {"device": "cpu", "teacher": teacher.module} and not model.module.training
+    rp.finetune(model, data, threat=4 / 255)
+    (_, _, _, threat, _), keywords = asked["train"]
+    assert threat == rp.ThreatModel("linf", 4 / 255) and keywords["teacher"] is None
 
 
-def test_a_package_beside_this_one_adds_choices_but_replaces_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from robust_prune import catalogue
-
-    points = [EntryPoint(name, "operator:add", "robust_prune.ranking.criteria") for name in ("theirs", "random")]
-    monkeypatch.setattr(catalogue, "entry_points", lambda group: [p for p in points if p.group == group])
-    criteria = catalogue.Catalogue("criterion", "ranking.criteria", "score")
-    assert criteria.load("theirs") is operator.add and criteria.check("theirs") == "theirs"
-    assert "theirs" in criteria.help() and criteria.load("random") is not operator.add
-    assert "theirs" not in catalogue.Catalogue("loss", "training.loss_functions", "loss").names
-
-
-def test_one_file_more_is_one_criterion_more(tmp_path: Path) -> None:
-    """In help, in recipes and in the contract test, which a bad criterion fails."""
-    shutil.copytree(ROOT / "robust_prune", tmp_path / "robust_prune", ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    toy = tmp_path / "robust_prune" / "ranking" / "criteria" / "toy.py"
-    body = '"""A toy."""\nimport torch\n\n\ndef score(asked):\n'
-    body += "    return {g.name: torch.%s(g.channels) for g in asked.groups}\n"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path)
-
-    toy.write_text(body % "ones")
-    assert "toy" in run("-m", "robust_prune", "compress", "--help").stdout
-    contract = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_importance.py"), "-k", "toy")
-    passed = run(*contract)
-    assert "1 passed" in passed.stdout, passed.stdout + passed.stderr
-    toy.write_text(body % "zeros")
-    assert "1 failed" in run(*contract).stdout
+def test_evaluation_takes_the_first_test_images_the_seed_and_the_models_threat(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(model.module, "to", lambda where: moved.append(str(where)) or model.module)
+    assert rp.evaluate(model, data, seed=5, images=10, tier="apgd") == "card"
+    (_, images, threat, section), keywords = asked["_evaluate"]
+    assert torch.equal(images.get(torch.arange(10))[0], data.test.get(torch.arange(10))[0]) and len(images) == 10
+    assert (threat, section.tier, keywords["seed"]) == (TRAINED_FOR, "apgd", 5)
+    assert keywords["subject"] == api.Subject(model.spec.arch, "toy", "test")
+    assert moved == ["cpu", "cpu"], "the model does not come back to where it was"
+    rp.evaluate(replace(model, threat=None), data)
+    assert asked["_evaluate"][0][2] == rp.ThreatModel()
 
 
-def test_a_checker_of_types_sees_them(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import robust_prune as rp\n"
-        "card = rp.evaluate('demo', 'sample', 8 / 255, tier='pgd')\n"
-        "robust: float = card.robust.value\n"
-        "wrong: str = card.robust.value\n"
-        "rp.compress('demo', 'sample', ratio='half')\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", str(script)]
-    environment = os.environ | {"MYPYPATH": str(ROOT)}
-    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
-    assert "script.py:4" in told and "script.py:5" in told and "Found 2 errors" in told, told
+def test_exports_and_timings_take_their_sections(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    assert rp.export(model, tmp_path / "m.onnx", data, opset=20) == "file"
+    (module, spec, images, path, section, _), _ = asked["export_model"]
+    assert (module, spec, images, path) == (model.module, model.spec, data.train, tmp_path / "m.onnx")
+    assert section.opset == 20
+    assert rp.benchmark({"a": "a.onnx", "b": "b.onnx"}, seed=4, batches=(2,)) == "table"
+    (files, section, seed), _ = asked["run_section"]
+    assert files == [("a", "a.onnx"), ("b", "b.onnx")] and (section.batches, seed) == ((2,), 4)
+
+
+def test_the_whole_job_is_made_of_what_was_given(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rp.compress(model, data, ratio=0.3, out=str(tmp_path), name="mine", finetune__epochs=2) == "done"
+    (job,), _ = asked["_compress"]
+    assert (job.name, job.dense, job.data, job.out) == ("mine", model, data, tmp_path)
+    assert (job.recipe.pruning.ratio, job.recipe.finetune.epochs) == (0.3, 2)
+    assert job.recipe.threat_model == TRAINED_FOR and job.arch == model.spec.arch
+    rp.compress(model, data, threat=1 / 255)
+    (job,), _ = asked["_compress"]
+    assert job.recipe.threat_model == rp.ThreatModel("linf", 1 / 255) and job.recipe.pruning.ratio == 0.5
+    monkeypatch.setattr(api, "_compress", lambda job: None)  # a process that is not the first
+    with pytest.raises(SystemExit) as left:
+        rp.compress(model, data)
+    assert left.value.code == 0
+
+
+def test_a_saved_model_keeps_its_threat_and_where_it_came_from(model: rp.Model, tmp_path: Path) -> None:
+    rp.save(replace(model, provenance={"from": "here"}), tmp_path / "m.safetensors")
+    again = rp.load(tmp_path / "m.safetensors")
+    assert (again.threat, again.provenance, again.spec) == (TRAINED_FOR, {"from": "here"}, model.spec)
+
+
+def test_a_model_is_opened_with_what_was_said_of_it(monkeypatch: pytest.MonkeyPatch, data: rp.DataBundle) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(api, "open_model", lambda *arguments, **keywords: asked.append((arguments, keywords)))
+    monkeypatch.setattr(api.artifact, "load", lambda *arguments, **keywords: asked.append((arguments, keywords)))
+    rp.load("m.pt", arch="cifar/resnet20", data=data, trust_pickle=True)
+    like = SimpleNamespace()
+    rp.load("m.safetensors", like=like)  # type: ignore[arg-type]
+    assert asked == [
+        (("m.pt",), {"arch": "cifar/resnet20", "trust_pickle": True, "data": data}),
+        (("m.safetensors",), {"arch": None, "like": like}),
+    ]

@@ -1,0 +1,1 @@
+"""What tests share: data, models, files, commands and values, small enough for seconds."""

@@ -1,0 +1,35 @@
+"""Arrays and files of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robust_prune.data.base import ImageSet
+
+
+def everything(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.get(torch.arange(len(images)))
+
+
+def as_rows(images: ImageSet) -> set[bytes]:
+    return {image.numpy().tobytes() for image in everything(images)[0]}
+
+
+def arrays(train: int = 40, test: int = 10, side: int = 8, grey: bool = False) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (side, side) if grey else (side, side, 3)
+    return {
+        "x_train": rng.integers(0, 256, (train, *shape), dtype=np.uint8),
+        "y_train": np.arange(train, dtype=np.uint8) % 4,
+        "x_test": rng.integers(0, 256, (test, *shape), dtype=np.uint8),
+        "y_test": np.arange(test, dtype=np.int64) % 4,
+    }
+
+
+def write_npz(path: Path, **changes: Any) -> Path:
+    np.savez(path, **{k: v for k, v in (arrays() | changes).items() if v is not None})
+    return path

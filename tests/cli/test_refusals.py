@@ -1,0 +1,118 @@
+"""Every way to get a command wrong ends in one line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from builders.commands import fails
+from builders.toy import write_data, write_model
+
+from robust_prune import cli
+
+BAD = {
+    "wrong path": (["compress", "nowhere.pt", "--data", "toy.npz"], "nowhere.pt does not exist"),
+    "wrong arch": (
+        ["compress", "weights.pt", "--arch", "cifar/resnet21", "--data", "toy.npz"],
+        "Did you mean cifar/resnet",
+    ),
+    "other arch": (["compress", "weights.pt", "--arch", "cifar/resnet20", "--data", "toy.npz"], "weights.pt"),
+    "no arch": (["compress", "weights.pt", "--data", "toy.npz"], "Add --arch"),
+    "ratio": (
+        ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "1.5"],
+        "ratio must be in (0, 1), got 1.5. Try 0.5.",
+    ),
+    "ratio word": (
+        ["compress", "weights.pt", "--data", "toy.npz", "--ratio", "half"],
+        "ratio must be in (0, 1), got half. Try 0.5.",
+    ),
+    "unknown key": (["compress", "demo", "--recipe", "bad.yaml"], "unknown recipe key pruning.speed. Known:"),
+    "unknown recipe": (["compress", "demo", "--recipe", "dem"], "Did you mean demo?"),
+    "no data": (["compress", "weights.pt", "--arch", "model.py:make_model"], "no data given. Add --data cifar10"),
+    "wrong data": (["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "cfar10"], "cifar10"),
+    "text file": (["compress", "model.pt", "--arch", "model.py:make_model", "--data", "toy.npz"], "model.pt"),
+    "empty file": (["compress", "empty.pt", "--arch", "model.py:make_model", "--data", "toy.npz"], "empty.pt"),
+    "folder": (["compress", "folder", "--arch", "model.py:make_model", "--data", "toy.npz"], "folder"),
+    "unknown flag": (["compress", "demo", "--ration", "0.5"], "--ration"),
+    "set without value": (["compress", "demo", "--set", "seed"], "--set wants KEY=VALUE"),
+    "unknown criterion": (["compress", "demo", "--dry-run", "--criterion", "magic"], "magic"),
+    "unknown tier": (
+        ["evaluate", "demo", "--set", "evaluation.tier=strong"],
+        "evaluation.tier must be one of aa-fast, apgd",
+    ),
+    "no batch": (["compress", "demo", "--set", "bench.batches=[0]"], "bench.batches.0"),
+    "out is a file": (["compress", "demo", "--out", "toy.npz"], "--out toy.npz is a file"),
+    "no verb": (["squeeze"], "squeeze"),
+    "bench nothing": (["bench"], "no file given"),
+    "bench no onnx": (["bench", "toy.npz"], "toy.npz"),
+    "bench batch": (["bench", "model.onnx", "--batch", "0"], "--batch wants numbers from 1"),
+    "old opset": (["export", "demo", "--opset", "9"], "greater than or equal to 18, got 9"),
+    "train no arch": (["train", "--data", "toy.npz"], "no architecture given"),
+    "copy over": (["recipes", "cp", "demo", "toy.npz"], "exists already"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_end_in_one_line_and_leave_nothing(here, capsys, case):
+    write_data(here / "toy.npz", 60, 9)
+    write_model(here)
+    (here / "model.pt").write_text("this is no model\n")
+    (here / "empty.pt").touch()
+    (here / "folder").mkdir()
+    (here / "bad.yaml").write_text("pruning: {speed: 3}\n")
+    before = sorted(here.rglob("*"))
+    arguments, wanted = BAD[case]
+    code, message = fails(capsys, *arguments)
+    assert code == 2, message
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert wanted in message
+    assert [p for p in sorted(here.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_cuda_without_a_gpu_is_an_environment_error(here, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code, message = fails(capsys, "compress", "demo", "--device", "cuda")
+    assert code == 3 and "no CUDA device" in message
+
+
+def test_a_gpu_provider_without_a_gpu_is_refused_before_any_work(here, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code, message = fails(capsys, "compress", "demo", "--set", "bench.provider=cuda", "--out", "run")
+    assert code == 3 and "provider cuda was asked for" in message and not (here / "run").exists()
+
+
+def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, capsys):
+    write_data(here / "toy.npz", train=6)
+    code, weights = write_model(here)
+    asked = ["compress", str(weights), "--arch", f"{code}:make_model", "--data", "toy.npz", "--out", "run"]
+    status, message = fails(capsys, *asked)
+    assert status == 2 and "leaves 5 training images" in message and "at least 9" in message
+    assert not (here / "run").exists()
+
+
+def test_an_unknown_recovery_is_refused(here, capsys):
+    code, message = fails(capsys, "compress", "demo", "--recovery", "fast")
+    assert code == 2 and "recovery" in message and "quick" in message
+
+
+def test_debug_shows_the_traceback(here):
+    with pytest.raises(Exception, match="does not exist"):
+        cli.main(["compress", "nowhere.pt", "--data", "sample", "--debug"])
+
+
+def test_an_unwritable_out_is_refused_in_one_line(here, capsys):
+    if os.geteuid() == 0:
+        target = "/proc/nothing/run"
+    else:
+        locked = here / "locked"
+        locked.mkdir(mode=0o500)
+        target = str(locked / "run")
+    write_data(here / "toy.npz")
+    write_model(here)
+    code, message = fails(
+        capsys, "compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--out", target
+    )
+    assert code == 3 and "cannot write" in message and message.count("\n") == 1

@@ -1,0 +1,158 @@
+"""Images from folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.data_files import arrays, everything, write_npz
+from PIL import Image
+
+from robust_prune.data.base import DataBundle, ImageSet
+from robust_prune.data.folder import decode
+from robust_prune.data.sources import load_data
+from robust_prune.errors import UsageError
+
+
+def paint(path: Path, colour: tuple[int, int, int] | int, size: tuple[int, int] = (12, 10)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+
+
+def class_folders(root: Path, counts: dict[str, int], size: tuple[int, int] = (12, 10)) -> None:
+    for label, (name, count) in enumerate(counts.items()):
+        for index in range(count):
+            paint(root / name / f"{index}.png", (label * 50, index, 7), size)
+
+
+def colours(bundle: DataBundle, images: ImageSet) -> list[tuple[str, int]]:
+    """(class, number) of each image, read back from the pixels and checked against the label."""
+    pixels, labels = everything(images)
+    assert (pixels[:, 0, 0, 0] // 50 == labels).all()
+    return [(bundle.class_names[label], int(x[1, 0, 0])) for x, label in zip(pixels, labels.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("held_out", ["val", "valid", "test"])
+def test_train_and_a_held_out_folder(tmp_path: Path, held_out: str) -> None:
+    class_folders(tmp_path / "train", {"ant": 6, "bee": 5})
+    class_folders(tmp_path / held_out, {"ant": 2, "bee": 3})
+    bundle = load_data(tmp_path, validation=2)
+    assert bundle.class_names == ("ant", "bee") and bundle.input_size == (3, 10, 12) and bundle.notes == ()
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (9, 2, 5)
+    assert sorted(colours(bundle, bundle.test)) == [("ant", 0), ("ant", 1), ("bee", 0), ("bee", 1), ("bee", 2)]
+
+
+def test_val_beside_test_is_the_validation_part(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"ant": 6, "bee": 5})
+    class_folders(tmp_path / "val", {"ant": 1, "bee": 1})
+    class_folders(tmp_path / "test", {"ant": 2, "bee": 3})
+    bundle = load_data(tmp_path, validation=4)
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (11, 2, 5)
+
+
+def test_bare_class_folders_are_split_and_the_note_says_so(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"ant": 20, "bee": 10})
+    bundle = load_data(tmp_path, validation=3, seed=4)
+    train, held, test = (set(colours(bundle, part)) for part in (bundle.train, bundle.validation, bundle.test))
+    assert len(train | held | test) == 30 == len(train) + len(held) + len(test)
+    assert sorted(name for name, _ in test) == ["ant"] * 4 + ["bee"] * 2
+    assert "6 of its images were set aside under seed 4" in bundle.notes[0]
+    assert set(colours(bundle, load_data(tmp_path, seed=4).test)) == test
+    assert set(colours(bundle, load_data(tmp_path, seed=5).test)) != test
+
+
+def test_images_are_resized_on_the_shorter_side_and_cropped_in_the_centre(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, {"ant": 3, "bee": 3}, size=(40, 20))
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, 10:30] = 255
+    Image.fromarray(wide).save(tmp_path / "test" / "ant" / "0.png")
+    bundle = load_data(tmp_path, validation=1, input_size=(3, 10, 10))
+    images, _ = bundle.test.get(torch.arange(6))
+    assert images.shape == (6, 3, 10, 10) and images.dtype == torch.uint8
+    assert (images[..., 1:-1].amin((1, 2, 3)) == 255).sum() == 1
+
+
+def test_the_first_images_of_sorted_data_are_of_all_classes(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, dict.fromkeys(("ant", "bee", "cat"), 12))
+    bundle = load_data(tmp_path, validation=4)
+    assert len(set(bundle.test.get(torch.arange(12))[1].tolist())) == 3
+    y = bundle.test.get(torch.arange(len(bundle.test)))[1]
+    assert y.bincount().tolist() == [12, 12, 12]
+    again = load_data(tmp_path, validation=4)
+    assert torch.equal(again.test.get(torch.arange(36))[1], y)
+    path = write_npz(tmp_path / "d.npz", y_test=np.sort(arrays()["y_test"]))
+    found = load_data(path, validation=10).test
+    assert not torch.equal(found.labels, found.labels.sort().values)
+    assert load_data(write_npz(tmp_path / "e.npz"), validation=10).test.labels.tolist() == arrays()["y_test"].tolist()
+
+
+def test_sixteen_bits_are_scaled_and_other_depths_refused(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.array_equal(decode(tmp_path / "deep.png", (1, 8, 8))[0], ramp // 257)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(UsageError, match=r"cannot decode the image .*real\.tif: mode F has 32 bits"):
+        decode(tmp_path / "real.tif", (1, 8, 8))
+
+
+def test_mixed_sizes_get_a_default_and_a_note(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, {"ant": 3, "bee": 3})
+    paint(tmp_path / "train" / "ant" / "big.png", (0, 9, 7), (50, 30))
+    bundle = load_data(tmp_path, validation=1)
+    assert bundle.input_size == (3, 224, 224)
+    assert "differ in size" in bundle.notes[0]
+
+
+def test_grey_folders_have_one_channel(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            for index in range(3):
+                paint(tmp_path / part / name / f"{index}.png", 40 * index)
+    bundle = load_data(tmp_path, validation=1)
+    assert bundle.input_size == (1, 10, 12)
+    assert sorted(everything(bundle.test)[0][:, 0, 0, 0].tolist()) == [0, 0, 40, 40, 80, 80]
+
+
+def test_folder_mistakes(tmp_path: Path) -> None:
+    def refuse(words: str) -> None:
+        with pytest.raises(UsageError, match=words):
+            everything(load_data(tmp_path, validation=1).test)
+
+    refuse("0 class folders; at least 2")
+    class_folders(tmp_path / "train", {"ant": 3, "bee": 3})
+    refuse("none of val/")
+    class_folders(tmp_path / "test", {"ant": 1, "cat": 1})
+    refuse("has the class 'cat', which the training folder lacks")
+    (tmp_path / "test" / "cat" / "0.png").unlink()
+    (tmp_path / "test" / "cat").rmdir()
+    (tmp_path / "train" / "bee2").mkdir()
+    refuse("bee2 holds no images")
+    (tmp_path / "train" / "bee2").rmdir()
+    (tmp_path / "test" / "ant" / "0.png").write_text("not an image")
+    refuse(r"cannot decode the image .*0.png")
+
+
+def test_tiny_imagenet_layout(tmp_path: Path) -> None:
+    for label, wnid in enumerate(("n01", "n02", "n03")):
+        for index in range(4):
+            paint(tmp_path / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", (label * 50, index, 0), (64, 64))
+    for index, label in enumerate((2, 0, 1)):
+        paint(tmp_path / "val" / "images" / f"val_{index}.JPEG", (label * 50, 0, 0), (64, 64))
+    (tmp_path / "val" / "val_annotations.txt").write_text(
+        "val_0.JPEG\tn03\t0\t0\t62\t62\nval_1.JPEG\tn01\t0\t0\t62\t62\nval_2.JPEG\tn02\t0\t0\t62\t62\n"
+    )
+    (tmp_path / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn99\tother\n")
+    bundle = load_data(tmp_path, validation=2)
+    assert bundle.class_names == ("goldfish", "bullfrog", "n03") and bundle.input_size == (3, 64, 64)
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (10, 2, 3)
+    images, labels = everything(bundle.test)
+    assert labels.tolist() == [2, 0, 1]
+    assert (images[:, 0, 5, 5].int() - torch.tensor([100, 0, 50])).abs().max() <= 3
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG n03\n")
+    with pytest.raises(UsageError, match=r"val_annotations.txt:1: expected"):
+        load_data(tmp_path)

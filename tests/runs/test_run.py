@@ -1,0 +1,109 @@
+"""A run folder is one run's, and a stage is done once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from robust_prune import __version__
+from robust_prune.errors import UsageError
+from robust_prune.job import Length
+from robust_prune.recipe_reader import load
+from robust_prune.runs import run as runs
+from robust_prune.runs.files import read_json
+from robust_prune.runs.run import Run, claim, run_key
+
+
+def test_a_folder_with_other_files_is_not_claimed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    claim(tmp_path, "key", "robust-prune")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_text("mine")
+    with pytest.raises(UsageError, match=r"not a run folder and holds model\.safetensors, which a run would overwrite"):
+        claim(other, "key", "robust-prune")
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UsageError, match="holds a run with another model"):
+        claim(tmp_path, "key", "robust-prune")
+
+
+def test_a_stage_is_made_once_for_the_same_inputs_and_anew_where_its_record_or_a_file_is_gone(tmp_path):
+    calls = []
+    run = Run(tmp_path, "key")
+
+    def stage(*inputs, run=run):
+        return run.stage("cut", Length, inputs, lambda: calls.append(inputs) or Length(5, len(calls)), files=[file])
+
+    file = tmp_path / "model"
+    file.write_text("x")
+    assert stage(1) == Length(5, 1) == stage(1) and len(calls) == 1
+    assert stage(2) == Length(5, 2) and run.seconds["cut"] >= 0
+    assert stage(2, run=Run(tmp_path, "other")) == Length(5, 3)
+    mark = tmp_path / "cut" / "stage.json"
+    for damaged in ("[]", "{", mark.read_text().replace('"epochs": 5', '"epochs": "many"')):
+        mark.write_text(damaged)
+        before = len(calls)
+        stage(2, run=Run(tmp_path, "other"))
+        assert len(calls) == before + 1
+    file.unlink()
+    before = len(calls)
+    stage(2, run=Run(tmp_path, "other"))
+    assert len(calls) == before + 1
+
+
+def test_a_run_of_an_older_version_is_refused_in_one_line(tmp_path):
+    (tmp_path / "run.json").write_text('{"key": "key", "command": "robust-prune"}')
+    with pytest.raises(UsageError, match="holds a run of another version of robust-prune") as raised:
+        claim(tmp_path, "key", "robust-prune")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_time_of_a_stage_is_that_of_the_run_that_did_the_work(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def make():
+        now[0] += 7.5
+        return Length(5, 1)
+
+    for run in (Run(tmp_path, "key"), Run(tmp_path, "key")):
+        run.stage("cut", Length, [], make)
+        assert run.seconds == {"cut": 7.5}
+
+
+def test_a_fresh_outcome_is_the_one_that_a_later_run_reads(tmp_path):
+    """Whatever JSON makes of it: a resumed run must not differ from one that never stopped."""
+    run, made = Run(tmp_path, "key"), Length(5, 1)
+    fresh, stored = (run.stage("length", Length, [], lambda: made) for _ in range(2))
+    assert fresh == stored == made and fresh is not made
+
+
+def test_the_record_of_one_stage_is_not_taken_for_another(tmp_path):
+    run = Run(tmp_path, "key")
+    run.stage("one", Length, [1], lambda: Length(5, 1))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert run.stage("two", Length, [1], lambda: Length(6, 1)) == Length(6, 1)
+
+
+def test_the_key_of_a_run_holds_its_inputs_and_the_versions(monkeypatch):
+    key = run_key("model", ["images"])
+    assert key == run_key("model", ["images"]) != run_key("model", ["others"])
+    for name, value in (("FORMAT", 99), ("__version__", "99.0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, name, value)
+            assert run_key("model", ["images"]) != key
+
+
+def test_an_opened_folder_holds_the_recipe_the_machine_and_the_command_and_is_kept_for_its_run(tmp_path):
+    recipe = load(None, {"pruning.ratio": 0.25})
+    Run.open(tmp_path / "run", "key", recipe, "robust-prune compress")
+    assert load(str(tmp_path / "run" / "recipe.yaml")) == recipe
+    assert read_json(tmp_path / "run" / "environment.json")["robust_prune"] == __version__
+    assert read_json(tmp_path / "run" / "run.json")["command"] == "robust-prune compress"
+    Run.open(tmp_path / "run", "key", recipe, "the same again")
+    with pytest.raises(UsageError, match=r"run holds a run with another model, data, recipe or version"):
+        Run.open(tmp_path / "run", "other", recipe, "robust-prune compress")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file is a file\. Name a folder"):
+        Run.open(tmp_path / "file", "key", recipe, "robust-prune compress")

@@ -1,0 +1,21 @@
+"""What is packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from robust_prune import cli
+
+
+def test_the_package_list_is_complete():
+    import tomllib
+
+    root = Path(cli.__file__).parent.parent
+    project = root / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("not a source checkout")
+    listed = set(tomllib.loads(project.read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(root).parts) for p in (root / "robust_prune").rglob("*.py")}
+    assert listed == found | {"robust_prune.recipes", "robust_prune.data.sample"}

@@ -1,0 +1,67 @@
+"""Two gloo processes learn what one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders.places import TESTS
+from builders.training_sample import THREAT, make_images, make_model
+from builders.two_processes import run
+
+from robust_prune.attacks import pgd
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from builders.two_processes import run
+model = run(sys.argv[3], sys.argv[4])
+if torch.distributed.get_rank() == 0:
+    torch.save(model.state_dict(), sys.argv[1])
+assert torch.distributed.get_world_size() == 2
+from robust_prune import distributed
+distributed.leave_group()
+"""
+
+
+def in_two_processes(folder: Path, loss: str, kind: str = "plain") -> dict[str, torch.Tensor]:
+    script, weights = folder / "script.py", folder / "weights.pt"
+    script.write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         script, weights, TESTS, loss, kind],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, torch.Tensor] = torch.load(weights)
+    return found
+
+
+@pytest.mark.parametrize("loss", ["n_fgsm", "trades"])
+def test_two_processes_equal_one_on_a_model_without_batch_norm(tmp_path: Path, loss: str) -> None:
+    """Random crops and starts of attacks are those that one process draws."""
+    found, alone = in_two_processes(tmp_path, loss), run(loss).state_dict()
+    assert found.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_with_batch_norm_as_robustly(tmp_path: Path) -> None:
+    """Each normalises with its own share of a batch, so that weights differ; what is learned does not."""
+    model = make_model()
+    model.load_state_dict(in_two_processes(tmp_path, "pgd_at", "batch-norm"))
+    images = make_images(300, 3)
+    found = {"two": model.eval(), "one": run("pgd_at", "batch-norm").eval()}
+    x, y = images.images.float() / 255, images.labels
+    right = {}
+    for name, trained in found.items():
+        x_adv = pgd(trained, x, y, THREAT, steps=10, generator=torch.Generator().manual_seed(0))
+        right[name] = int((trained(x_adv).argmax(1) == y).sum())
+    assert abs(right["two"] - right["one"]) <= 0.06 * len(y)  # the 95 % interval of a share of 300 images
+    assert right["one"] > 200
