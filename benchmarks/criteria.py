@@ -62,7 +62,7 @@ class Arm:
     name: str
     allocation: str
     criterion: str
-    compensation: str = "least_squares"
+    repair: str = "least_squares"
     exponent: float = PruningSection().mrs_exponent
 
 
@@ -103,7 +103,7 @@ def analyses(
             loaded.module, base.search.groups, criterion, clean=clean, seed=recipe.seed, device=device
         )
         removed = {g.name: removed_fraction_curve(loaded.module, g, scores[g.name]) for g in base.search.groups}
-        yield criterion, replace(base, scores=scores, removed=removed)
+        yield criterion, replace(base, scores=scores, removed=removed, criterion=criterion)
 
 
 def cut_and_recover(
@@ -121,7 +121,7 @@ def cut_and_recover(
         "ratio": ratio,
         "allocation": arm.allocation,
         "criterion": arm.criterion,
-        "compensation": arm.compensation,
+        "repair": arm.repair,
         "mrs_exponent": arm.exponent,
     }
     recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     overrides = {
         "data.name": args.data,
         "sensitivity.images": args.images,
-        "pruning.compensation_images": args.images,
+        "pruning.repair_images": args.images,
         "evaluation.images": args.test_images,
         "evaluation.restarts": 1,
         "finetune.epochs": args.epochs,

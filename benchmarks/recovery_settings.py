@@ -46,9 +46,9 @@ KNOBS: dict[str, tuple[Any, ...]] = {
     "weight_decay": (1e-4, 1e-3),
     "ema_decay": (0.0, 0.995),
     "distillation": (0.5,),
-    "compensation": ("batchnorm", "none"),
+    "repair": ("batchnorm", "none"),
 }
-"""Settings of fine-tuning and their alternative values; `compensation` is the repair before fine-tuning."""
+"""Settings of fine-tuning and their alternative values; `repair` is the repair before fine-tuning."""
 CHOOSE_IMAGES, HELD_OUT_IMAGES = 500, 3000
 
 
@@ -57,7 +57,7 @@ def tunings(knobs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {"centre": ("least_squares", CENTRE)}
     for knob in knobs:
         for value in KNOBS[knob]:
-            if knob == "compensation":
+            if knob == "repair":
                 found[f"{knob} {value}"] = (value, CENTRE)
             else:
                 found[f"{knob} {value:g}"] = ("least_squares", CENTRE | {knob: value})
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
             continue
         repair, changes = ways[name]
         if repair not in bases:
-            section = recipe.pruning.model_copy(update={"compensation": repair})
+            section = recipe.pruning.model_copy(update={"repair": repair})
             bases[repair] = cut_base(loaded, data, recipe.model_copy(update={"pruning": section}))
         base, settings = bases[repair], recipe.finetune.model_copy(update=changes)
         epochs, count = images_seen(part, base, settings, recipe, minutes)

@@ -140,7 +140,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
         model: the model of the plan; its weights are not changed, but it may be moved to another device.
         plan: result of `plan`.
         data: data set, whose training images are used for the repair.
-        settings: values of the recipe, as in `analyse`; ``pruning__compensation="none"`` skips the repair.
+        settings: values of the recipe, as in `analyse`; ``pruning__repair="none"`` skips the repair.
 
     Returns:
         The pruned model, in eval mode on the CPU. Groups whose cut failed its proof are not cut;

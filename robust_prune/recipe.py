@@ -120,10 +120,10 @@ class PruningSection(Section):
     """Number of cuts over which the ratio is spread; before each cut MRS is measured again on the current model."""
     epochs_between: int = Field(1, ge=0)
     """Number of fine-tuning epochs between two cuts."""
-    compensation: Literal["none", "batchnorm", "least_squares"] = "least_squares"
+    repair: Literal["none", "batchnorm", "least_squares"] = "least_squares"
     """Repair after the cut, before any training: `least_squares` fits the layers behind the cut to the outputs of the
     dense model, `batchnorm` re-estimates batch-norm statistics."""
-    compensation_images: int = Field(512, ge=2)
+    repair_images: int = Field(512, ge=2)
     """Number of training images for the repair; least squares uses each of them clean and attacked."""
 
 

@@ -75,9 +75,9 @@ def test_pruning_repairs_on_training_images_and_names_what_stayed_whole(
     model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = replace(model, provenance={"from": "here"})
-    small = rp.prune(model, PREPARED.plan, data, pruning__compensation="none")
+    small = rp.prune(model, PREPARED.plan, data, pruning__repair="none")
     (_, dense, images, recipe, _), _ = asked["repair"]
-    assert dense is model.module and images is data.train and recipe.pruning.compensation == "none"
+    assert dense is model.module and images is data.train and recipe.pruning.repair == "none"
     assert small.provenance == {"from": "here"} and small.threat == TRAINED_FOR
     assert sum(p.numel() for p in small.module.parameters()) == PREPARED.plan.params_after
     whole = replace(PREPARED.surgery, rolled_back=(Skipped("backbone.conv1", "why"),))

@@ -107,7 +107,7 @@ TOY = Sizes(
     compression={
         "finetune.loss": "pgd_at", "finetune.steps": 2, "finetune.epochs": 1, "finetune.batch_size": 64,
         "finetune.lr": 0.05, "finetune.validation_images": 32, "sensitivity.images": 64, "sensitivity.steps": 2,
-        "pruning.compensation_images": 64, "evaluation.tier": "aa-fast", "evaluation.images": 8,
+        "pruning.repair_images": 64, "evaluation.tier": "aa-fast", "evaluation.images": 8,
     },
     seconds={"facts": 60, "latency": 60, "speed": 120, "base": 60, "compression": 240},
 )  # fmt: skip

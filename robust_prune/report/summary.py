@@ -147,7 +147,7 @@ def after_the_cut(run: RunReport) -> str:
     card = run.before_finetune
     if card is None:
         return ""
-    repair = REPAIRS.get(run.recipe.get("pruning", {}).get("compensation", ""), "")
+    repair = REPAIRS.get(run.recipe.get("pruning", {}).get("repair", ""), "")
     return (
         f"Right after the cut{repair}, before any fine-tuning, the model classified {text.percent(card.clean.value)} "
         f"of {card.clean.total:,} {card.split} images correctly, and {text.percent(card.robust.value)} under attack."

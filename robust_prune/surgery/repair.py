@@ -21,7 +21,7 @@ def repair(
     device: str,
     adv: AdversarialSet | None = None,
 ) -> None:
-    """Repair the pruned model in place by the method ``pruning.compensation`` of the recipe, and move it to `device`.
+    """Repair the pruned model in place by the method ``pruning.repair`` of the recipe, and move it to `device`.
 
     Args:
         surgery: result of `apply`.
@@ -35,10 +35,10 @@ def repair(
         UsageError: there are too few images.
     """
     small, section = surgery.model.to(device), recipe.pruning
-    count = min(section.compensation_images, len(images))
-    if section.compensation == "batchnorm":
+    count = min(section.repair_images, len(images))
+    if section.repair == "batchnorm":
         reestimate_batchnorm(small, images, count=count, device=device)
-    elif section.compensation == "least_squares":
+    elif section.repair == "least_squares":
         dense.to(device)
         few = recipe.sensitivity.model_copy(update={"images": count})
         adv = adv or make_adversarial_set(dense, images, recipe.threat_model, few, seed=recipe.seed, device=device)

@@ -73,7 +73,7 @@ def test_the_former_default_alone_is_trained_on_the_former_schedule() -> None:
 
 
 def test_one_setting_at_a_time_is_moved_from_the_centre() -> None:
-    ways = recovery_settings.tunings(["lr", "compensation"])
+    ways = recovery_settings.tunings(["lr", "repair"])
     assert ways["centre"] == ("least_squares", recovery_settings.CENTRE)
     for name, (repair, settings) in ways.items():
         moved = {key for key, value in settings.items() if value != recovery_settings.CENTRE[key]}

@@ -326,7 +326,7 @@ def test_what_is_missing_or_wrong_is_said():
     fractions = equal_channels(groups)
     with pytest.raises(
         UsageError,
-        match=r"pruning.allocation must be one of global, mrs, rank, uniform, or file.py:function, got 'best'",
+        match=rf"pruning.allocation must be one of {', '.join(ALLOCATIONS.names)}, or file.py:function, got 'best'",
     ):
         allocate("best", groups, cost, 50)
     with pytest.raises(UsageError, match="'mrs' needs a sensitivity profile"):
@@ -345,3 +345,16 @@ def test_what_is_missing_or_wrong_is_said():
         allocate("uniform", groups, cost, 50, round_to=0)
     with pytest.raises(UsageError, match="not those that the cost model"):
         allocate("uniform", groups[:1], cost, 50)
+
+
+def test_an_allocation_of_a_user_is_checked(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nfrom robust_prune.budget.allocation import Wish\n"
+        "def flat(problem):\n    return Wish(problem.dense / 2, np.zeros((len(problem.groups), 3)))\n"
+        "def few(problem):\n    return Wish(problem.dense[:1])\n"
+    )
+    groups, cost = parallel([1.0, 1.0])
+    with pytest.raises(UsageError, match=r"flat' must return losses \[channels \+ 1\] for each of 2 groups, got"):
+        allocate(f"{tmp_path / 'mine.py'}:flat", groups, cost, 50)
+    with pytest.raises(UsageError, match=r"few' must return a Wish with 2 widths"):
+        allocate(f"{tmp_path / 'mine.py'}:few", groups, cost, 50)

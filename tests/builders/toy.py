@@ -37,7 +37,7 @@ def make_model(num_classes=3):
 QUICK = [
     "--set", "sensitivity.images=64", "--set", "sensitivity.steps=3", "--set", "finetune.batch_size=32",
     "--set", "finetune.validation_images=30", "--set", "evaluation.steps=3", "--set", "bench.seconds=0.3",
-    "--set", "bench.batches=[1, 4]", "--set", "pruning.compensation_images=64", "--set", "threat.epsilon=4/255",
+    "--set", "bench.batches=[1, 4]", "--set", "pruning.repair_images=64", "--set", "threat.epsilon=4/255",
 ]  # fmt: skip
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from robust_prune import cli, compression
+from robust_prune.attacks import ThreatModel
+from robust_prune.models import artifact, registry
 
 
 def test_a_recovery_preset_stands_over_the_recipe_and_under_the_flags(here, monkeypatch):
@@ -33,3 +39,24 @@ def test_the_demo_goes_with_any_recipe():
 
     recipe = load(None, {"model.arch": "cifar/resnet18"})
     assert open_model_for("demo", None, recipe, None).spec.arch == "cifar/resnet20_x2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ThreatModel("l2", 0.5)),
+        (["--epsilon", "4/255"], ThreatModel("linf", 4 / 255)),
+        (["--norm", "l2", "--epsilon", "1"], ThreatModel("l2", 1.0)),
+        (["--set", "threat.epsilon=2/255"], ThreatModel("linf", 2 / 255)),
+    ],
+)
+def test_the_threat_model_is_the_models_unless_another_is_named(here, monkeypatch, capsys, flags, expected):
+    spec = registry.make_spec(
+        "cifar/resnet20_x0.25", num_classes=10, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    artifact.save(Path("l2.safetensors"), registry.build(spec).eval(), spec, threat=ThreatModel("l2", 0.5))
+    seen = []
+    monkeypatch.setattr(compression, "compress", lambda job: seen.append(job.recipe.threat_model))
+    cli.main(["compress", "l2.safetensors", "--data", "sample", "--out", "run", *flags])
+    assert seen == [expected]
+    assert ("Threat model: L2 0.5, as stored with the model" in capsys.readouterr().out) == (not flags)

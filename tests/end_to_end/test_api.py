@@ -15,7 +15,7 @@ import robust_prune as rp
 from robust_prune.errors import UsageError
 
 FEW = {
-    "sensitivity__images": 32, "sensitivity__steps": 2, "pruning__compensation_images": 32, "evaluation__steps": 2,
+    "sensitivity__images": 32, "sensitivity__steps": 2, "pruning__repair_images": 32, "evaluation__steps": 2,
     "finetune__epochs": 1, "finetune__batch_size": 32, "finetune__validation_images": 20, "bench__seconds": 0.2,
     "bench__batches": (1,),
 }  # fmt: skip
@@ -53,7 +53,10 @@ def test_the_story_step_by_step(data: rp.DataBundle, tmp_path: Path) -> None:
     before = module(torch.rand(2, 3, 16, 16)).shape
     analysis = rp.analyse(module, data, sensitivity__images=32, sensitivity__steps=2)
     plan = rp.plan(analysis, ratio=0.5, round_to=1)
-    small = rp.prune(module, plan, data, pruning__compensation_images=32)
+    assert plan.criterion == "adversarial_taylor"
+    with pytest.raises(UsageError, match=r"criterion cannot change a plan.*analyse\("):
+        rp.plan(analysis, criterion="magnitude")
+    small = rp.prune(module, plan, data, pruning__repair_images=32)
     assert sum(p.numel() for p in small.module.parameters()) == plan.params_after < plan.params_before
     assert module(torch.rand(2, 3, 16, 16)).shape == before
     tuned = rp.finetune(small, data, epochs=1, batch_size=32, threat=4 / 255)
@@ -88,7 +91,7 @@ def test_a_model_of_another_process_asks_for_its_object(data: rp.DataBundle, tmp
     from robust_prune.models import registry
 
     plan = rp.plan(rp.analyse(Net(), data, sensitivity__images=16, sensitivity__steps=1), allocation="uniform")
-    rp.save(rp.prune(Net(), plan, data, pruning__compensation="none"), tmp_path / "m.safetensors")
+    rp.save(rp.prune(Net(), plan, data, pruning__repair="none"), tmp_path / "m.safetensors")
     monkeypatch.setattr(registry, "_OBJECTS", {})
     with pytest.raises(UsageError, match=r"was a Python object .* like=module"):
         rp.load(tmp_path / "m.safetensors")

@@ -93,10 +93,10 @@ CASES: dict[str, tuple[Case, ...]] = {
     "pruning.min_keep": (Case(0.4, ("plan",)),),
     "pruning.cuts": (Case(2, ("plan",)), Case(2, ("plan for a latency",), {"pruning.metric": "latency"})),
     "pruning.epochs_between": (Case(9, ("fine-tuning",), {"pruning.cuts": 2}),),
-    "pruning.compensation": (Case("batchnorm", ("batch-norm repair",)), Case("none", ("least-squares repair",))),
-    "pruning.compensation_images": (
+    "pruning.repair": (Case("batchnorm", ("batch-norm repair",)), Case("none", ("least-squares repair",))),
+    "pruning.repair_images": (
         Case(16, ("attacked images of the repair", "clean images of the repair")),
-        Case(16, ("batch-norm repair",), {"pruning.compensation": "batchnorm"}),
+        Case(16, ("batch-norm repair",), {"pruning.repair": "batchnorm"}),
     ),
     **{f"training.{name}": (
         Case(value, ("training",), command="train"), Case(value, ("length from scratch",), SCRATCH)

@@ -140,7 +140,7 @@ SECTIONS: dict[str, tuple[type[Section], Effect]] = {
 """What is handed over whole. Values of the other sections are handed over one by one."""
 
 READ_BY_THE_JOB = {
-    "pruning.cuts", "pruning.epochs_between", "pruning.compensation", "pruning.compensation_images",
+    "pruning.cuts", "pruning.epochs_between", "pruning.repair", "pruning.repair_images",
     "evaluation.images",
 }  # fmt: skip
 """Values that the job itself takes out of a section: `test_recipe_reaches_stages.py` has them."""

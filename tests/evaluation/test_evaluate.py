@@ -268,6 +268,11 @@ def test_whatever_changes_the_figures_changes_the_key_of_the_state(
         return keys[0]
 
     assert key_of() == key_of() != key_of(**changes)
+    tier = tmp_path / "tier.py"
+    tier.write_text("from robust_prune.evaluation.stages import PGD\ndef mine(classes):\n    return (PGD,)\n")
+    before = key_of(tier=f"{tier}:mine")
+    tier.write_text(tier.read_text() + "# changed\n")
+    assert key_of(tier=f"{tier}:mine") != before
 
 
 def test_model_hash_sees_weights_buffers_and_structure_but_not_mode(trained: Tiny) -> None:

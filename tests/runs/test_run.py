@@ -23,9 +23,12 @@ def test_a_folder_with_other_files_is_not_claimed(tmp_path):
     (other / "model.safetensors").write_text("mine")
     with pytest.raises(UsageError, match=r"not a run folder and holds model\.safetensors, which a run would overwrite"):
         claim(other, "key", "robust-prune")
-    (tmp_path / "run.json").write_text("[]")
     with pytest.raises(UsageError, match="holds a run with another model"):
-        claim(tmp_path, "key", "robust-prune")
+        claim(tmp_path, "other key", "robust-prune")
+    for damaged in ("[]", "{}"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"run\.json is damaged"):
+            claim(tmp_path, "key", "robust-prune")
 
 
 def test_a_stage_is_made_once_for_the_same_inputs_and_anew_where_its_record_or_a_file_is_gone(tmp_path):

@@ -35,9 +35,9 @@ def surgery(dense: nn.Module) -> Surgery:
     return apply(dense, plan_of(find_groups(dense, example()), 0.3), example())
 
 
-def recipe_of(compensation: str, **values: Any) -> Recipe:
-    few = {"pruning.compensation_images": 24, "sensitivity.steps": 2, "sensitivity.images": 7, "seed": 3}
-    return load(None, {**few, "pruning.compensation": compensation, **values})
+def recipe_of(method: str, **values: Any) -> Recipe:
+    few = {"pruning.repair_images": 24, "sensitivity.steps": 2, "sensitivity.images": 7, "seed": 3}
+    return load(None, {**few, "pruning.repair": method, **values})
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
@@ -55,7 +55,7 @@ def test_least_squares_brings_the_outputs_back_and_leaves_the_dense_model(dense:
 
 def test_batch_norm_is_estimated_from_the_cut_models_own_activations(dense: nn.Module, surgery: Surgery) -> None:
     weights = {name: value.clone() for name, value in surgery.model.named_parameters()}
-    repair(surgery, dense, IMAGES, recipe_of("batchnorm", **{"pruning.compensation_images": 60}), "cpu")
+    repair(surgery, dense, IMAGES, recipe_of("batchnorm", **{"pruning.repair_images": 60}), "cpu")
     with torch.no_grad():
         found = surgery.model.stem(IMAGES.images.float() / 255).mean((0, 2, 3))
     torch.testing.assert_close(surgery.model.bn0.running_mean, found, rtol=1e-3, atol=1e-4)
@@ -90,6 +90,6 @@ def test_there_are_no_more_images_than_there_are_and_a_set_that_is_given_is_not_
     monkeypatch.setattr(module, "reconstruct", lambda *arguments: asked.append(arguments[-1]))
     monkeypatch.setattr(module, "make_adversarial_set", lambda *_, **__: pytest.fail("made anew"))
     adv = AdversarialSet(torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.long), ThreatModel(), 0)
-    repair(surgery, dense, IMAGES, recipe_of("least_squares", **{"pruning.compensation_images": 512}), "cpu", adv)
+    repair(surgery, dense, IMAGES, recipe_of("least_squares", **{"pruning.repair_images": 512}), "cpu", adv)
     (images,) = asked
     assert len(images) == 60 + 5 and torch.equal(images[60:], adv.images)

@@ -22,7 +22,7 @@ from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.shown import as_html
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 EXTENDING = (DOCS / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", EXTENDING, re.DOTALL))
@@ -74,7 +74,7 @@ def test_the_examples_of_extensions_work_together(here):
 
     plan = rp.plan(analysis, ratio=0.5, allocation="my_allocation.py:square_root", round_to=1)
     assert plan.allocation == "my_allocation.py:square_root" and abs(plan.macs_after / plan.macs_before - 0.5) < 0.02
-    small = rp.prune(model, plan, data, pruning__compensation_images=16)
+    small = rp.prune(model, plan, data, pruning__repair_images=16)
     assert small.module.backbone.width == plan.groups[0].keep < model.width == 32
 
     tuned = rp.finetune(
@@ -105,7 +105,7 @@ def test_the_named_functions_files_and_tests_exist():
         assert f"| {catalogue.kind} | `{folder}/NAME.py` | `{catalogue.function}(" in EXTENDING
     for path in re.findall(r"`((?:robust_prune|tests|benchmarks)/[\w/]+(?:\.py|/))`", EXTENDING):
         assert path.endswith("NAME.py") or (ROOT / path).exists(), path
-    contracts = re.findall(r"The contract tests? (?:is|are) (.*?) in\s`(tests/\w+\.py)`", EXTENDING, re.DOTALL)
+    contracts = re.findall(r"The contract tests? (?:is|are) (.*?) in\s`(tests/[\w/]+\.py)`", EXTENDING, re.DOTALL)
     assert len(contracts) == 4
     for names, file in contracts:
         text = (ROOT / file).read_text(encoding="utf-8")
