@@ -32,10 +32,10 @@ from robust_prune.attacks import ThreatModel, frozen_eval
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import TensorImages
+from robust_prune.evaluation.autoattack import ATTACKS, StandardEnsemble
 from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.evaluation.scoring import check_points, score
 from robust_prune.evaluation.stages import Stage
-from robust_prune.evaluation.standard import ATTACKS, StandardEnsemble
 from robust_prune.evaluation.worst_case import Attacker
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device

@@ -23,7 +23,7 @@ from robust_prune.models.spec import ModelSpec
 from robust_prune.recipe import EvaluationSection, Recipe, TrainSettings
 from robust_prune.surgery.apply import apply
 from robust_prune.surgery.repair import repair
-from robust_prune.training.budget import affordable
+from robust_prune.training.affordable import affordable
 from robust_prune.training.scratch import fresh_like
 from robust_prune.training.trainer import train
 

@@ -20,7 +20,7 @@ from .bench.types import LatencyTable
 from .budget.analysis import Analysis, analyse
 from .budget.counting import count_macs, count_params
 from .budget.iterative import compose, dense_widths, realised, remaining_ratio
-from .budget.latency import plan_for_latency
+from .budget.latency_search import plan_for_latency
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn
@@ -58,7 +58,7 @@ from .runs.run import Run, run_key
 from .serialization import to_json
 from .surgery.apply import apply
 from .surgery.repair import repair
-from .training.budget import affordable
+from .training.affordable import affordable
 from .training.scratch import fresh_like
 from .training.trainer import train
 from .training.types import TrainResult

@@ -121,9 +121,9 @@ class LowerPrecisions:
     files: dict[str, OnnxArtifact]
 
 
-def cut_names(steps: int) -> tuple[str, ...]:
+def cut_names(cuts: int) -> tuple[str, ...]:
     """Return the suffix of the stage names of each cut; that of the last cut is empty."""
-    return (*(f"-{step}" for step in range(1, steps)), "")
+    return (*(f"-{cut}" for cut in range(1, cuts)), "")
 
 
 def pruned_file(run: Run, at: str) -> Path:

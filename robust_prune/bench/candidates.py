@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
-from ..budget.latency import TOLERANCE
+from ..budget.latency_search import TOLERANCE
 from ..data.base import ImageSet
 from ..exporters.onnx import export_model
 from ..models.spec import ModelSpec

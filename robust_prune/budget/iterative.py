@@ -1,4 +1,4 @@
-"""Pruning in several steps: the ratio of each cut, and the composition of all cuts."""
+"""Pruning in several cuts: the ratio of each cut, and the composition of all cuts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .rounding import TOLERANCE
 from .types import PruningPlan
 
 
-def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, steps: int) -> float:
+def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, cuts: int) -> float:
     """Return the share of the *current* cost that the next cut removes, so that all cuts keep equal shares of it.
 
     Deviations of earlier cuts are compensated, so that the last cut meets the full budget.
@@ -19,21 +19,21 @@ def remaining_ratio(before: Sequence[PruningPlan], ratio: float, metric: str, st
         before: plans of the previous cuts.
         ratio: share of the dense model's cost to remove in total, in (0, 1).
         metric: ``macs``, ``params`` or ``channels``.
-        steps: total number of cuts, more than `before` has.
+        cuts: total number of cuts, more than `before` has.
 
     Returns:
         A share in (0, 1).
 
     Raises:
-        UsageError: `steps` is not above the number of previous cuts.
+        UsageError: `cuts` is not above the number of previous cuts.
     """
     done = len(before)
-    if not done < steps:
-        raise UsageError(f"a cut number {done + 1} was asked for, but only {steps} are planned")
+    if not done < cuts:
+        raise UsageError(f"a cut number {done + 1} was asked for, but only {cuts} are planned")
     if not before:
-        return 1 - (1 - ratio) ** (1 / steps)
+        return 1 - (1 - ratio) ** (1 / cuts)
     left = _cost(before[-1], metric, after=True) / _cost(before[0], metric, after=False)
-    target = (1 - ratio) ** ((done + 1) / steps)
+    target = (1 - ratio) ** ((done + 1) / cuts)
     return min(max(1 - target / left, 1e-6), 1 - 1e-6)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..attacks import ThreatModel, apgd, pgd
 from ..models.layout import tf32
+from .autoattack import StandardEnsemble
 from .scoring import CountedModel, Precision, WorstPoint, check_points, score
 from .stages import APGD_STEPS, Stage
-from .standard import StandardEnsemble
 
 
 @dataclass(frozen=True)

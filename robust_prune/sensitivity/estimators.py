@@ -30,7 +30,7 @@ from ..models.wrappers import unwrap
 from ..recipe import SensitivitySection
 from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
-from .groups import aggregate_groups
+from .aggregation import aggregate_groups
 from .losses import LineSearch, RobustLoss, losses_along
 from .profile import ModuleSensitivity, SensitivityProfile
 from .recordings import bounded

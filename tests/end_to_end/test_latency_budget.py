@@ -1,4 +1,4 @@
-"""Whole runs under a budget in latency."""
+"""Whole runs under a budget in latency_search."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from builders.toy import QUICK, write_data, write_model
 
 from robust_prune import cli
 from robust_prune.bench.candidates import CandidateClock
-from robust_prune.budget import latency
 from robust_prune.budget.counting import count_macs
-from robust_prune.budget.latency import TOLERANCE
+from robust_prune.budget.latency_search import TOLERANCE
 from robust_prune.models import registry
 
 
@@ -55,7 +54,7 @@ def test_a_latency_that_cannot_be_had_is_said(tmp_path, monkeypatch, capsys):
 
 def test_the_real_clock_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(latency, "MOST_CANDIDATES", 2)
+    monkeypatch.setattr(latency_search, "MOST_CANDIDATES", 2)
     write_data(tmp_path / "toy.npz")
     write_model(tmp_path)
     cli.main(

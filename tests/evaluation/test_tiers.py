@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_to_the_same_card(
     monkeypatch.setattr("robust_prune.evaluation.worst_case.APGD_STEPS", 20)
     monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 60)
     if tier == "standard":
-        monkeypatch.setattr("robust_prune.evaluation.standard.ATTACKS", ("apgd-ce", "apgd-t"))
+        monkeypatch.setattr("robust_prune.evaluation.autoattack.ATTACKS", ("apgd-ce", "apgd-t"))
     model = DiesAfter(FourClasses(trained)).eval()
     run = {**QUICK, "tier": tier, "batch_size": 20, "sweep": (0.01, 0.02)}
     whole = evaluated(model, images, THREAT, **run)

@@ -5,8 +5,8 @@ curve gives the robust loss that a perturbation of this size can cost. The width
 ``cost(k) <= budget``. At the optimum the last channel removed from every group costs the same robust loss per MAC, so
 no group is exempt, neither a sensitive one of low cost nor an insensitive one of high cost.
 
-MRS of each layer is raised to `mrs_exponent` before it is summed over the group; see `sensitivity.groups.tempered`. The
-curves are then interpreted as follows (our own reading; no paper specifies it):
+MRS of each layer is raised to `mrs_exponent` before it is summed over the group; see `aggregation.tempered`. The curves
+are then interpreted as follows (our own reading; no paper specifies it):
 
 - The size of a cut is taken relative to the weights that are *kept*: tan θ = ρ/sqrt(1-ρ²), where ρ = sin θ. For a layer
   followed by a norm only the direction of its weights matters; the cut turns it by θ, and removing the layer is an
@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...errors import UsageError
-from ...sensitivity.groups import tempered
+from ...sensitivity.aggregation import tempered
 from ...sensitivity.profile import SensitivityProfile
 from ..allocation import Floats, Problem, Wish
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..autoattack import ATTACKS, check_classes
 from ..stages import Stage
-from ..standard import ATTACKS, check_classes
 
 
 def stages(classes: int) -> tuple[Stage, ...]:

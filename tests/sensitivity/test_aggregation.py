@@ -9,8 +9,8 @@ from torch import nn
 
 from robust_prune.errors import UsageError
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.sensitivity.aggregation import aggregate_groups, tempered
 from robust_prune.sensitivity.estimators import measure
-from robust_prune.sensitivity.groups import aggregate_groups, tempered
 
 
 def test_group_aggregations(resnet: nn.Module, adv: AdversarialSet) -> None:

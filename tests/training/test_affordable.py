@@ -8,7 +8,7 @@ import torch
 from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.recipe import TrainSettings
-from robust_prune.training import budget
+from robust_prune.training import affordable
 from robust_prune.training.trainer import train as real_train
 
 
@@ -24,10 +24,10 @@ def test_training_is_as_long_as_the_time_allows(monkeypatch: pytest.MonkeyPatch)
         record = result.history[0].__class__(**{**vars(result.history[0]), "seconds": 1.0})
         return result.__class__((record,), result.best_epoch)
 
-    monkeypatch.setattr(budget, "train", timed)
+    monkeypatch.setattr(affordable, "train", timed)
     settings = TrainSettings(loss="clean", batch_size=4, precision="fp32")
     threat, weights = ThreatModel("linf", 0.1), [p.clone() for p in model.parameters()]
-    assert [budget.affordable(model, images, threat, settings, s) for s in (1.0, 5.0, 0.001)] == [
+    assert [affordable.affordable(model, images, threat, settings, s) for s in (1.0, 5.0, 0.001)] == [
         (1, 80),
         (4, 100),
         (1, 4),

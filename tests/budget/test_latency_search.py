@@ -11,7 +11,7 @@ from builders.surgery_models import example
 from torch import nn
 
 from robust_prune.budget.analysis import Analysis
-from robust_prune.budget.latency import AIM, MOST_CANDIDATES, TOLERANCE, Tried, next_share, plan_for_latency
+from robust_prune.budget.latency_search import AIM, MOST_CANDIDATES, TOLERANCE, Tried, next_share, plan_for_latency
 from robust_prune.budget.types import PruningPlan
 from robust_prune.recipe import PruningSection
 
