@@ -9,6 +9,7 @@ from builders.toy import QUICK, write_data, write_model
 
 from robust_prune import cli
 from robust_prune.bench.candidates import CandidateClock
+from robust_prune.budget import latency_search
 from robust_prune.budget.counting import count_macs
 from robust_prune.budget.latency_search import TOLERANCE
 from robust_prune.models import registry
