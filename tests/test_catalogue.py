@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from builders.places import ROOT
 
+from robust_prune.errors import UsageError
+
 
 def test_a_package_beside_this_one_adds_choices_but_replaces_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from robust_prune import catalogue
@@ -22,7 +24,23 @@ def test_a_package_beside_this_one_adds_choices_but_replaces_none(monkeypatch: p
     criteria = catalogue.Catalogue("criterion", "ranking.criteria", "score")
     assert criteria.load("theirs") is operator.add and criteria.check("theirs") == "theirs"
     assert "theirs" in criteria.help() and criteria.load("random") is not operator.add
+    assert criteria.names[-1] == "theirs" and list(criteria.names[:-1]) == sorted(criteria.names[:-1])
+    assert criteria.choices["theirs"] == "from operator:add" and "operator" not in criteria.choices["random"]
     assert "theirs" not in catalogue.Catalogue("loss", "training.loss_functions", "loss").names
+
+
+def test_a_choice_is_named_after_its_file_and_described_by_its_first_line() -> None:
+    from robust_prune.catalogue import ALLOCATIONS, CRITERIA, TIERS
+
+    assert "aa-fast" in TIERS.names and "global" in ALLOCATIONS.names and "adversarial_taylor" in CRITERIA.names
+    assert not any("__init__" in name for name in (*TIERS.names, *ALLOCATIONS.names, *CRITERIA.names))
+    for line in (*TIERS.choices.values(), *ALLOCATIONS.choices.values(), *CRITERIA.choices.values()):
+        assert line and "\n" not in line and not line.endswith(".")
+    with pytest.raises(ValueError, match=r"must be one of .*uniform, or file\.py:function"):
+        ALLOCATIONS.check("best")
+    assert ALLOCATIONS.check("mine.py:best") == "mine.py:best"
+    with pytest.raises(UsageError, match=r"^allocation must be one of .*, got 'best'$"):
+        ALLOCATIONS.load("best")
 
 
 def test_one_file_more_is_one_criterion_more(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from robust_prune.errors import UsageError
-from robust_prune.recipe import Recipe
-from robust_prune.recipe_reader import find, load, shipped
+from robust_prune.recipe import EvaluationSection, FinetuneSettings, Recipe
+from robust_prune.recipe_reader import find, load, make_section, shipped
 
 
 def _write(tmp_path: Path, text: str) -> str:
@@ -91,3 +91,25 @@ def test_every_recipe_value_is_documented():
 def test_infinite_times_are_refused() -> None:
     with pytest.raises(UsageError, match=r"baseline\.minutes: .*finite number"):
         load(None, {"baseline.minutes": float("inf")})
+
+
+def test_a_value_below_what_is_no_section_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot set pruning\.ratio: pruning is not a section of the recipe"):
+        load(_write(tmp_path, "pruning: 3"), {"pruning.ratio": 0.5})
+
+
+def test_a_bad_part_of_a_flag_is_not_blamed_on_the_file(tmp_path):
+    source = _write(tmp_path, "bench: {batches: [1]}")
+    with pytest.raises(UsageError) as error:
+        load(source, {"bench.batches": [1, 0]})
+    assert str(error.value) == "bench.batches.1: input should be greater than or equal to 1, got 0"
+    with pytest.raises(UsageError, match=r"bench\.seconds: .*got 0 \(.*mine\.yaml:1\)"):
+        load(_write(tmp_path, "bench: {seconds: 0}"), {"bench.batches": [1]})
+
+
+def test_sections_from_python_are_refused_in_the_same_words():
+    with pytest.raises(UsageError, match=r"^evaluation\.steps: input should be greater than or equal to 1, got 0$"):
+        make_section(EvaluationSection, steps=0)
+    with pytest.raises(UsageError, match=r"^unknown recipe key finetune\.epoch\. Did you mean epochs\?$"):
+        make_section(FinetuneSettings, epoch=3)
+    assert make_section(EvaluationSection, steps=3) == EvaluationSection(steps=3)
