@@ -46,6 +46,12 @@ def test_the_search_ends_where_nothing_is_fast_enough_or_nothing_lies_between() 
     assert next_share([Tried(0, 0.3)], 0.5) is None
 
 
+@pytest.mark.parametrize(("fast", "slow", "share"), [(0.48, 1.0, 0.9), (0.1, 0.52, 0.1), (0.25, 0.75, 0.5)])
+def test_a_candidate_keeps_its_distance_from_those_that_are_known(fast: float, slow: float, share: float) -> None:
+    tried = [Tried(0.1, 1.0), Tried(0.2, slow), Tried(0.6, fast), Tried(0.9, 0.05)]
+    assert next_share(tried, 0.5) == pytest.approx(0.2 + 0.4 * share)
+
+
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
