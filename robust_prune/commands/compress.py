@@ -36,6 +36,7 @@ from .common import (
 PRUNING, RECOVERY, EVALUATION = map(Group.create_ordered, ("Pruning", "Recovery", "Evaluation and export"))
 
 
+# More than eight parameters: one for each flag.
 def compress(
     model: str,
     *,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..exporters.types import OnnxArtifact
 
 
+# More than eight parameters: one for each flag.
 def export(
     model: str,
     *,

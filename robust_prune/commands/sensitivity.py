@@ -25,6 +25,7 @@ from .common import (
 )
 
 
+# More than eight parameters: one for each flag.
 def sensitivity(
     model: str,
     *,

@@ -23,6 +23,7 @@ from .common import (
 )
 
 
+# More than eight parameters: one for each flag.
 def train(
     *,
     recipe: RecipeFlag = None,
