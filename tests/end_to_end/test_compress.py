@@ -108,6 +108,10 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     assert abs(pruned["macs"] / dense["macs"] - 0.5) <= 0.01
     assert result["plan"]["macs_before"] == dense["macs"] and result["plan"]["macs_after"] == pruned["macs"]
 
+    # Sensitivities are those of the dense model, not of what the first cut left.
+    first, last = (json.loads((here / "run" / name / "stage.json").read_text())["value"] for name in ("plan-1", "plan"))
+    assert result["profile"]["modules"] == first["profile"]["modules"] != last["profile"]["modules"]
+
     from robust_prune.models.artifact import load
 
     weights = load(here / "run" / "model.safetensors", arch="model.py:make_model").module.state_dict()

@@ -105,13 +105,13 @@ def test_epsilon_zero_runs_no_attack(trained: Tiny, images: TensorImages) -> Non
 def test_a_killed_run_resumes_to_the_same_card(
     trained: Tiny, tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = generated(48, seed=1)
+    images = generated(24, seed=1)
     monkeypatch.setattr("robust_prune.evaluation.worst_case.APGD_STEPS", 20)
     monkeypatch.setattr("robust_prune.evaluation.passes.BLACK_BOX_QUERIES", 60)
     if tier == "standard":
         monkeypatch.setattr("robust_prune.evaluation.autoattack.ATTACKS", ("apgd-ce", "apgd-t"))
     model = DiesAfter(FourClasses(trained)).eval()
-    run = {**QUICK, "tier": tier, "batch_size": 20, "sweep": (0.01, 0.02)}
+    run = {**QUICK, "tier": tier, "batch_size": 10, "sweep": (0.01, 0.02)}
     whole = evaluated(model, images, THREAT, **run)
     spent = 10**9 - model.calls[0]
     state = tmp_path / "state.npz"

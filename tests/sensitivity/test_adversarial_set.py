@@ -12,7 +12,8 @@ from builders.sensitivity_models import (
 )
 from torch import nn
 
-from robust_prune.data.base import TensorImages
+from robust_prune.attacks import ThreatModel
+from robust_prune.data.base import TensorImages, random_images
 from robust_prune.errors import UsageError
 from robust_prune.recipe import SensitivitySection
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
@@ -40,6 +41,17 @@ def test_adversarial_set(resnet: nn.Module) -> None:
     resnet.eval()
     attacked = loss_value(resnet, made)
     assert attacked > loss_value(resnet, AdversarialSet(clean[source], made.labels, THREAT, 0))
+
+
+def test_the_images_are_drawn_under_the_seed(resnet: nn.Module) -> None:
+    pixels = torch.randint(0, 256, (30, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images, few = TensorImages(pixels, torch.arange(30) % 5), SensitivitySection(images=16, steps=1)
+    # With no room for an attack they are what was drawn.
+    one, again, other = (
+        make_adversarial_set(resnet, images, ThreatModel("linf", 0.0), few, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)
+    assert torch.equal(other.images, random_images(images, 16, 1)[0])
 
 
 def test_adversarial_set_refuses_nonsense(resnet: nn.Module) -> None:

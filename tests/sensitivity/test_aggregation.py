@@ -20,7 +20,7 @@ def test_group_aggregations(resnet: nn.Module, adv: AdversarialSet) -> None:
     assert profile.aggregation == "sum" and profile.groups[0].mrs == pytest.approx(a + b)
     for rule, value in expected.items():
         again = aggregate_groups(profile, [group("g", "stem.0", "layer1.0.conv2")], rule)
-        assert again.groups[0].mrs == pytest.approx(value)
+        assert again.groups[0].mrs == pytest.approx(value) and again.aggregation == rule
         assert again.groups[0].curve[again.radii.index(0.1)] == pytest.approx(value)
     with pytest.raises(UsageError, match="none of which"):
         aggregate_groups(profile, [group("g", "absent")])

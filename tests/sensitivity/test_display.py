@@ -17,8 +17,13 @@ def test_the_table_ranks_modules(resnet: nn.Module, adv: AdversarialSet) -> None
     profile = measure(resnet, adv, settings(estimator="gradient"))
     console = Console(record=True, width=140, quiet=False, file=io.StringIO())
     console.print(render_table(profile))
-    text = console.export_text()
-    top = max(profile.modules, key=lambda m: m.mrs)
-    row = next(line for line in text.splitlines() if f" {top.name} " in line)
-    assert "█" * 16 in row and f"{top.mrs:.3g}" in row
-    assert next(line for line in text.splitlines() if " unused " in line).count("█") == 0
+    rows = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines()]
+    shown = {cells[2]: cells for cells in rows if len(cells) == 9}
+    ranked = sorted(profile.modules, key=lambda m: -m.mrs)
+    assert set(shown) == {module.name for module in ranked}
+    for rank, module in enumerate(ranked, start=1):
+        *_, mrs, place, bar, _ = shown[module.name]
+        assert (mrs, place) == (f"{module.mrs:.3g}", str(rank))
+        # The least of those that were felt is still seen.
+        assert ("█" in bar) == (module.mrs > 0)
+    assert shown[ranked[0].name][-2] == "█" * 16 and ranked[-1].name == "unused"

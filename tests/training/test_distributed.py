@@ -14,38 +14,47 @@ from builders.two_processes import run
 
 from robust_prune.attacks import pgd
 
+LOSSES = ("n_fgsm", "trades")
 SCRIPT = """
 import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
 from builders.two_processes import run
-model = run(sys.argv[3], sys.argv[4])
+states = {loss: run(loss, sys.argv[3]).state_dict() for loss in sys.argv[4:]}
 if torch.distributed.get_rank() == 0:
-    torch.save(model.state_dict(), sys.argv[1])
+    torch.save(states, sys.argv[1])
 assert torch.distributed.get_world_size() == 2
 from robust_prune import distributed
 distributed.leave_group()
 """
 
 
-def in_two_processes(folder: Path, loss: str, kind: str = "plain") -> dict[str, torch.Tensor]:
+def in_two_processes(folder: Path, *losses: str, kind: str = "plain") -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that two processes end with, by loss."""
     script, weights = folder / "script.py", folder / "weights.pt"
     script.write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script, weights, TESTS, loss, kind],
+         script, weights, TESTS, kind, *losses],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, torch.Tensor] = torch.load(weights)
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(weights)
     return found
 
 
-@pytest.mark.parametrize("loss", ["n_fgsm", "trades"])
-def test_two_processes_equal_one_on_a_model_without_batch_norm(tmp_path: Path, loss: str) -> None:
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    return in_two_processes(tmp_path_factory.mktemp("two"), *LOSSES)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_equal_one_on_a_model_without_batch_norm(
+    together: dict[str, dict[str, torch.Tensor]], loss: str
+) -> None:
     """Random crops and starts of attacks are those that one process draws."""
-    found, alone = in_two_processes(tmp_path, loss), run(loss).state_dict()
+    found, alone = together[loss], run(loss).state_dict()
     assert found.keys() == alone.keys()
     for name, value in alone.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
@@ -55,7 +64,7 @@ def test_two_processes_equal_one_on_a_model_without_batch_norm(tmp_path: Path, l
 def test_two_processes_train_a_model_with_batch_norm_as_robustly(tmp_path: Path) -> None:
     """Each normalises with its own share of a batch, so that weights differ; what is learned does not."""
     model = make_model()
-    model.load_state_dict(in_two_processes(tmp_path, "pgd_at", "batch-norm"))
+    model.load_state_dict(in_two_processes(tmp_path, "pgd_at", kind="batch-norm")["pgd_at"])
     images = make_images(300, 3)
     found = {"two": model.eval(), "one": run("pgd_at", "batch-norm").eval()}
     x, y = images.images.float() / 255, images.labels

@@ -10,6 +10,7 @@ from torch import nn
 from robust_prune.catalogue import LOSSES
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.training import acceleration, trainer
 from robust_prune.training.precision import choose_precision
 from robust_prune.training.trainer import train
@@ -165,6 +166,22 @@ def test_collapse_goes_back_to_the_best_epoch(monkeypatch):
     result = train(make_model(), make_images(32), make_images(30, 1), THREAT, make_settings(loss="n_fgsm", epochs=5))
     assert len(result.history) == 2 and result.best_epoch == 1
     assert "fell from 60.0 to 20.0 %" in result.note
+
+
+def test_the_better_of_live_and_averaged_weights_counts_and_the_best_epoch_stays(monkeypatch):
+    robust = iter([0.1, 0.4, 0.6, 0.5, 0.3, 0.6, 0.6])  # at the start, then live and averaged after each epoch
+    scored = []
+
+    def scripted(run, model):
+        scored.append(models_hash(model))
+        return trainer.Score(next(robust), 0.7)
+
+    monkeypatch.setattr(trainer._Run, "_score", scripted)
+    model = make_model()
+    result = train(model, make_images(32), make_images(30, 1), THREAT, make_settings(loss="clean", epochs=3))
+    assert [(r.source, r.val_robust) for r in result.history] == [("average", 0.6), ("live", 0.5), ("live", 0.6)]
+    assert result.best_epoch == 1, "a later epoch that is no better took its place"
+    assert models_hash(model) == scored[2] and len(set(scored)) == 7
 
 
 def test_training_that_taught_nothing_is_said():
