@@ -46,11 +46,11 @@ from .job import Compressed, Compression
 from .machine.device import choose_device
 from .models import artifact
 from .models.artifact import Model
-from .models.foreign import open_model
+from .models.foreign import check_data, open_model
 from .models.python_module import as_model
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
 from .recipe_reader import load as load_recipe
-from .recipe_reader import make_section
+from .recipe_reader import make_section, with_threat_of
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.trainer import train
@@ -180,6 +180,7 @@ def finetune(
     if not isinstance(model, Model):
         raise UsageError(f"finetune trains a Model in place, as load and prune return it; got {_kind(model)}.")
     bundle = load_data(data)
+    check_data(model.spec, num_classes=bundle.num_classes, input_size=bundle.input_size)
     settings = make_section(FinetuneSettings, **training)
     parent = _model(teacher, bundle).module if teacher is not None else None
     device = choose_device("auto")
@@ -275,8 +276,8 @@ def compress(
         ratio: share of the MACs (or of the recipe's metric) to remove, in (0, 1); by default that of the recipe (0.5).
         out: run folder; by default ``runs/NAME-...``.
         recipe: a recipe file, or the name of a shipped recipe.
-        threat: threat model; a number is the radius of an Linf ball. By default that of the recipe, or of the model
-            without a recipe.
+        threat: threat model; a number is the radius of an Linf ball. By default that of the recipe; what it leaves
+            open is taken from the model.
         name: name of the model in tables and folder names.
         settings: values of the recipe, with ``__`` in place of the dot, e.g. ``finetune__epochs=2``.
 
@@ -290,6 +291,8 @@ def compress(
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
+    if ratio is not None and "pruning__ratio" in settings:
+        raise UsageError(f"ratio was given twice: {ratio} and pruning__ratio={settings['pruning__ratio']}. Give one.")
     resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
     command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"
     job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, opened.spec.arch)
@@ -313,6 +316,7 @@ def save(model: Model, path: str | Path) -> None:
 
 def _model(source: Any, data: DataBundle) -> Model:
     if isinstance(source, Model):
+        check_data(source.spec, num_classes=data.num_classes, input_size=data.input_size)
         return source
     if isinstance(source, nn.Module):
         return as_model(source, data)
@@ -333,10 +337,10 @@ def _threat(threat: Threat, model: Model) -> ThreatModel:
 
 def _recipe(source: str | None, settings: Mapping[str, Any], model: Model, threat: Threat) -> Recipe:
     changes = {key.replace("__", "."): value for key, value in settings.items()}
-    if threat is not None or source is None:
+    if threat is not None:
         chosen = _threat(threat, model)
-        changes = {"threat.norm": chosen.norm, "threat.epsilon": chosen.epsilon} | changes
-    return load_recipe(source, changes)
+        changes |= {"threat.norm": chosen.norm, "threat.epsilon": chosen.epsilon}
+    return with_threat_of(load_recipe(source, changes), model.threat)
 
 
 def _kind(value: object) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from .errors import UsageError
-from .recipe import Recipe, Section
+from .recipe import Recipe, Section, ThreatSection
+
+if TYPE_CHECKING:
+    from .attacks.threat import ThreatModel
 
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 SomeSection = TypeVar("SomeSection", bound=Section)
@@ -40,6 +43,28 @@ def find(name: str) -> Path:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`robust-prune recipes ls` lists the shipped ones."
     raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe. {hint}")
+
+
+def with_threat_of(recipe: Recipe, known: ThreatModel | None) -> Recipe:
+    """Return the recipe with what its section ``threat`` leaves open filled in from a model.
+
+    Args:
+        recipe: recipe whose section names norm, radius, both or neither.
+        known: threat model that the model was trained against, if it is known.
+
+    Raises:
+        UsageError: the recipe names another norm than the model's, or L2 for a model without one, and no radius.
+    """
+    given = recipe.threat.model_fields_set if "threat" in recipe.model_fields_set else frozenset()
+    norm = recipe.threat.norm if "norm" in given or known is None else known.norm
+    if "epsilon" in given:
+        epsilon = recipe.threat.epsilon
+    elif norm == (known.norm if known is not None else "linf"):
+        epsilon = known.epsilon if known is not None else recipe.threat.epsilon
+    else:
+        usual = {"l2": "0.5", "linf": "8/255"}[norm]
+        raise UsageError(f"norm {norm} needs a radius of its own, got none. Add --epsilon ({usual} is usual).")
+    return recipe.model_copy(update={"threat": ThreatSection(norm=norm, epsilon=epsilon)})
 
 
 def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Recipe:

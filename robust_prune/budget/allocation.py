@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..catalogue import ALLOCATIONS
 from ..errors import UsageError
+from ..models import user_file
 from ..recipe import PruningSection
 from ..sensitivity.profile import SensitivityProfile
 from ..structure.types import ChannelGroup
@@ -125,12 +126,18 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
         raise UsageError("the groups are not those that the cost model was made from")
     floors = np.array([floor_of(g, section.min_keep) for g in groups], dtype=np.float64)
     problem = Problem(
-        groups, cost.form(section.metric), budget, floors, cost.dense, section, analysis.profile, analysis.scores,
-        analysis.removed,
+        groups, cost.form(section.metric), budget, floors, cost.dense.copy(), section, analysis.profile,
+        analysis.scores, analysis.removed,
     )  # fmt: skip
-    wish = ALLOCATIONS.load(section.allocation)(problem)
-    if not isinstance(wish, Wish) or np.shape(wish.widths) != (len(groups),):
-        raise UsageError(f"allocation {section.allocation!r} must return a Wish with {len(groups)} widths, got {wish}")
+    function = ALLOCATIONS.load(section.allocation)
+    with user_file.reported(section.allocation):
+        wish = function(problem)
+    if not isinstance(wish, Wish):
+        raise UsageError(f"allocation {section.allocation!r} must return a Wish, got {wish!r}")
+    with user_file.reported(section.allocation):
+        widths = np.asarray(wish.widths, dtype=np.float64)
+    if widths.shape != (len(groups),) or not np.isfinite(widths).all():
+        raise UsageError(f"allocation {section.allocation!r} must return {len(groups)} finite widths, got {widths}")
     if wish.losses is not None and [np.shape(row) for row in wish.losses] != [(g.channels + 1,) for g in groups]:
         raise UsageError(
             f"allocation {section.allocation!r} must return losses [channels + 1] for each of {len(groups)} groups, "
@@ -139,9 +146,9 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     losses = (
         wish.losses
         if wish.losses is not None
-        else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, wish.widths, strict=True)]
+        else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, widths, strict=True)]
     )
     keep = round_to_budget(
-        groups, wish.widths, losses, problem.form, budget, round_to=section.round_to, min_keep=section.min_keep
+        groups, widths, losses, problem.form, budget, round_to=section.round_to, min_keep=section.min_keep
     )  # fmt: skip
     return {g.name: int(k) for g, k in zip(groups, keep, strict=True)}

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from cyclopts import Parameter
 
-from .. import distributed
+from .. import distributed, recipe_reader
 from ..console import console
 from ..errors import UsageError
-from ..recipe import Recipe, ThreatSection
+from ..recipe import Recipe
 from ..recipe_reader import load
 
 if TYPE_CHECKING:
@@ -140,12 +140,11 @@ def open_model_for(
 
 
 def with_threat_of(loaded: Model, recipe: Recipe) -> Recipe:
-    """Return the recipe with the threat model that the model was trained against, unless recipe or flags name one."""
-    known = loaded.threat
-    if known is None or known == recipe.threat_model or "threat" in recipe.model_fields_set:
-        return recipe
-    console.print(f"Threat model: {known}, as stored with the model (--epsilon and --norm change it).", markup=False)
-    return recipe.model_copy(update={"threat": ThreatSection(norm=known.norm, epsilon=known.epsilon)})
+    """Return the recipe with what recipe and flags leave open of the threat model filled in from the model; say so."""
+    found = recipe_reader.with_threat_of(recipe, loaded.threat)
+    if found.threat_model != recipe.threat_model:
+        console.print(f"Threat model: {found.threat_model}, as stored with the model.", markup=False)
+    return found
 
 
 def run_name(model: str) -> str:

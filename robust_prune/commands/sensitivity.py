@@ -13,6 +13,8 @@ from .common import (
     ArchFlag,
     DataFlag,
     DeviceFlag,
+    EpsilonFlag,
+    NormFlag,
     RecipeFlag,
     SeedFlag,
     SetFlag,
@@ -34,6 +36,8 @@ def sensitivity(
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Folder that receives sensitivity.json.")] = None,
     arch: ArchFlag = None,
+    epsilon: EpsilonFlag = None,
+    norm: NormFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
@@ -46,7 +50,10 @@ def sensitivity(
     model
         A model file, or "demo" for the robust model that comes with the package.
     """
-    flags = {"sensitivity.estimator": estimator, "data.name": data, "seed": seed, "device": device}
+    flags = {
+        "sensitivity.estimator": estimator, "threat.epsilon": epsilon, "threat.norm": norm, "data.name": data,
+        "seed": seed, "device": device,
+    }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
     bundle = open_data(resolved)

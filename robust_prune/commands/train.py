@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ..catalogue import LOSSES
 from ..errors import UsageError
+from ..recipe_reader import with_threat_of
 from .common import (
     DataFlag,
     DeviceFlag,
@@ -49,7 +50,7 @@ def train(
         "seed": seed,
         "device": device,
     }
-    resolved = resolve(recipe, flags, assignments)
+    resolved = with_threat_of(resolve(recipe, flags, assignments), None)
     if resolved.model.arch is None:
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
     check_functions(resolved.training.loss, resolved.evaluation.tier)

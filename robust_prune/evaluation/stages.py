@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..catalogue import TIERS
 from ..errors import UsageError
+from ..models import user_file
 
 Kind = Literal["pgd", "apgd-ce", "apgd-t", "ensemble"]
 APGD_STEPS = 100
@@ -50,7 +51,9 @@ def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
     Raises:
         UsageError: the tier is unknown, needs more classes, or does not return a tuple of stages.
     """
-    found = TIERS.load(tier)(classes)
+    function = TIERS.load(tier)
+    with user_file.reported(tier):
+        found = function(classes)
     if not isinstance(found, tuple) or not found or not all(isinstance(stage, Stage) for stage in found):
         raise UsageError(f"tier {tier!r} must return a tuple of stages, got {found!r}")
     return found

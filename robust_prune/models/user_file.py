@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import RobustPruneError, UsageError
 from ..runs.files import file_sha256
 from ..suggest import did_you_mean
 from .spec import ModelSpec
@@ -104,6 +104,23 @@ def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec.arch} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+@contextmanager
+def reported(name: str) -> Iterator[None]:
+    """Turn errors of a user's function, ``file.py:function``, into one line with file and line; others pass through.
+
+    Raises:
+        UsageError: the function failed.
+    """
+    try:
+        yield
+    except RobustPruneError:
+        raise
+    except Exception as error:  # any error of the user's code is reported as theirs
+        if not is_reference(name):
+            raise
+        raise UsageError(f"{name} failed: {blame(error, name)}{type(error).__name__}: {error}") from error
 
 
 def blame(error: BaseException, arch: str) -> str:

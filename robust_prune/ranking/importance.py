@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..catalogue import CRITERIA
 from ..errors import UsageError
+from ..models import user_file
 from ..models.wrappers import unwrap
 from ..sensitivity.adversarial_set import AdversarialSet
 from ..structure.types import ChannelGroup
@@ -51,7 +52,9 @@ def channel_scores(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     asked = Scoring(unwrap(model), groups, adv, clean, batch_size, seed, torch.device(device))
-    raw = CRITERIA.load(criterion)(asked)
+    function = CRITERIA.load(criterion)
+    with user_file.reported(criterion):
+        raw = function(asked)
     return {group.name: _normalised(group, criterion, _of(group, criterion, raw)) for group in groups}
 
 

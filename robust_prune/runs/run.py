@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,8 +102,8 @@ def _stored(mark: Path, key: str, kind: type[Any]) -> dict[str, Any] | None:
         if not isinstance(stored, dict) or stored.get("key") != key:
             return None
         from_json(kind, stored["value"])
-        return stored if isinstance(stored["seconds"], int | float) else None
-    except (OSError, ValueError, KeyError):
+        return stored if math.isfinite(stored["seconds"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

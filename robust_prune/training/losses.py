@@ -165,13 +165,8 @@ def users_loss(reference: str) -> Loss:
     function = user_file.load_function(reference)
 
     def loss(model: nn.Module, batch: Batch) -> LossResult:
-        try:
+        with user_file.reported(reference):
             result = function(model, batch)
-        except UsageError:
-            raise
-        except Exception as error:  # any error of the user's code is reported as theirs
-            where = user_file.blame(error, reference)
-            raise UsageError(f"{reference} failed: {where}{type(error).__name__}: {error}") from error
         if isinstance(result, Tensor) and result.ndim == 0:
             return LossResult(result)
         if not isinstance(result, LossResult):

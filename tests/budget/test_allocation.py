@@ -356,5 +356,5 @@ def test_an_allocation_of_a_user_is_checked(tmp_path):
     groups, cost = parallel([1.0, 1.0])
     with pytest.raises(UsageError, match=r"flat' must return losses \[channels \+ 1\] for each of 2 groups, got"):
         allocate(f"{tmp_path / 'mine.py'}:flat", groups, cost, 50)
-    with pytest.raises(UsageError, match=r"few' must return a Wish with 2 widths"):
+    with pytest.raises(UsageError, match=r"few' must return 2 finite widths"):
         allocate(f"{tmp_path / 'mine.py'}:few", groups, cost, 50)

@@ -45,9 +45,11 @@ def test_the_demo_goes_with_any_recipe():
     ("flags", "expected"),
     [
         ([], ThreatModel("l2", 0.5)),
-        (["--epsilon", "4/255"], ThreatModel("linf", 4 / 255)),
+        (["--epsilon", "4/255"], ThreatModel("l2", 4 / 255)),
         (["--norm", "l2", "--epsilon", "1"], ThreatModel("l2", 1.0)),
-        (["--set", "threat.epsilon=2/255"], ThreatModel("linf", 2 / 255)),
+        (["--norm", "linf", "--epsilon", "2/255"], ThreatModel("linf", 2 / 255)),
+        (["--set", "threat={norm: linf, epsilon: 2/255}"], ThreatModel("linf", 2 / 255)),
+        (["--recipe", "demo"], ThreatModel("l2", 0.5)),
     ],
 )
 def test_the_threat_model_is_the_models_unless_another_is_named(here, monkeypatch, capsys, flags, expected):
@@ -59,4 +61,11 @@ def test_the_threat_model_is_the_models_unless_another_is_named(here, monkeypatc
     monkeypatch.setattr(compression, "compress", lambda job: seen.append(job.recipe.threat_model))
     cli.main(["compress", "l2.safetensors", "--data", "sample", "--out", "run", *flags])
     assert seen == [expected]
-    assert ("Threat model: L2 0.5, as stored with the model" in capsys.readouterr().out) == (not flags)
+    told = "Threat model: L2" in capsys.readouterr().out
+    assert told == (expected.norm == "l2" and "--norm" not in flags)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compress", "l2.safetensors", "--data", "sample", "--out", "run", "--norm", "linf"])
+    assert ended.value.code == 2 and "norm linf needs a radius of its own, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--arch", "cifar/resnet20", "--data", "sample", "--set", "threat.norm=l2"])
+    assert "norm l2 needs a radius of its own, got none. Add --epsilon (0.5 is usual)" in capsys.readouterr().err

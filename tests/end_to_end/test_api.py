@@ -164,3 +164,39 @@ def test_a_run_with_another_version_of_a_users_file_is_another_run(data: rp.Data
     source.write_text(text % "rand")
     with pytest.raises(UsageError, match="holds a run with another model, data, recipe"):
         rp.compress(module, data, **settings)
+
+
+def test_what_does_not_belong_together_is_refused(data: rp.DataBundle, tmp_path: Path) -> None:
+    demo, net = rp.load("demo"), Net()
+    for call in (rp.analyse, rp.evaluate, lambda model, images: rp.export(model, tmp_path / "x.onnx", images)):
+        with pytest.raises(UsageError, match="takes 3x32x32 images, the data have 3x16x16"):
+            call(demo, data)
+    with pytest.raises(UsageError, match="takes 3x32x32 images"):
+        rp.finetune(demo, data)
+    analysis = rp.analyse(net, data, sensitivity__images=16, sensitivity__steps=1)
+    plan = rp.plan(analysis, round_to=1)
+    small = rp.prune(net, plan, data, pruning__repair="none")
+    with pytest.raises(UsageError, match=r"made for another model: of its \d+ groups none fits"):
+        rp.prune(small, plan, data)
+    with pytest.raises(UsageError, match="ratio was given twice"):
+        rp.compress(net, data, ratio=0.5, pruning__ratio=0.3)
+
+
+def test_a_function_of_a_user_that_fails_is_named_with_its_line(data: rp.DataBundle, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def broken(anything):\n    return 1 / 0\n\n\ndef greedy(problem):\n    problem.dense[:] = 1\n    return None\n"
+    )
+    net = Net()
+    analysis = rp.analyse(net, data, sensitivity__images=16, sensitivity__steps=1)
+    before = rp.plan(analysis, round_to=1)
+    failed = r"mine\.py:broken failed: .*mine\.py:2: ZeroDivisionError"
+    with pytest.raises(UsageError, match=failed):
+        rp.plan(analysis, allocation=f"{mine}:broken")
+    with pytest.raises(UsageError, match="must return a Wish, got None"):
+        rp.plan(analysis, allocation=f"{mine}:greedy")
+    assert rp.plan(analysis, round_to=1) == before
+    with pytest.raises(UsageError, match=failed):
+        rp.analyse(net, data, pruning__criterion=f"{mine}:broken", sensitivity__images=16, sensitivity__steps=1)
+    with pytest.raises(UsageError, match=failed):
+        rp.evaluate(net, data, tier=f"{mine}:broken")
