@@ -46,7 +46,9 @@ SetFlag = Annotated[
     list[str] | None,
     Parameter(name="--set", negative="", help="Set any value of the recipe, e.g. --set finetune.lr=0.05; repeatable."),
 ]
-EPSILON_HELP = "Radius of the perturbation, in units of the [0, 1] pixel range, e.g. 8/255; by default the model's."
+EPSILON_HELP = (
+    "Radius of the perturbation, in units of the [0, 1] pixel range, e.g. 8/255; by default the model's or 8/255."
+)
 EpsilonFlag = Annotated[str | None, Parameter(help=EPSILON_HELP)]
 NormFlag = Annotated[str | None, Parameter(help="Norm of the perturbation: linf or l2.")]
 IMAGES_HELP = "Evaluate on the first N test images only."

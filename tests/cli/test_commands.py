@@ -67,5 +67,5 @@ def test_the_threat_model_is_the_models_unless_another_is_named(here, monkeypatc
         cli.main(["compress", "l2.safetensors", "--data", "sample", "--out", "run", "--norm", "linf"])
     assert ended.value.code == 2 and "norm linf needs a radius of its own, got none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["train", "--arch", "cifar/resnet20", "--data", "sample", "--set", "threat.norm=l2"])
+        cli.main(["train", "--arch", "cifar/resnet20", "--data", "sample", "--norm", "l2"])
     assert "norm l2 needs a radius of its own, got none. Add --epsilon (0.5 is usual)" in capsys.readouterr().err
