@@ -18,7 +18,12 @@ from robust_prune.errors import EnvironmentProblem
 
 def test_the_embedded_sample() -> None:
     bundle = load_data("sample")
-    assert bundle.sample and "indicative" in bundle.notes[0] and bundle.class_names == BY_DATA["cifar10"]
+    assert (
+        bundle.sample
+        and "indicative" in bundle.cautions[0]
+        and len(bundle.cautions) == 1
+        and bundle.class_names == BY_DATA["cifar10"]
+    )
     assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (1800, 200, 500)
     for images, per_class in ((bundle.train, 180), (bundle.validation, 20), (bundle.test, 50)):
         assert everything(images)[1].bincount().tolist() == [per_class] * 10
