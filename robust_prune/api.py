@@ -147,13 +147,20 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
         ``provenance["rolled_back"]`` gives the reasons.
 
     Raises:
-        UsageError: a setting is wrong, or the model does not fit the data or cannot be traced.
+        UsageError: a setting is wrong, the model does not fit the data or cannot be traced, or no group of the plan
+            could be cut, as with a plan of another model.
         QualityGateError: the pruned model differs from the masked model.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
     recipe = _recipe(None, settings, opened, None)
     surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image())
+    if surgery.rolled_back and not surgery.applied:
+        first = surgery.rolled_back[0]
+        raise UsageError(
+            f"none of the plan's {len(surgery.rolled_back)} groups could be cut ({first.name}: {first.reason}). "
+            "Plan from an analysis of this model."
+        )
     repair(surgery, opened.module, bundle.train, recipe, choose_device(recipe.device))
     skipped = {group.name: group.reason for group in surgery.rolled_back}
     provenance = {**opened.provenance, "rolled_back": skipped} if skipped else opened.provenance

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.types import PlannedGroup, PruningPlan
-from ..errors import QualityGateError, UsageError
+from ..errors import QualityGateError
 from ..models.wrappers import unwrap
 from ..structure.cutting import Cutter, Place, gone_positions
 from ..structure.groups import bundled, check_example, find_candidates, find_traced
@@ -54,8 +54,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
         example: one image [1, C, H, W]; only its shape and device matter.
 
     Raises:
-        UsageError: the model does not run on `example` or cannot be traced, a weight is re-parametrised, or the plan
-            was made for another model.
+        UsageError: the model does not run on `example` or cannot be traced, or a weight is re-parametrised.
         QualityGateError: the pruned model differs from the masked dense model although each cut was proved.
     """
     check_example(example)
@@ -72,11 +71,6 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
             skipped.append(Skipped(planned.name, reason))
         else:
             cuts.append(Cut(known[planned.name], planned.removed))
-    if skipped and not cuts:
-        raise UsageError(
-            f"the plan was made for another model: of its {len(skipped)} groups none fits this one ({skipped[0].name}: "
-            f"{skipped[0].reason}). Plan from an analysis of this model."
-        )
     ledger = Ledger(trial)
     ledger.commit(cuts)
     small = copy_model(base)

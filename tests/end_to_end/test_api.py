@@ -176,7 +176,9 @@ def test_what_does_not_belong_together_is_refused(data: rp.DataBundle, tmp_path:
     analysis = rp.analyse(net, data, sensitivity__images=16, sensitivity__steps=1)
     plan = rp.plan(analysis, round_to=1)
     small = rp.prune(net, plan, data, pruning__repair="none")
-    with pytest.raises(UsageError, match=r"made for another model: of its \d+ groups none fits"):
+    with pytest.raises(
+        UsageError, match=r"none of the plan's \d+ groups could be cut.*Plan from an analysis of this model"
+    ):
         rp.prune(small, plan, data)
     with pytest.raises(UsageError, match="ratio was given twice"):
         rp.compress(net, data, ratio=0.5, pruning__ratio=0.3)
