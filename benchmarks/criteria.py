@@ -146,7 +146,7 @@ def cut_and_recover(
         "widths": {g.name: [g.channels, g.keep] for g in plan.groups},
         "rolled_back": [asdict(r) for r in surgery.rolled_back],
         "before": {"clean": asdict(before.clean), "robust": asdict(before.robust)},
-        "held_out_after": max((r.val_robust for r in tuned.history), default=None),
+        "held_out_after": max((r.val_robust for r in tuned.history if r.val_robust is not None), default=None),
         "seconds": {"repair": repaired - begin, "finetune": finished - started},
     }
 

@@ -120,7 +120,7 @@ def _series(history: Sequence[EpochRecord], key: str, name: str, css: str, facto
     points = [
         (float(record.epoch), factor * value)
         for record in history
-        if math.isfinite(value := float(getattr(record, key)))
+        if (value := getattr(record, key)) is not None and math.isfinite(value)
     ]
     return Series(name, css, tuple(points))
 

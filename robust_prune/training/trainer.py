@@ -205,8 +205,9 @@ class _Run:
             state.loss_sum += loss
             state.accuracy_sum += accuracy
         mean = state.loss_sum / state.step, 100 * state.accuracy_sum / state.step
-        last = self.history[-1] if self.history else None
-        seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %" if last else ""
+        seen = ""
+        if self.history and (last := self.history[-1]).val_clean is not None and last.val_robust is not None:
+            seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %"
         advance(len(read), note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
 
     def _step(self, indices: Tensor) -> None:
@@ -331,8 +332,8 @@ class _Run:
             epoch=epoch,
             train_loss=loss,
             train_accuracy=None if math.isnan(accuracy) else accuracy,
-            val_clean=scores[source].clean,
-            val_robust=scores[source].robust,
+            val_clean=scores[source].clean if len(self.validation) else None,
+            val_robust=scores[source].robust if len(self.validation) else None,
             source=source,
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=state.elapsed,

@@ -15,7 +15,7 @@ class EpochRecord:
         epoch: number of the epoch, from 1.
         train_loss: mean training loss in nats.
         train_accuracy: mean accuracy in [0, 1] on training batches; None if the loss does not report it.
-        val_clean, val_robust: accuracy in [0, 1] on held-out training images, clean and under PGD.
+        val_clean, val_robust: accuracy in [0, 1] on held-out training images, clean and under PGD; None without any.
         source: weights with the better score: ``live`` or ``average``.
         lr: learning rate at the end of the epoch.
         seconds: wall time of the training steps, without validation.
@@ -24,8 +24,8 @@ class EpochRecord:
     epoch: int
     train_loss: float
     train_accuracy: float | None
-    val_clean: float
-    val_robust: float
+    val_clean: float | None
+    val_robust: float | None
     source: str
     lr: float
     seconds: float
@@ -49,8 +49,8 @@ class TrainResult(Shown):
     def short(self) -> str:
         """Return one sentence: the number of epochs, and the held-out accuracies of the selected one."""
         best = self.history[self.best_epoch - 1] if self.best_epoch else None
-        reached = (
-            f", best {best.epoch}: held-out {best.val_clean:.1%} clean, {best.val_robust:.1%} robust" if best else ""
-        )
+        reached = f", epoch {best.epoch} was selected" if best else ", none was better than the start"
+        if best is not None and best.val_clean is not None and best.val_robust is not None:
+            reached += f": held-out {best.val_clean:.1%} clean, {best.val_robust:.1%} robust"
         note = f"; {self.note}" if self.note else ""
         return f"{len(self.history)} epoch{'' if len(self.history) == 1 else 's'}{reached}{note}"

@@ -97,6 +97,8 @@ def test_curves_skip_what_is_not_finite() -> None:
     history = tuple(epoch(e, loss, math.nan, math.nan) for e, loss in enumerate((1.0, math.nan, 0.5), start=1))
     assert charts.loss_curve(history).count("<circle") == 2
     assert charts.accuracy_curves(history) == ""
+    unscored = [replace(epoch(1, 1.0), val_clean=None, val_robust=None)]
+    assert charts.accuracy_curves(unscored) == "" and charts.loss_curve(unscored) != ""
     assert "nan" not in charts.loss_curve(history)
     assert charts.loss_curve(history[:1]).count("<circle") == 1
 
