@@ -62,19 +62,25 @@ _PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_
 
 
 def load(
-    source: str | Path,
+    source: str | Path | nn.Module,
     *,
     arch: str | None = None,
     data: DataSource | None = None,
+    normalization: str = "auto",
     like: nn.Module | None = None,
     trust_pickle: bool = False,
 ) -> Model:
     """Open a model, in eval mode on the CPU.
 
     Args:
-        source: ``"demo"`` for the embedded robust model, a file written by `save` or by a run, or a file of weights.
+        source: ``"demo"`` for the embedded robust model, a file written by `save` or by a run, a file of weights, a
+            published model (``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``, ``robustbench/DATA/THREAT/ID``),
+            or a torch module.
         arch: for weights, ``timm/NAME``, ``torchvision/NAME``, ``cifar/NAME`` or ``file.py:function``.
-        data: for weights, the data set from which classes, image size and normalization are taken.
+        data: for weights and modules, the data set from which classes and image size are taken.
+        normalization: normalization that weights or a module were trained with: ``none``, ``data``, ``imagenet`` or
+            ``MEAN/STD`` such as ``0.5/0.5``. With ``auto`` it is the stored or published one, or else measured on
+            training images; ``provenance["notes"]`` has the figures.
         like: for the file of a model that was given as a Python object, the same object, built again.
         trust_pickle: whether to open a pickled module, which runs code from the file.
 
@@ -82,10 +88,14 @@ def load(
         UsageError: the path, kind of file or architecture is wrong, or the data do not fit the model.
         EnvironmentProblem: the embedded model or a named data set is not available.
     """
+    bundle = None if data is None else load_data(data)
+    if isinstance(source, nn.Module):
+        if bundle is None:
+            raise UsageError("a module does not say which images it is for. Give data.")
+        return as_model(source, bundle, normalization)
     if like is not None:
         return artifact.load(source, arch=arch, like=like)
-    bundle = None if data is None else load_data(data)
-    return open_model(source, arch=arch, trust_pickle=trust_pickle, data=bundle)
+    return open_model(source, arch=arch, normalization=normalization, trust_pickle=trust_pickle, data=bundle)
 
 
 def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, **settings: Any) -> Analysis:

@@ -77,6 +77,10 @@ class ModelSection(Section):
     """timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the constructor."""
+    normalization: str = "auto"
+    """Normalization that weights were trained with: none (the network takes [0, 1] images or normalizes itself), data
+    (mean and deviation of the data set), imagenet, or MEAN/STD such as 0.5/0.5. `auto` takes that of the checkpoint or
+    of the published configuration, or measures on training images which one fits; for `train` it is `data`."""
 
 
 class SensitivitySection(Section):

@@ -20,6 +20,8 @@ from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, registry, user_file
+from .models.normalization import parse
+from .models.published import configured
 from .models.spec import ModelSpec
 from .recipe import Recipe
 from .report.files import write
@@ -96,15 +98,19 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
 def _spec(data: DataBundle, recipe: Recipe) -> ModelSpec:
     if recipe.model.arch is None:
         raise UsageError("the recipe names no architecture. Set model.arch.")
-    return registry.make_spec(
+    given = parse(recipe.model.normalization, data)
+    spec = registry.make_spec(
         recipe.model.arch,
         num_classes=data.num_classes,
         input_size=data.input_size,
-        mean=data.mean,
-        std=data.std,
+        mean=given.mean if given else data.mean,
+        std=given.std if given else data.std,
         kwargs=recipe.model.kwargs,
         class_names=data.class_names,
     )
+    # Published weights are tuned further with the normalization that they were made with.
+    known = configured(spec) if given is None and recipe.model.kwargs.get("pretrained") else None
+    return spec if known is None else replace(spec, mean=known.mean, std=known.std)
 
 
 def _evaluate(

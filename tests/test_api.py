@@ -159,6 +159,6 @@ def test_a_model_is_opened_with_what_was_said_of_it(monkeypatch: pytest.MonkeyPa
     like = SimpleNamespace()
     rp.load("m.safetensors", like=like)  # type: ignore[arg-type]
     assert asked == [
-        (("m.pt",), {"arch": "cifar/resnet20", "trust_pickle": True, "data": data}),
+        (("m.pt",), {"arch": "cifar/resnet20", "normalization": "auto", "trust_pickle": True, "data": data}),
         (("m.safetensors",), {"arch": None, "like": like}),
     ]

@@ -36,8 +36,15 @@ DataFlag = Annotated[
 ArchFlag = Annotated[
     str | None,
     Parameter(
-        help="Architecture of a file that holds only weights: timm/NAME, torchvision/NAME, cifar/NAME or "
-        "FILE.py:FUNCTION."
+        help="Architecture of a file that holds only weights: timm/NAME, torchvision/NAME, cifar/NAME, "
+        "robustbench/DATA/THREAT/ID or FILE.py:FUNCTION."
+    ),
+]
+NormalizationFlag = Annotated[
+    str | None,
+    Parameter(
+        help="Normalization that the weights were trained with: auto (known or measured), none, data, imagenet, or "
+        "MEAN/STD such as 0.5/0.5."
     ),
 ]
 SeedFlag = Annotated[int | None, Parameter(help="Seed of all random numbers.")]
@@ -96,7 +103,10 @@ def check_functions(*names: str) -> None:
 def check_model_path(model: str) -> None:
     """Raises `UsageError` early, before slow imports and data, when a model file is not there."""
     if model != DEMO and "/" not in model and not Path(model).exists():
-        raise UsageError(f"model file {model} does not exist. Give a file, or 'demo' for the embedded model.")
+        raise UsageError(
+            f"model file {model} does not exist. Give a file, 'demo' for the embedded model, or a published model such "
+            "as timm/NAME."
+        )
 
 
 def open_data(recipe: Recipe) -> DataBundle:
@@ -130,14 +140,13 @@ def open_model_for(
 
     # A recipe's architecture is for files that hold only weights; the demo brings its own.
     known = arch if model == DEMO else arch or recipe.model.arch
-    loaded = open_model(model, arch=known, kwargs=recipe.model.kwargs, trust_pickle=trust_pickle, data=data)
-    if others := loaded.provenance.get("weights_not_used"):
-        used = loaded.provenance["weights_from"]
-        console.print(
-            f"{model} holds several sets of weights: {used} was taken, {', '.join(others)} not. To take another, save "
-            "it to a file of its own.",
-            markup=False,
-        )
+    section = recipe.model
+    loaded = open_model(
+        model, arch=known, kwargs=section.kwargs, normalization=section.normalization, trust_pickle=trust_pickle,
+        data=data,
+    )  # fmt: skip
+    for note in loaded.provenance.get("notes", ()):
+        console.print(note, markup=False)
     return loaded
 
 

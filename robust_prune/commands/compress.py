@@ -17,6 +17,7 @@ from .common import (
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
+    NormalizationFlag,
     NormFlag,
     RecipeFlag,
     SeedFlag,
@@ -44,6 +45,7 @@ def compress(
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; by default runs/MODEL-METRIC-RATIO-HASH.")] = None,
     arch: ArchFlag = None,
+    normalization: NormalizationFlag = None,
     ratio: Annotated[str | None, Parameter(group=PRUNING, help="Share to remove, between 0 and 1.")] = None,
     metric: Annotated[
         str | None, Parameter(group=PRUNING, help="What the ratio counts: macs, params, channels or latency.")
@@ -101,6 +103,7 @@ def compress(
         "threat.epsilon": epsilon,
         "threat.norm": norm,
         "data.name": data,
+        "model.normalization": normalization,
         "finetune.epochs": epochs,
         "finetune.loss": loss,
         "baseline.kind": baseline,

@@ -19,6 +19,7 @@ from .common import (
     DeviceFlag,
     EpsilonFlag,
     ImagesFlag,
+    NormalizationFlag,
     NormFlag,
     RecipeFlag,
     SeedFlag,
@@ -57,6 +58,7 @@ def evaluate(
     images: ImagesFlag = None,
     out: Annotated[Path | None, Parameter(help="Result as a .json file; a file beside it keeps the progress.")] = None,
     arch: ArchFlag = None,
+    normalization: NormalizationFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
@@ -78,6 +80,7 @@ def evaluate(
         "threat.epsilon": epsilon,
         "threat.norm": norm,
         "data.name": data,
+        "model.normalization": normalization,
         "seed": seed,
         "device": device,
     }

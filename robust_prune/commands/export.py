@@ -12,6 +12,7 @@ from .common import (
     DEMO,
     ArchFlag,
     DataFlag,
+    NormalizationFlag,
     RecipeFlag,
     SetFlag,
     TrustFlag,
@@ -38,6 +39,7 @@ def export(
         str | None, Parameter(help="Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8.")
     ] = None,
     arch: ArchFlag = None,
+    normalization: NormalizationFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
@@ -48,7 +50,10 @@ def export(
     model
         A model file, or "demo" for the robust model that comes with the package.
     """
-    flags = {"export.opset": opset, "export.precisions": listed(precision), "data.name": data}
+    flags = {
+        "export.opset": opset, "export.precisions": listed(precision), "data.name": data,
+        "model.normalization": normalization,
+    }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
     bundle = open_data(resolved)

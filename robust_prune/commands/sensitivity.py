@@ -14,6 +14,7 @@ from .common import (
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
+    NormalizationFlag,
     NormFlag,
     RecipeFlag,
     SeedFlag,
@@ -36,6 +37,7 @@ def sensitivity(
     recipe: RecipeFlag = None,
     out: Annotated[Path | None, Parameter(help="Folder that receives sensitivity.json.")] = None,
     arch: ArchFlag = None,
+    normalization: NormalizationFlag = None,
     epsilon: EpsilonFlag = None,
     norm: NormFlag = None,
     seed: SeedFlag = None,
@@ -52,7 +54,7 @@ def sensitivity(
     """
     flags = {
         "sensitivity.estimator": estimator, "threat.epsilon": epsilon, "threat.norm": norm, "data.name": data,
-        "seed": seed, "device": device,
+        "model.normalization": normalization, "seed": seed, "device": device,
     }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)

@@ -15,6 +15,7 @@ from .common import (
     DeviceFlag,
     EpsilonFlag,
     ImagesFlag,
+    NormalizationFlag,
     NormFlag,
     RecipeFlag,
     SeedFlag,
@@ -33,6 +34,7 @@ def train(
     arch: Annotated[
         str | None, Parameter(help="Architecture: timm/NAME, torchvision/NAME, cifar/NAME or FILE.py:FUNCTION.")
     ] = None,
+    normalization: NormalizationFlag = None,
     data: DataFlag = None,
     out: Annotated[Path | None, Parameter(help="Run folder; by default runs/ARCH-DATA.")] = None,
     epochs: Annotated[int | None, Parameter(help="Passes over the training images.")] = None,
@@ -47,6 +49,7 @@ def train(
     """Train a robust model from scratch; the same command resumes a run that was killed."""
     flags = {
         "model.arch": arch,
+        "model.normalization": normalization,
         "data.name": data,
         "training.epochs": epochs,
         "training.loss": loss,

@@ -14,16 +14,16 @@ from ..errors import EnvironmentProblem, RobustPruneError, UsageError
 from ..introspect.copies import copied
 from ..introspect.fingerprint import models_hash
 from ..introspect.modes import eval_mode, kept_modes
-from ..models import cifar, user_file
+from ..models import cifar, robustbench, user_file
 from ..suggest import did_you_mean
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
 
-SOURCES = ("timm", "torchvision", "cifar")
+SOURCES = ("timm", "torchvision", "cifar", "robustbench")
 OBJECT = "object"
 """Source of architectures that are Python objects of this process."""
 _OBJECTS: dict[str, nn.Module] = {}
-_FORMS = "timm/<name>, torchvision/<name>, cifar/<name> or path/to/file.py:function"
+_FORMS = "timm/<name>, torchvision/<name>, cifar/<name>, robustbench/<data>/<threat>/<id> or path/to/file.py:function"
 _AUX_HEADS = ("googlenet", "inception_v3")
 # Exceptions of download libraries that do not derive from OSError.
 _NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")
@@ -120,6 +120,9 @@ def check_arch(arch: str) -> str:
     if source == "cifar":
         cifar.check_name(name)
         return ""
+    if source == "robustbench":
+        robustbench.parts(name)
+        return ""
     known = _timm_names() if source == "timm" else _torchvision_names()
     if name not in known and not (source == "timm" and _is_timm_tag(name)):
         raise UsageError(f"unknown architecture {arch}.{did_you_mean(name, known, source + '/')}")
@@ -164,6 +167,8 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
         channels = spec.input_size[0]
         kwargs.setdefault("in_chans", channels)
         backbone = _without_weights(spec, wanted, cifar.create(name, spec.num_classes, **kwargs))
+    elif source == "robustbench":
+        backbone = robustbench.load(name) if wanted else robustbench.create(name)
     elif source in ("timm", "torchvision"):
         check_arch(spec.arch)
         make = _timm_model if source == "timm" else _torchvision_model
@@ -205,8 +210,8 @@ def check_output(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def without_pretrained(spec: ModelSpec) -> ModelSpec:
-    """Return the spec without ``pretrained``, as artifacts store it."""
-    return replace(spec, kwargs={key: value for key, value in spec.kwargs.items() if key != "pretrained"})
+    """Return the spec without ``pretrained`` and torchvision's ``weights``, as artifacts store it."""
+    return replace(spec, kwargs={k: v for k, v in spec.kwargs.items() if k not in ("pretrained", "weights")})
 
 
 def _timm_names() -> list[str]:
@@ -227,15 +232,21 @@ def _torchvision_names() -> list[str]:
     return list(models.list_models(module=models))
 
 
-def _timm_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+def timm_kwargs(name: str, spec: ModelSpec, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which timm builds an architecture for the images and classes of `spec`."""
     import timm
 
     channels, height, width = spec.input_size
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if config is not None and config.fixed_input_size and tuple(config.input_size[1:]) != (height, width):
-        kwargs.setdefault("img_size", (height, width))
-    kwargs.setdefault("in_chans", channels)
-    return timm.create_model(name, pretrained=pretrained, num_classes=spec.num_classes, **kwargs)
+    fixed = config is not None and config.fixed_input_size and tuple(config.input_size[1:]) != (height, width)
+    size = {"img_size": (height, width)} if fixed else {}
+    return {"in_chans": channels, "num_classes": spec.num_classes, **size, **kwargs}
+
+
+def _timm_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=pretrained, **timm_kwargs(name, spec, kwargs))
 
 
 def _torchvision_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -243,11 +254,12 @@ def _torchvision_model(name: str, spec: ModelSpec, kwargs: dict[str, Any], pretr
 
     if spec.input_size[0] != 3:
         raise UsageError(f"torchvision/{name} takes 3-channel images, the data have {spec.input_size[0]}. Use timm/…")
+    weights = kwargs.pop("weights", "DEFAULT")
     if name not in _AUX_HEADS:
-        return models.get_model(name, weights="DEFAULT" if pretrained else None, num_classes=spec.num_classes, **kwargs)
+        return models.get_model(name, weights=weights if pretrained else None, num_classes=spec.num_classes, **kwargs)
     if pretrained:
         # Published weights of these two include the auxiliary heads; they are dropped after loading.
-        model = models.get_model(name, weights="DEFAULT", num_classes=spec.num_classes, **kwargs)
+        model = models.get_model(name, weights=weights, num_classes=spec.num_classes, **kwargs)
         model.aux_logits = False
         for head in ("aux1", "aux2", "AuxLogits"):
             if hasattr(model, head):

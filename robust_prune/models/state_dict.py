@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from . import leftovers, misfit
 from .spec import ModelSpec
 
-NESTS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-    "network",
-    "params",
-    "weights",
-    "module",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-)
-"""Keys under which training scripts store weights, in order of preference."""
-
+_AVERAGES = ("ema", "averaged", "swa")
+_PREFERRED = ("state_dict", "model_state", "model", "net", "network", "student", "params", "weights", "module", "best")
+_AVOIDED = ("teacher", "target", "momentum", "discriminator", "optim", "sched", "callbacks", "loops", "scaler")
 _MEAN_NAMES = ("mean", "mu", "_mean")
 _STD_NAMES = ("std", "sigma", "_std")
-_BOOKKEEPING = ("n_averaged",)
+_SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "pretrained_cfg")
 _MAX_PREFIX_DEPTH = 4
-_SHOWN = 3
+_MAX_NESTING = 4
 
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """Weights found in a file.
+    """One set of weights in a file.
 
     Attributes:
         tensors: tensors by the names in the file, without ``_orig_mod.``.
         where: path of keys to the weights, e.g. ``"state_dict"``; empty at the top level.
-        alternatives: other keys that contain weights.
         module: the module, if the file contains a pickled one.
     """
 
     tensors: Mapping[str, Tensor]
     where: str = ""
-    alternatives: tuple[str, ...] = ()
     module: nn.Module | None = None
 
 
@@ -59,70 +45,177 @@ class Fitted:
         tensors: tensors by name.
         prefix: prefix of the names in the file.
         mean, std: statistics of a normalization layer in the file, in [0, 1] units; empty if there is none.
+        notes: sentences on what was changed or left out.
     """
 
     tensors: dict[str, Tensor]
     prefix: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def find_weights(value: Any, what: str) -> FoundWeights:
-    """Find the weights in the contents of a file.
+def find_weights(value: Any, what: str) -> tuple[FoundWeights, ...]:
+    """Find the sets of weights in the contents of a file, the one to prefer first.
+
+    Averaged weights (EMA, SWA) precede the others, as in timm; those of a teacher or a discriminator come last.
 
     Args:
-        value: a dict of tensors, a dict that contains one, or a module.
+        value: a dict of tensors, a dict that contains some, or a module.
         what: name of the file, for the message.
+
+    Returns:
+        At least one set.
 
     Raises:
         UsageError: there are no weights.
     """
+    if not isinstance(value, nn.Module | Mapping):
+        raise UsageError(f"{what} holds a {type(value).__name__}, not weights. Save model.state_dict() instead.")
+    found = sorted(_sets(value, ()), key=lambda weights: _rank(weights.where))
+    if not found:
+        keys = ", ".join(map(str, list(value)[:5])) if isinstance(value, Mapping) else ""
+        raise UsageError(f"{what} holds no weights: found the keys {keys or 'none'}. Expected a state_dict.")
+    return tuple(found)
+
+
+def _sets(value: Any, path: tuple[str, ...]) -> Iterator[FoundWeights]:
+    where = ".".join(path)
     if isinstance(value, nn.Module):
         inner = _unwrap(value)
-        return FoundWeights(_clean(inner.state_dict()), "pickled module", module=inner)
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{what} holds a {type(value).__name__}, not weights. Save model.state_dict() instead.")
-    candidates = [key for key in NESTS if _holds_weights(value.get(key))]
-    if candidates:
-        inner_found = find_weights(value[candidates[0]], what)
-        where = f"{candidates[0]}.{inner_found.where}".rstrip(".")
-        return FoundWeights(inner_found.tensors, where, tuple(candidates[1:]), inner_found.module)
-    tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, Tensor)}
-    if not tensors:
-        keys = ", ".join(map(str, list(value)[:5])) or "nothing"
-        raise UsageError(f"{what} holds no weights: found the keys {keys}. Expected a state_dict.")
-    return FoundWeights(_clean(tensors))
+        yield FoundWeights(_clean(inner.state_dict()), where or "pickled module", inner)
+    elif isinstance(value, Mapping) and len(path) < _MAX_NESTING:
+        tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, Tensor)}
+        if tensors:
+            yield FoundWeights(_clean(tensors), where)
+        for key, inner in value.items():
+            if isinstance(key, str) and not any(word in key.lower() for word in ("optim", "sched", "callback")):
+                yield from _sets(inner, (*path, key))
 
 
-def fit_to(
-    wanted: Mapping[str, Tensor], found: FoundWeights, spec: ModelSpec, what: str, *, pruned_allowed: bool = False
-) -> Fitted:
-    """Rename the weights to the names of a model, and check that they are complete and have the right shapes.
+def _rank(name: str) -> tuple[int, int]:
+    """Return the place of a set or prefix among others; smaller ones are preferred."""
+    words = name.lower()
+    if any(word in words for word in _AVOIDED):
+        return 3, 0
+    if any(word in words.replace("_", ".").split(".") for word in _AVERAGES):
+        return 0, 0
+    known = [place for place, word in enumerate(_PREFERRED) if words.rstrip(".").split(".")[0].startswith(word)]
+    return (1, known[0]) if known else (2, 0)
+
+
+def fit_all(
+    wanted: Mapping[str, Tensor], found: Sequence[FoundWeights], spec: ModelSpec, what: str, network: nn.Module
+) -> list[tuple[FoundWeights, Fitted]]:
+    """Return the sets of weights that fit, at least one, each with its tensors under the names of the model.
 
     Args:
         wanted: the model's state_dict.
         found: result of `find_weights`.
         spec: specification of the model.
         what: name of the file, for messages.
-        pruned_allowed: whether tensors may be smaller than those of the model.
+        network: the model, of which parts may lack weights if its forward never calls them.
 
     Raises:
-        UsageError: tensors are missing, unexpected or of another shape; the message lists the first of them.
+        UsageError: none fits; the message is about the set of which most names fit.
     """
-    prefix = _best_prefix(wanted, found.tensors)
-    inside = {k.removeprefix(prefix): t for k, t in found.tensors.items() if k.startswith(prefix)}
-    outside = {k: t for k, t in found.tensors.items() if not k.startswith(prefix)}
-    mean, std = _statistics(outside | {k: t for k, t in inside.items() if k not in wanted}, spec.input_size[0])
-    inside = {k: t for k, t in inside.items() if k in wanted or not _is_extra(k, t, bool(mean))}
-    outside = {k: t for k, t in outside.items() if not _is_extra(k, t, bool(mean))}
+    fitting: list[tuple[FoundWeights, Fitted]] = []
+    problems: list[tuple[int, UsageError]] = []
+    for weights in found:
+        try:
+            fitting.append((weights, fit_to(wanted, weights, spec, what, network)))
+        except UsageError as error:
+            problems.append((_matches(wanted, weights.tensors), error))
+    if not fitting:
+        raise max(problems, key=lambda problem: problem[0])[1]
+    return fitting
+
+
+def fit_to(
+    wanted: Mapping[str, Tensor], found: FoundWeights, spec: ModelSpec, what: str, network: nn.Module | None = None
+) -> Fitted:
+    """Rename the weights to the names of a model, and check that they are complete and have the right shapes.
+
+    Tensors may be smaller than those of the model if the file contains a pickled module. Masks of
+    ``torch.nn.utils.prune`` are multiplied into the weights.
+
+    Raises:
+        UsageError: tensors are missing, unexpected or of another shape; the message lists the first of them and says
+            what they are.
+    """
+    tensors, notes = leftovers.fold_masks(found.tensors, wanted)
+    prefix = _best_prefix(wanted, tensors)
+    inside = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    outside = {k: t for k, t in tensors.items() if not k.startswith(prefix)}
+    extra = {k: t for k, t in inside.items() if k not in wanted}
+    mean, std = statistics(outside | extra, spec.input_size[0])
+    if mean:
+        outside, extra = ({k: t for k, t in part.items() if not _is_statistic(k)} for part in (outside, extra))
+    inside = {k: t for k, t in inside.items() if k in wanted}
     for name, tensor in wanted.items():
         # Old checkpoints lack the batch counter of batch-norm, which is used only without momentum.
         if name.endswith("num_batches_tracked") and name not in inside:
             inside[name] = tensor.clone()
-    problems = _problems(wanted, inside, outside, pruned_allowed)
-    if problems:
-        raise UsageError(f"{what} does not fit {spec.arch}: {'; '.join(problems)}.{_hint(wanted, inside, spec)}")
-    return Fitted(inside, prefix, mean, std)
+    missing = [name for name in wanted if name not in inside]
+    if missing and network is not None and len(missing) < len(wanted) // 2:
+        unused = leftovers.unused_tensors(network, spec)
+        if set(missing) <= unused:
+            inside |= {name: wanted[name].clone() for name in missing}
+            notes.append(f"{len(missing)} tensors of parts that forward never calls are not in the file; left as built")
+    complete = all(name in inside for name in wanted)
+    unexpected, dropped = leftovers.sort_out(extra, outside, prefix, complete)
+    notes += dropped
+    smaller = found.module is not None
+    problem = misfit.problem(wanted, inside, unexpected, spec, pruned_allowed=smaller)
+    if problem:
+        raise UsageError(f"{what} does not fit {spec.arch}: {problem}")
+    return Fitted(inside, prefix, mean, std, tuple(notes))
+
+
+def statistics(tensors: Mapping[str, Tensor], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of a normalization layer, in [0, 1] units, or two empty tuples.
+
+    Args:
+        tensors: tensors by name, of which those named ``mean`` and ``std``, or ``mu`` and ``sigma``, are looked at.
+        channels: number of channels.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for key, tensor in tensors.items():
+        last = key.rpartition(".")[2]
+        for label, names in (("mean", _MEAN_NAMES), ("std", _STD_NAMES)):
+            if last in names and tensor.numel() == channels and tensor.is_floating_point():
+                found[label] = tuple(float(v) for v in tensor.flatten().tolist())
+    return _in_unit_range(found["mean"], found["std"]) if len(found) == 2 else ((), ())
+
+
+def configured_statistics(value: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the ``mean`` and ``std`` among the settings that a training script stored with the weights, or nothing."""
+    if not isinstance(value, Mapping):
+        return (), ()
+    for key in _SETTINGS:
+        section = value.get(key)
+        settings = section if isinstance(section, Mapping) else getattr(section, "__dict__", {})
+        mean, std = (_floats(settings.get(name), channels) for name in ("mean", "std"))
+        if mean and std:
+            return _in_unit_range(mean, std)
+    return (), ()
+
+
+def _floats(values: Any, count: int) -> tuple[float, ...]:
+    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+    return tuple(map(float, values)) if numbers and len(values) == count else ()
+
+
+def _in_unit_range(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the statistics for [0, 1] images, also if they are those of 0 to 255; nothing if they are neither."""
+    if min(std) <= 0 or min(mean) < -1 or max(mean) > 255:
+        return (), ()
+    unit = 255.0 if max(mean) > 1 else 1.0
+    return tuple(v / unit for v in mean), tuple(v / unit for v in std)
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in _MEAN_NAMES + _STD_NAMES
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -133,85 +226,21 @@ def _unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _holds_weights(value: Any) -> bool:
-    if isinstance(value, nn.Module):
-        return True
-    if not isinstance(value, Mapping):
-        return False
-    return any(isinstance(v, Tensor) for v in value.values()) or any(_holds_weights(value.get(key)) for key in NESTS)
-
-
 def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
 
 
 def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Return the prefix under which most of the wanted names are found; the shortest of several."""
+    """Return the prefix under which most of the wanted names are found; see `_rank` for equal ones."""
     prefixes = {""}
     for key in tensors:
         parts = key.split(".")[:-1][:_MAX_PREFIX_DEPTH]
         prefixes |= {".".join(parts[: n + 1]) + "." for n in range(len(parts))}
-    return max(sorted(prefixes, key=lambda p: (len(p), p)), key=lambda p: sum(p + name in tensors for name in wanted))
+    counts = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in prefixes}
+    most = max(counts.values())
+    return min((p for p in prefixes if counts[p] == most), key=lambda p: (p != "", _rank(p), len(p), p))
 
 
-def _statistics(tensors: Mapping[str, Tensor], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of a normalization layer, in [0, 1] units, or two empty tuples."""
-    found: dict[str, tuple[float, ...]] = {}
-    for key, tensor in tensors.items():
-        last = key.rpartition(".")[2]
-        for label, names in (("mean", _MEAN_NAMES), ("std", _STD_NAMES)):
-            if last in names and tensor.numel() == channels and tensor.is_floating_point():
-                found[label] = tuple(float(v) for v in tensor.flatten().tolist())
-    if len(found) != 2 or min(found["std"]) <= 0 or max(found["mean"]) > 1:
-        return (), ()
-    return found["mean"], found["std"]
-
-
-def _is_extra(key: str, tensor: Tensor, normalization_found: bool) -> bool:
-    last = key.rpartition(".")[2]
-    return last in _BOOKKEEPING or (normalization_found and last in _MEAN_NAMES + _STD_NAMES)
-
-
-def _problems(
-    wanted: Mapping[str, Tensor], inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], pruned_allowed: bool
-) -> list[str]:
-    missing = [name for name in wanted if name not in inside]
-    unexpected = [*(name for name in inside if name not in wanted), *outside]
-    different = [
-        f"{name} is {_shape(inside[name])} in the file, {_shape(tensor)} in the model"
-        for name, tensor in wanted.items()
-        if name in inside and not _compatible(inside[name], tensor, pruned_allowed)
-    ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} tensors are missing ({_few(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} are unexpected ({_few(unexpected)})")
-    if different:
-        problems.append(f"{len(different)} have another shape ({_few(different)})")
-    return problems
-
-
-def _compatible(stored: Tensor, target: Tensor, pruned_allowed: bool) -> bool:
-    if not pruned_allowed:
-        return stored.shape == target.shape
-    return stored.ndim == target.ndim and all(s <= t for s, t in zip(stored.shape, target.shape, strict=True))
-
-
-def _hint(wanted: Mapping[str, Tensor], inside: Mapping[str, Tensor], spec: ModelSpec) -> str:
-    different = [n for n, t in wanted.items() if n in inside and inside[n].shape != t.shape]
-    if different and set(wanted) == set(inside):
-        heads = [inside[n].shape[0] for n in different if wanted[n].shape[:1] == (spec.num_classes,)]
-        if len(heads) == len(different):
-            return f" The checkpoint tells {heads[0]} classes apart, the data have {spec.num_classes}."
-        return " The widths differ: is it another member of the family, or an already pruned model?"
-    return " Is --arch right?"
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown + (", …" if len(names) > _SHOWN else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
+def _matches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> int:
+    prefix = _best_prefix(wanted, tensors)
+    return sum(prefix + name in tensors for name in wanted)

@@ -91,8 +91,8 @@ class BackToTraining(Wrapped):
         (UsesTheBatch, "depend on the batch"),
         (Noisy, "Two passes over the same images differ"),
         (NotFinite, "not finite; they count as wrong"),
-        (WantsBytes, "better (limit 10) on images in [0, 255]"),
-        (WantsNormalised, "better (limit 10) on images normalised by ImageNet"),
+        (WantsBytes, "points better (limit 10, 64 images) on images in [0, 255]"),
+        (WantsNormalised, "points better (limit 10, 64 images) on images normalized by imagenet"),
         (BackToTraining, "back into training mode"),
     ],
 )

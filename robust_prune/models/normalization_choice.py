@@ -1,0 +1,228 @@
+"""The choice of the normalization of weights that do not say which one they were trained with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data.base import DataBundle, random_images
+from ..errors import UsageError
+from ..introspect.modes import eval_mode
+from .normalization import AUTO, FORMS, Normalization, common_normalizations, no_normalization
+
+IMAGES, FEWEST_IMAGES = 400, 64
+SECONDS = 20.0
+"""Time in seconds within which all candidates are scored, by taking fewer images for large models."""
+
+BATCH = 50
+_LEAD = 2.0
+_ABOVE_CHANCE = 3.0
+_CLEAR_GAP = 0.8
+_MEAN_NAMES = ("mean", "mu", "_mean")
+_STD_NAMES = ("std", "sigma", "_std")
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a network fares with one normalization.
+
+    Attributes:
+        normalization: the normalization.
+        right: whether each image is classified correctly, bool [N].
+        gap: mean distance of batch-norm inputs from the stored running statistics; None without batch-norm layers that
+            were trained.
+    """
+
+    normalization: Normalization
+    right: Tensor
+    gap: float | None
+
+    def __str__(self) -> str:
+        return f"{self.normalization.name} {100 * self.right.float().mean().item():.1f} %"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A normalization, and one sentence on why it was chosen."""
+
+    normalization: Normalization
+    reason: str
+
+
+def normalizes_inside(module: nn.Module, channels: int) -> bool:
+    """Return whether a part of `module` has a mean and a deviation for each of `channels` channels.
+
+    Such parts normalize the images themselves, as the networks of RobustBench do. Buffers, parameters and plain
+    attributes are looked at.
+    """
+    return any(_has(part, _MEAN_NAMES, channels) and _has(part, _STD_NAMES, channels) for part in module.modules())
+
+
+def _has(part: nn.Module, names: Sequence[str], channels: int) -> bool:
+    values = (getattr(part, name, None) for name in names)
+    return any(
+        (value.numel() if isinstance(value, Tensor) else len(value)) == channels
+        for value in values
+        if isinstance(value, Tensor | tuple | list)
+    )
+
+
+def choose(network: nn.Module, data: DataBundle, expected: Normalization | None = None, why: str = "") -> Choice:
+    """Measure which normalization `network` was trained with.
+
+    Candidates are scored on training images. One of them is chosen if no other is as accurate within the noise of the
+    images; otherwise the `expected` one, or the one with which the inputs of batch-norm layers best fit their running
+    statistics, or, among nearly equal ones, that of the data.
+
+    Args:
+        network: maps normalized images [N, C, H, W] to logits [N, K]; its state is not changed.
+        data: data set, whose training images are used.
+        expected: normalization that a configuration or the network itself suggests.
+        why: reason of the expectation, for the sentence.
+
+    Raises:
+        UsageError: several normalizations that differ are equally accurate.
+    """
+    candidates = list(common_normalizations(data))
+    if expected is not None:
+        same = [c for c in candidates if (c.mean, c.std) == (expected.mean, expected.std)]
+        expected = same[0] if same else expected
+        candidates += [] if same else [expected]
+    if len(data.train) == 0:
+        return Choice(expected, why) if expected is not None else Choice(candidates[1], "no images to measure with")
+    return decide(*score(network, data, candidates), expected, why)
+
+
+def score(network: nn.Module, data: DataBundle, candidates: Sequence[Normalization]) -> tuple[list[Score], float]:
+    """Score each candidate on the same seeded random training images, in eval mode.
+
+    Returns:
+        The scores, and the share of the most frequent class among the images, in [0, 1].
+    """
+    parameter = next(network.parameters(), torch.zeros(()))
+    images, labels = random_images(data.train, IMAGES, seed=0)
+    images = images.to(parameter.device, parameter.dtype)
+    with eval_mode(network), torch.no_grad(), _seeded():
+        begin = time.monotonic()
+        network(images[:FEWEST_IMAGES])
+        each = (time.monotonic() - begin) / min(FEWEST_IMAGES, len(images))
+        count = max(FEWEST_IMAGES, min(len(images), int(SECONDS / max(each * len(candidates), 1e-9))))
+        images, labels = images[:count], labels[:count]
+        scores = [_scored(network, candidate, images, labels) for candidate in candidates]
+    return scores, labels.bincount().max().item() / len(labels)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _scored(network: nn.Module, candidate: Normalization, images: Tensor, labels: Tensor) -> Score:
+    with _gaps(network) as gaps:
+        logits = [network(candidate(batch)).float().cpu() for batch in images.split(BATCH)]
+    finite = [gap for gap in gaps if gap == gap]
+    return Score(candidate, torch.cat(logits).argmax(dim=1) == labels, sum(finite) / len(finite) if finite else None)
+
+
+@contextmanager
+def _gaps(network: nn.Module) -> Iterator[list[float]]:
+    """Collect, at each call of a trained batch-norm layer, the distance of its input from its running statistics."""
+    found: list[float] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().float()
+        dims = [0, *range(2, x.ndim)]
+        assert isinstance(module, _BATCH_NORMS) and module.running_mean is not None and module.running_var is not None
+        mean, var = module.running_mean.float(), module.running_var.float() + module.eps
+        shift = (x.mean(dims) - mean).square() / var
+        stretch = ((x.var(dims) + module.eps) / var).log().square()
+        found.append((shift + stretch).mean().item())
+
+    layers = [m for m in network.modules() if isinstance(m, _BATCH_NORMS) and _trained(m)]
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trained(layer: nn.Module) -> bool:
+    mean, var = layer.running_mean, layer.running_var
+    return (
+        isinstance(mean, Tensor)
+        and isinstance(var, Tensor)
+        and not (bool((mean == 0).all()) and bool((var == 1).all()))
+    )
+
+
+def decide(scores: Sequence[Score], chance: float, expected: Normalization | None = None, why: str = "") -> Choice:
+    """Return the choice that follows from `scores`, with `chance` the accuracy of a constant answer; see `choose`.
+
+    Raises:
+        UsageError: several normalizations that differ are equally accurate.
+    """
+    count = len(scores[0].right)
+    figures = f"{count} training images: {', '.join(map(str, scores))}"
+    best = max(scores, key=lambda s: int(s.right.sum()))
+    if not _above_chance(best, chance):
+        fitting = _clearly_fitting(scores)
+        taken = expected or (fitting or _of_data_first(scores)).normalization
+        return Choice(
+            taken,
+            f"none is better than chance on {figures}; the model is not trained, or its classes or weights are others",
+        )
+    tied = [s for s in scores if not is_behind(s.right, best.right)]
+    if expected is not None and any(s.normalization == expected for s in tied):
+        return Choice(expected, f"{why}; {figures}")
+    clear = _clearly_fitting(tied)
+    if len(tied) == 1 or clear is not None or _no_difference(tied):
+        taken = (tied[0] if len(tied) == 1 else clear or _of_data_first(tied)).normalization
+        against = f", not {expected.name}: {why}" if expected is not None else ""
+        return Choice(taken, f"measured on {figures}{against}")
+    names = " and ".join(s.normalization.name for s in tied)
+    raise UsageError(
+        f"the normalization of these weights is not known, and {names} are equally accurate on {figures}. Say which "
+        f"one they were trained with: --normalization {FORMS.replace(f'{AUTO}, ', '')}."
+    )
+
+
+def _above_chance(best: Score, chance: float) -> bool:
+    count = len(best.right)
+    return int(best.right.sum()) > count * chance + _ABOVE_CHANCE * (count * chance * (1 - chance)) ** 0.5
+
+
+def is_behind(right: Tensor, best: Tensor) -> bool:
+    """Return whether answers, correct or not (bool [N]), are worse than others to the same images, beyond noise."""
+    lead = int((best & ~right).sum()) - int((right & ~best).sum())
+    return lead > _LEAD * int((best ^ right).sum()) ** 0.5
+
+
+def _clearly_fitting(tied: Sequence[Score]) -> Score | None:
+    ranked = sorted((s for s in tied if s.gap is not None), key=lambda s: s.gap or 0.0)
+    if len(ranked) < 2:
+        return None
+    first, second = ranked[0], ranked[1]
+    return first if (first.gap or 0.0) < _CLEAR_GAP * (second.gap or 0.0) else None
+
+
+def _no_difference(tied: Sequence[Score]) -> bool:
+    """Return whether the choice does not matter: similar numbers, or the same answers, as where the scale is undone."""
+    return all(a.normalization.similar(b.normalization) or bool((a.right == b.right).all()) for a in tied for b in tied)
+
+
+def _of_data_first(tied: Sequence[Score]) -> Score:
+    return next((s for s in tied if s.normalization.name == "data"), tied[0])
+
+
+def inside(channels: int) -> tuple[Normalization, str]:
+    """Return the normalization for a network that normalizes by itself, and the reason."""
+    return no_normalization(channels), "the model normalizes inside"
