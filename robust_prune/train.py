@@ -20,7 +20,8 @@ from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, registry, user_file
-from .models.normalization import parse
+from .models.normalization import AUTO, NormalizedClassifier, no_normalization, parse
+from .models.normalization_choice import normalizes_inside
 from .models.published import configured
 from .models.spec import ModelSpec
 from .recipe import Recipe
@@ -54,9 +55,8 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
         QualityGateError: training diverged, or an attack returned a point outside the threat model.
         EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
-    spec = _spec(data, recipe)
     torch.manual_seed(recipe.seed)
-    model = registry.build(spec)
+    spec, model = _built(data, recipe)
     settings = recipe.model_dump(mode="json", include=_SECTIONS)
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
     key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss, recipe.evaluation.tier))
@@ -93,6 +93,16 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     console.print(headline_table(report))
     console.print(f"{final}  {folder / 'report.html'}", markup=False)
     return report
+
+
+def _built(data: DataBundle, recipe: Recipe) -> tuple[ModelSpec, NormalizedClassifier]:
+    spec = _spec(data, recipe)
+    model = registry.build(spec)
+    if recipe.model.normalization != AUTO or not normalizes_inside(model.backbone, data.input_size[0]):
+        return spec, model
+    none = no_normalization(data.input_size[0])
+    warn("the network normalizes the images itself, so nothing is put before it; --normalization data would do so.")
+    return replace(spec, mean=none.mean, std=none.std), NormalizedClassifier(model.backbone, none.mean, none.std)
 
 
 def _spec(data: DataBundle, recipe: Recipe) -> ModelSpec:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.base import DataBundle, random_images
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
 from .normalization import AUTO, FORMS, Normalization, common_normalizations, no_normalization
 
-IMAGES, FEWEST_IMAGES = 400, 64
-SECONDS = 20.0
-"""Time in seconds within which all candidates are scored, by taking fewer images for large models."""
+FIRST_IMAGES, MOST_IMAGES = 64, 400
+"""Number of images on which all candidates are scored, and to which it grows while several remain."""
 
-BATCH = 50
-_LEAD = 2.0
+OPERATIONS = 1e12
+"""Floating-point operations that the larger number of images may cost: about ten seconds on one core."""
+
+BATCH = 64
+_LEAD, _SAFE_LEAD = 2.0, 3.0
 _ABOVE_CHANCE = 3.0
-_CLEAR_GAP = 0.8
+_CLEAR_GAP, _SMALL_GAP = 0.8, 0.2
 _MEAN_NAMES = ("mean", "mu", "_mean")
 _STD_NAMES = ("std", "sigma", "_std")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -45,6 +47,11 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.normalization.name} {100 * self.right.float().mean().item():.1f} %"
+
+    @property
+    def count(self) -> int:
+        """Number of images that are classified correctly."""
+        return int(self.right.sum())
 
 
 @dataclass(frozen=True)
@@ -96,26 +103,51 @@ def choose(network: nn.Module, data: DataBundle, expected: Normalization | None 
         candidates += [] if same else [expected]
     if len(data.train) == 0:
         return Choice(expected, why) if expected is not None else Choice(candidates[1], "no images to measure with")
-    return decide(*score(network, data, candidates), expected, why)
+    scores, chance = score(network, data, candidates, FIRST_IMAGES)
+    figures = _figures(scores)
+    left = _left(scores)
+    count = _affordable(network, data, len(left))
+    if len(left) > 1 and count > FIRST_IMAGES:
+        scores, chance = score(network, data, [s.normalization for s in left], count)
+        figures += f"; then {_figures(scores)}"
+    return decide(scores, chance, expected, why, figures)
 
 
-def score(network: nn.Module, data: DataBundle, candidates: Sequence[Normalization]) -> tuple[list[Score], float]:
-    """Score each candidate on the same seeded random training images, in eval mode.
+def score(
+    network: nn.Module, data: DataBundle, candidates: Sequence[Normalization], count: int = FIRST_IMAGES
+) -> tuple[list[Score], float]:
+    """Score each candidate on the same `count` seeded random training images, in eval mode.
 
     Returns:
         The scores, and the share of the most frequent class among the images, in [0, 1].
     """
     parameter = next(network.parameters(), torch.zeros(()))
-    images, labels = random_images(data.train, IMAGES, seed=0)
+    images, labels = random_images(data.train, count, seed=0)
     images = images.to(parameter.device, parameter.dtype)
     with eval_mode(network), torch.no_grad(), _seeded():
-        begin = time.monotonic()
-        network(images[:FEWEST_IMAGES])
-        each = (time.monotonic() - begin) / min(FEWEST_IMAGES, len(images))
-        count = max(FEWEST_IMAGES, min(len(images), int(SECONDS / max(each * len(candidates), 1e-9))))
-        images, labels = images[:count], labels[:count]
         scores = [_scored(network, candidate, images, labels) for candidate in candidates]
     return scores, labels.bincount().max().item() / len(labels)
+
+
+def _left(scores: Sequence[Score]) -> list[Score]:
+    """Return the candidates between which the first images do not decide."""
+    best = max(scores, key=lambda s: s.count)
+    left = [s for s in scores if not is_behind(s.right, best.right, _SAFE_LEAD)]
+    clear = _clearly_fitting(left)
+    return [clear] if clear is not None and (clear.gap or 0.0) < _SMALL_GAP else left
+
+
+def _affordable(network: nn.Module, data: DataBundle, candidates: int) -> int:
+    # Operations instead of seconds, so that a busy machine makes no other choice.
+    images, _ = random_images(data.train, 1, seed=0)
+    parameter = next(network.parameters(), torch.zeros(()))
+    with eval_mode(network), torch.no_grad(), _seeded(), FlopCounterMode(display=False) as counter:
+        network(images.to(parameter.device, parameter.dtype))
+    return min(MOST_IMAGES, len(data.train), int(OPERATIONS / (max(counter.get_total_flops(), 1) * candidates)))
+
+
+def _figures(scores: Sequence[Score]) -> str:
+    return f"{len(scores[0].right)} training images: {', '.join(map(str, scores))}"
 
 
 @contextmanager
@@ -164,15 +196,16 @@ def _trained(layer: nn.Module) -> bool:
     )
 
 
-def decide(scores: Sequence[Score], chance: float, expected: Normalization | None = None, why: str = "") -> Choice:
+def decide(
+    scores: Sequence[Score], chance: float, expected: Normalization | None = None, why: str = "", figures: str = ""
+) -> Choice:
     """Return the choice that follows from `scores`, with `chance` the accuracy of a constant answer; see `choose`.
 
     Raises:
         UsageError: several normalizations that differ are equally accurate.
     """
-    count = len(scores[0].right)
-    figures = f"{count} training images: {', '.join(map(str, scores))}"
-    best = max(scores, key=lambda s: int(s.right.sum()))
+    figures = figures or _figures(scores)
+    best = max(scores, key=lambda s: s.count)
     if not _above_chance(best, chance):
         fitting = _clearly_fitting(scores)
         taken = expected or (fitting or _of_data_first(scores)).normalization
@@ -197,13 +230,16 @@ def decide(scores: Sequence[Score], chance: float, expected: Normalization | Non
 
 def _above_chance(best: Score, chance: float) -> bool:
     count = len(best.right)
-    return int(best.right.sum()) > count * chance + _ABOVE_CHANCE * (count * chance * (1 - chance)) ** 0.5
+    return best.count > count * chance + _ABOVE_CHANCE * (count * chance * (1 - chance)) ** 0.5
 
 
-def is_behind(right: Tensor, best: Tensor) -> bool:
-    """Return whether answers, correct or not (bool [N]), are worse than others to the same images, beyond noise."""
+def is_behind(right: Tensor, best: Tensor, deviations: float = _LEAD) -> bool:
+    """Return whether answers, correct or not (bool [N]), are worse than others to the same images, beyond noise.
+
+    The limit is a number of standard deviations of the difference that chance alone would make.
+    """
     lead = int((best & ~right).sum()) - int((right & ~best).sum())
-    return lead > _LEAD * int((best ^ right).sum()) ** 0.5
+    return lead > deviations * int((best ^ right).sum()) ** 0.5
 
 
 def _clearly_fitting(tied: Sequence[Score]) -> Score | None:

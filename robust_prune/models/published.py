@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +22,7 @@ from .spec import ModelSpec
 T = TypeVar("T")
 _HUBS = ("hf-hub:", "hf_hub:")
 _TIMM, _TORCHVISION, _ROBUSTBENCH = "timm", "torchvision", "robustbench"
+_PATIENCE_SECONDS = 5
 _MISSING = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
 
 
@@ -103,7 +107,7 @@ def _from_library(name: str, kwargs: dict[str, Any], data: DataBundle | None) ->
         classes, size, pair = len(entry.meta["categories"]), (3, side, side), _statistics(entry)
         kwargs["weights"] = entry.name
     spec = _spec(name, arch, classes, size, pair, kwargs, data)
-    model = _cached_first(lambda: registry.build(spec, pretrained=True))
+    model = _cached_first(name, lambda: registry.build(spec, pretrained=True))
     return Model(model.eval(), registry.without_pretrained(spec))
 
 
@@ -113,7 +117,7 @@ def _from_hub(name: str, kwargs: dict[str, Any], data: DataBundle | None) -> Mod
 
     identifier = name.partition(":")[2]
     hub = f"hf-hub:{identifier}"
-    config, arch, arguments = _cached_first(lambda: _reported(name, lambda: load_model_config_from_hf(identifier)))
+    config, arch, arguments = _cached_first(name, lambda: load_model_config_from_hf(identifier))
     registry.check_arch(f"{_TIMM}/{arch}")
     kwargs = {**(arguments or {}), **kwargs}
     own = config.get("mean"), config.get("std")
@@ -121,9 +125,7 @@ def _from_hub(name: str, kwargs: dict[str, Any], data: DataBundle | None) -> Mod
     size = tuple(config.get("input_size") or (3, 224, 224))
     spec = _spec(name, f"{_TIMM}/{arch}", int(config["num_classes"]), size, pair, kwargs, data)
     build = registry.timm_kwargs(arch, spec, kwargs)
-    network: nn.Module = _cached_first(
-        lambda: _reported(name, lambda: timm.create_model(hub, pretrained=True, **build))
-    )
+    network: nn.Module = _cached_first(name, lambda: timm.create_model(hub, pretrained=True, **build))
     model = NormalizedClassifier(network, spec.mean, spec.std)
     registry.check_output(model, spec)
     return Model(model.eval(), spec)
@@ -197,30 +199,48 @@ def _statistics(weights: Any) -> tuple[Any, Any] | None:
     return (mean, std) if mean and std else None
 
 
-def _reported(name: str, make: Callable[[], T]) -> T:
-    try:
-        return make()
-    except RobustPruneError:
-        raise
-    except Exception as error:  # timm and the hub raise errors of many kinds
-        if type(error).__name__ in _MISSING:
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise EnvironmentProblem(
-            f"cannot load {name}: {reason}. Check the name, connect to the internet, or give a file and --arch."
-        ) from error
+def _cached_first(name: str, make: Callable[[], T]) -> T:
+    """Call `make` without network, and again with it if a file is not on this machine.
 
-
-def _cached_first(make: Callable[[], T]) -> T:
-    """Call `make` without network, and again with it if a file is not on this machine."""
+    Raises:
+        EnvironmentProblem: a file is missing and the network cannot be reached, or the download fails.
+    """
     try:
         with _offline():
             return make()
-    except Exception as error:
-        causes = _chain(error)
-        if not any(type(cause).__name__ in _MISSING for cause in causes):
-            raise
-    return make()
+    except Exception as error:  # timm and the hub raise errors of many kinds
+        if not any(type(cause).__name__ in _MISSING for cause in _chain(error)):
+            raise _reported(name, error) from error
+    _check_network(name)
+    try:
+        return make()
+    except Exception as error:  # as above
+        raise _reported(name, error) from error
+
+
+def _reported(name: str, error: Exception) -> RobustPruneError:
+    if isinstance(error, RobustPruneError):
+        return error
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return EnvironmentProblem(f"cannot load {name}: {reason}. Check the name, or give a file and --arch.")
+
+
+def _check_network(name: str) -> None:
+    # The hub's client repeats failed requests for most of a minute before it gives up.
+    from huggingface_hub import constants
+
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=_PATIENCE_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            return
+        raise EnvironmentProblem(
+            f"the weights of {name} are not on this machine, and {constants.ENDPOINT} cannot be reached "
+            f"({getattr(error, 'reason', error)}). Connect to the internet once, or give a file and --arch."
+        ) from error
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -285,7 +285,7 @@ def _guarded(spec: ModelSpec, pretrained: bool, make: Any) -> nn.Module:
         if pretrained and network:
             raise EnvironmentProblem(
                 f"cannot download the published weights of {spec.arch}: {_one_line(error)}. "
-                "Connect to the internet, or drop pretrained: true and give a checkpoint file."
+                "Connect to the internet once, or give a file and --arch."
             ) from error
         raise UsageError(
             f"cannot build {spec.arch} with {spec.kwargs or 'no arguments'}: {_one_line(error)}"

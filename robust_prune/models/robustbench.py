@@ -97,8 +97,8 @@ def _entry(name: str) -> dict[str, Any]:
             from robustbench.model_zoo.models import model_dicts  # type: ignore[import-not-found]
     except ImportError as error:
         raise EnvironmentProblem(
-            f"models of RobustBench need its package, which cannot be imported ({error}): pip install robustbench "
-            '"setuptools<81" "timm>=1.0.12"'
+            f"models of RobustBench need its package, which cannot be imported ({error}): pip install "
+            '"setuptools<81" git+https://github.com/RobustBench/robustbench.git'
         ) from error
     known = model_dicts[BenchmarkDataset(dataset)].get(Setting(setting), {})
     if identifier not in known:

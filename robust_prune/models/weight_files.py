@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +22,30 @@ _SAFETENSORS_HEADER_LIMIT = 100_000_000
 _PICKLED = (
     "holds pickled Python objects, and opening it would run code from the file. Save a plain state_dict "
     "(torch.save(model.state_dict(), …)), or pass --trust-pickle if you trust where it comes from."
+)
+
+
+class _Settings(dict[str, Any]):
+    """Stands for the containers of settings that training frameworks store beside the weights."""
+
+
+# Numpy 1 and 2 have it in different modules.
+_numpy_scalar = np.float64(0).__reduce__()[0]
+# Containers of plain values, which training scripts store beside the weights; none of them can run code.
+_HARMLESS: tuple[Any, ...] = (
+    argparse.Namespace,
+    defaultdict,
+    int,
+    float,
+    list,
+    dict,
+    (_Settings, "lightning.fabric.utilities.data.AttributeDict"),
+    (_Settings, "lightning_fabric.utilities.data.AttributeDict"),
+    (_Settings, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (np.dtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 )
 
 
@@ -96,7 +123,8 @@ def _read_safetensors(path: Path) -> Contents:
 
 def _read_torch(path: Path, trust_pickle: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*_HARMLESS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust_pickle:
             culprit = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from builders.model_files import MEAN, SMALL, STD, data_of, make_spec
+from builders.model_files import FACTS, MEAN, SMALL, STD, data_of, make_spec
 from builders.weights import randomised
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
+from robust_prune.data.base import DataBundle, TensorImages
 from robust_prune.errors import UsageError
+from robust_prune.introspect.copies import copied
 from robust_prune.models import cifar, registry
 from robust_prune.models.artifact import Model
 from robust_prune.models.foreign import open_model
@@ -81,13 +86,99 @@ def test_normalization_inside_the_checkpoint_wins(tmp_path: Path, donor: nn.Modu
     assert same_as(loaded, donor)
 
 
-def test_the_choice_between_weights_and_their_average_is_recorded(tmp_path: Path, donor: nn.Module) -> None:
-    other = {key: torch.zeros_like(tensor) for key, tensor in donor.state_dict().items()}
-    torch.save({"model": donor.state_dict(), "model_ema": other}, tmp_path / "m.pt")
+def two_sets(donor: nn.Module, path: Path, averaged: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.save({"state_dict": dict(donor.state_dict()), "state_dict_ema": averaged, "optimizer": {"state": {}}}, path)
+    return averaged
+
+
+def test_averaged_weights_are_preferred_as_in_timm_and_the_others_named(tmp_path: Path, donor: nn.Module) -> None:
+    averaged = two_sets(donor, tmp_path / "m.pt", {k: t * 2 for k, t in donor.state_dict().items()})
     loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+    assert torch.equal(loaded.module.backbone.conv1.weight, averaged["conv1.weight"])
+    assert loaded.provenance["weights_from"] == "state_dict_ema"
+    assert "m.pt holds several sets of weights: state_dict_ema was taken, state_dict not." in loaded.provenance["notes"]
+
+
+def test_averaged_weights_that_are_worse_on_the_images_are_not_taken(tmp_path: Path) -> None:
+    labels = torch.arange(60) % 3
+    part = TensorImages((labels * 100)[:, None, None, None].expand(60, 3, 4, 4).byte(), labels)
+    data = DataBundle("shades", part, part, part, ("a", "b", "c"), (0.4,) * 3, (0.3,) * 3, (3, 4, 4))
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.c = nn.Parameter(torch.zeros(3))\n    def forward(self, x):\n"
+        "        return -(x.mean((1, 2, 3))[:, None] - self.c).square()\n"
+    )
+    good = torch.tensor([0.0, 100 / 255, 200 / 255])
+    torch.save({"state_dict": {"c": good}, "ema": {"c": torch.zeros(3)}}, tmp_path / "m.pt")
+    loaded = open_model(tmp_path / "m.pt", arch=f"{tmp_path / 'net.py'}:Net", data=data)
+    assert loaded.provenance["weights_from"] == "state_dict"
+    assert "state_dict (100.0 %) was taken, ema (3" in loaded.provenance["notes"][-1]
+
+
+def test_what_belongs_to_training_alone_is_left_out_and_named(tmp_path: Path, donor: nn.Module) -> None:
+    stored = prefixed("model.", dict(donor.state_dict())) | {
+        "criterion.weight": torch.ones(7), "train_acc.correct": torch.tensor(3), "teacher.conv1.weight": torch.ones(4),
+    }  # fmt: skip
+    torch.save({"state_dict": stored, "epoch": 3, "pytorch-lightning_version": "2.5"}, tmp_path / "m.ckpt")
+    loaded = open_model(tmp_path / "m.ckpt", arch=SMALL, data=data_of())
     assert same_as(loaded, donor)
-    assert loaded.provenance["weights_from"] == "model"
-    assert loaded.provenance["weights_not_used"] == ["model_ema"]
+    assert any("left out (criterion, teacher, train_acc)" in note for note in loaded.provenance["notes"])
+
+
+def test_modules_that_forward_never_calls_may_be_missing_or_too_many(tmp_path: Path) -> None:
+    wide = randomised(cifar.create("wideresnet_10_1", 7))
+    dead = {f"sub_block1.{key}": tensor for key, tensor in wide.block1.state_dict().items()}
+    torch.save({"state_dict": prefixed("module.", dict(wide.state_dict()) | dead)}, tmp_path / "trades.pt")
+    loaded = open_model(tmp_path / "trades.pt", arch="cifar/wideresnet_10_1", data=data_of())
+    assert same_as(loaded, wide)
+    assert any("left out (sub_block1)" in note for note in loaded.provenance["notes"])
+    torch.save(wide.state_dict(), tmp_path / "clean.pt")
+    built = open_model(tmp_path / "clean.pt", arch="cifar/wideresnet_10_1", kwargs={"sub_block1": True}, data=data_of())
+    assert any("parts that forward never calls" in note for note in built.provenance["notes"])
+
+
+def test_masks_are_multiplied_into_the_weights(tmp_path: Path, donor: nn.Module) -> None:
+    masked = copied(donor)
+    prune.l1_unstructured(masked.conv1, "weight", 0.5)
+    torch.save(masked.state_dict(), tmp_path / "m.pt")
+    loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+    assert torch.equal(loaded.module.backbone.conv1.weight, masked.conv1.weight)
+    assert any("multiplied into the weights (50 % are 0)" in note for note in loaded.provenance["notes"])
+
+
+def test_settings_of_the_training_script_name_the_normalization(tmp_path: Path, donor: nn.Module) -> None:
+    settings = argparse.Namespace(lr=0.1, mean=(123.0, 117.0, 104.0), std=[58.0, 57.0, 57.5])
+    torch.save({"state_dict": donor.state_dict(), "args": settings, "best": np.float64(0.5)}, tmp_path / "m.pt")
+    loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+    assert loaded.spec.mean == pytest.approx((123 / 255, 117 / 255, 104 / 255))
+    assert "the settings in the checkpoint" in loaded.provenance["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "not_said"),
+    [
+        (lambda s: s | {"conv1.popup_scores": torch.ones(4, 3, 3, 3)}, "scores of a mask, as HYDRA and HARP", "--arch"),
+        (lambda s: {k.replace("conv1.weight", "conv1.weight_v"): t for k, t in s.items()}, "reparametrized", "--arch"),
+        (lambda s: s | {"conv1.weight": torch.ones(4, 1, 3, 3)}, "for images of 1 channels, the data have 3", "--arch"),
+        (lambda s: s | {"projector.weight": torch.ones(2, 2)}, "differ in projector", "--arch"),
+        (lambda s: {f"features.{k}": t for k, t in list(s.items())[:3]}, "tensors are missing", "widths"),
+    ],
+)  # fmt: skip
+def test_the_hint_names_the_cause(tmp_path: Path, donor: nn.Module, change: Any, words: str, not_said: str) -> None:
+    torch.save(change(dict(donor.state_dict())), tmp_path / "m.pt")
+    with pytest.raises(UsageError, match=words) as raised:
+        open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+    assert not_said not in str(raised.value).partition("missing")[2] and "\n" not in str(raised.value)
+
+
+def test_a_position_embedding_of_another_size_names_both_sizes(tmp_path: Path) -> None:
+    import timm
+
+    data, kwargs = data_of(FACTS | {"input_size": (3, 64, 64)}), {"depth": 1}
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=96, depth=1)
+    torch.save(other.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(UsageError, match="for images of 96x96 pixels, the data have 64x64"):
+        open_model(tmp_path / "m.pt", arch="timm/vit_tiny_patch16_224", data=data, kwargs=kwargs)
 
 
 def test_a_users_model_with_a_plain_state_dict(tmp_path: Path, user_file: Path) -> None:
@@ -180,7 +271,7 @@ def _other_classes(tmp: Path, _: nn.Module) -> Path:
         (_larger, r"have another shape \(conv1.weight is 8x3x3x3 in the file, 4x3x3x3 in the model"),
         (_other_family, r"tensors are missing \(conv1.weight, .*unexpected \(features.0.weight"),
         (_other_classes, "tells 100 classes apart, the data have 7"),
-        (lambda *_: Path("timm/resnet18"), "is an architecture, not a model file"),
+        (lambda *_: Path("timm/resnet18"), "names a published model, whose architecture is known. Leave --arch out"),
     ],
 )
 def test_wrong_inputs_end_in_one_clear_line(tmp_path: Path, donor: nn.Module, make: Any, words: str) -> None:
