@@ -14,6 +14,7 @@ from ..data.base import DataBundle, random_images
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
 from .normalization import AUTO, FORMS, Normalization, common_normalizations, no_normalization
+from .state_dict import MEAN_NAMES, STD_NAMES
 
 FIRST_IMAGES, MOST_IMAGES = 64, 400
 """Number of images on which all candidates are scored, and to which it grows while several remain."""
@@ -25,8 +26,6 @@ BATCH = 64
 _LEAD, _SAFE_LEAD = 2.0, 3.0
 _ABOVE_CHANCE = 3.0
 _CLEAR_GAP, _SMALL_GAP = 0.8, 0.2
-_MEAN_NAMES = ("mean", "mu", "_mean")
-_STD_NAMES = ("std", "sigma", "_std")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -68,7 +67,7 @@ def normalizes_inside(module: nn.Module, channels: int) -> bool:
     Such parts normalize the images themselves, as the networks of RobustBench do. Buffers, parameters and plain
     attributes are looked at.
     """
-    return any(_has(part, _MEAN_NAMES, channels) and _has(part, _STD_NAMES, channels) for part in module.modules())
+    return any(_has(part, MEAN_NAMES, channels) and _has(part, STD_NAMES, channels) for part in module.modules())
 
 
 def _has(part: nn.Module, names: Sequence[str], channels: int) -> bool:

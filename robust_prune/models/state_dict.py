@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from .spec import ModelSpec
 _AVERAGES = ("ema", "averaged", "swa")
 _PREFERRED = ("state_dict", "model_state", "model", "net", "network", "student", "params", "weights", "module", "best")
 _AVOIDED = ("teacher", "target", "momentum", "discriminator", "optim", "sched", "callbacks", "loops", "scaler")
-_MEAN_NAMES = ("mean", "mu", "_mean")
-_STD_NAMES = ("std", "sigma", "_std")
+MEAN_NAMES = ("mean", "mu", "_mean", "means", "new_mean", "image_mean", "pixel_mean")
+STD_NAMES = ("std", "sigma", "_std", "stds", "sds", "new_std", "image_std", "pixel_std")
+"""Names of the statistics of normalization layers."""
+
 _SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "pretrained_cfg")
 _MAX_PREFIX_DEPTH = 4
 _MAX_NESTING = 4
@@ -122,17 +124,32 @@ def fit_all(
     fitting: list[tuple[FoundWeights, Fitted]] = []
     problems: list[tuple[int, UsageError]] = []
     for weights in found:
-        try:
-            fitting.append((weights, fit_to(wanted, weights, spec, what, network)))
-        except UsageError as error:
-            problems.append((_matches(wanted, weights.tensors), error))
+        prefixes, matches = _best_prefixes(wanted, weights.tensors)
+        for prefix in prefixes:
+            try:
+                fitted = _fit(wanted, weights, spec, what, network, prefix)
+            except UsageError as error:
+                problems.append((matches, error))
+                continue
+            if not any(_equal(fitted.tensors, other.tensors) for _, other in fitting):
+                named = f"{weights.where or 'top level'}: {prefix}" if len(prefixes) > 1 else weights.where
+                fitting.append((replace(weights, where=named), fitted))
     if not fitting:
         raise max(problems, key=lambda problem: problem[0])[1]
-    return fitting
+    return sorted(fitting, key=lambda fit: _rank(f"{fit[0].where}.{fit[1].prefix}"))
 
 
-def fit_to(
-    wanted: Mapping[str, Tensor], found: FoundWeights, spec: ModelSpec, what: str, network: nn.Module | None = None
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(first[name].equal(second[name]) for name in first)
+
+
+def _fit(
+    wanted: Mapping[str, Tensor],
+    found: FoundWeights,
+    spec: ModelSpec,
+    what: str,
+    network: nn.Module | None = None,
+    prefix: str = "",
 ) -> Fitted:
     """Rename the weights to the names of a model, and check that they are complete and have the right shapes.
 
@@ -144,7 +161,6 @@ def fit_to(
             what they are.
     """
     tensors, notes = leftovers.fold_masks(found.tensors, wanted)
-    prefix = _best_prefix(wanted, tensors)
     inside = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     outside = {k: t for k, t in tensors.items() if not k.startswith(prefix)}
     extra = {k: t for k, t in inside.items() if k not in wanted}
@@ -182,7 +198,7 @@ def statistics(tensors: Mapping[str, Tensor], channels: int) -> tuple[tuple[floa
     found: dict[str, tuple[float, ...]] = {}
     for key, tensor in tensors.items():
         last = key.rpartition(".")[2]
-        for label, names in (("mean", _MEAN_NAMES), ("std", _STD_NAMES)):
+        for label, names in (("mean", MEAN_NAMES), ("std", STD_NAMES)):
             if last in names and tensor.numel() == channels and tensor.is_floating_point():
                 found[label] = tuple(float(v) for v in tensor.flatten().tolist())
     return _in_unit_range(found["mean"], found["std"]) if len(found) == 2 else ((), ())
@@ -215,7 +231,7 @@ def _in_unit_range(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tup
 
 
 def _is_statistic(key: str) -> bool:
-    return key.rpartition(".")[2] in _MEAN_NAMES + _STD_NAMES
+    return key.rpartition(".")[2] in MEAN_NAMES + STD_NAMES
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -230,17 +246,15 @@ def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
 
 
-def _best_prefix(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Return the prefix under which most of the wanted names are found; see `_rank` for equal ones."""
+def _best_prefixes(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tuple[list[str], int]:
+    """Return the prefixes under which most of the wanted names are found, the one to prefer first, and their number."""
+    known, _ = leftovers.fold_masks(tensors, wanted)
     prefixes = {""}
-    for key in tensors:
+    for key in known:
         parts = key.split(".")[:-1][:_MAX_PREFIX_DEPTH]
         prefixes |= {".".join(parts[: n + 1]) + "." for n in range(len(parts))}
-    counts = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in prefixes}
+    counts = {prefix: sum(prefix + name in known for name in wanted) for prefix in prefixes}
     most = max(counts.values())
-    return min((p for p in prefixes if counts[p] == most), key=lambda p: (p != "", _rank(p), len(p), p))
-
-
-def _matches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> int:
-    prefix = _best_prefix(wanted, tensors)
-    return sum(prefix + name in tensors for name in wanted)
+    best = sorted((p for p in prefixes if counts[p] == most), key=lambda p: (p != "", _rank(p), len(p), p))
+    # Where some names are missing, only the message depends on the prefix.
+    return (best if most and best[0] != "" else best[:1]), most

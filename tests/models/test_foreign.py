@@ -115,6 +115,16 @@ def test_averaged_weights_that_are_worse_on_the_images_are_not_taken(tmp_path: P
     assert "state_dict (100.0 %) was taken, ema (3" in loaded.provenance["notes"][-1]
 
 
+def test_sets_under_prefixes_of_one_state_dict(tmp_path: Path, donor: nn.Module) -> None:
+    averaged = {key: tensor * 2 for key, tensor in donor.state_dict().items()}
+    stored = prefixed("net.", dict(donor.state_dict())) | prefixed("ema_net.module.", averaged)
+    torch.save({"state_dict": stored | prefixed("attacker.net.", dict(donor.state_dict()))}, tmp_path / "m.ckpt")
+    loaded = open_model(tmp_path / "m.ckpt", arch=SMALL, data=data_of())
+    assert torch.equal(loaded.module.backbone.conv1.weight, averaged["conv1.weight"])
+    said = "state_dict: ema_net.module. was taken, state_dict: net. not"
+    assert any(said in note for note in loaded.provenance["notes"])
+
+
 def test_what_belongs_to_training_alone_is_left_out_and_named(tmp_path: Path, donor: nn.Module) -> None:
     stored = prefixed("model.", dict(donor.state_dict())) | {
         "criterion.weight": torch.ones(7), "train_acc.correct": torch.tensor(3), "teacher.conv1.weight": torch.ones(4),
