@@ -35,7 +35,7 @@ from .budget.types import PruningPlan
 from .compression import compress as _compress
 from .data.arrays import DataSource
 from .data.arrays import as_data as load_data
-from .data.base import DataBundle, first
+from .data.base import DataBundle, stratified
 from .errors import UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject
@@ -230,7 +230,7 @@ def evaluate(
     where = next(opened.module.parameters()).device
     try:
         return _evaluate(
-            opened.module.to(choose_device("auto")), first(bundle.test, section.images), _threat(threat, opened),
+            opened.module.to(choose_device("auto")), stratified(bundle.test, section.images), _threat(threat, opened),
             section, subject=Subject(opened.spec.arch, bundle.name, "test"), seed=seed,
         )  # fmt: skip
     finally:

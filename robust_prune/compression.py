@@ -24,7 +24,7 @@ from .budget.latency_search import plan_for_latency
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn
-from .data.base import DataBundle, first, random_subset
+from .data.base import DataBundle, random_subset, stratified
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
@@ -198,7 +198,7 @@ def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) ->
     """Measure accuracy after the cut on up to 500 held-out training images; test images are for final results only."""
     section = recipe.evaluation.model_copy(update={"tier": "pgd", "restarts": 1, "sweep": (), "precision": "fp32"})
     subject = Subject("pruned, before fine-tuning", data.name, "validation")
-    held_out = first(data.validation, BEFORE_FINETUNE_IMAGES)
+    held_out = stratified(data.validation, BEFORE_FINETUNE_IMAGES)
     return evaluate(model, held_out, recipe.threat_model, section, subject=subject, seed=recipe.seed)
 
 
@@ -307,8 +307,8 @@ def evaluate_on_test(
 
     def make() -> ResultCard:
         card = evaluate(
-            model.to(job.device), first(data.test, recipe.evaluation.images), recipe.threat_model, recipe.evaluation,
-            subject=Subject(label, data.name, "test"), seed=recipe.seed,
+            model.to(job.device), stratified(data.test, recipe.evaluation.images), recipe.threat_model,
+            recipe.evaluation, subject=Subject(label, data.name, "test"), seed=recipe.seed,
             exported={precision: OnnxModel(Path(file.path)) for precision, file in files.items()},
             state_path=run.folder / name / "state.npz", shared=True,
         )  # fmt: skip

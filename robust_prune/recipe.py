@@ -51,14 +51,18 @@ class DataSection(Section):
     """Data set."""
 
     name: str | None = None
-    """cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder, or an .npz file."""
+    """cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder, or an .npz or .parquet file."""
     root: str | None = None
     """Folder of downloaded data sets; the user's cache folder by default."""
     validation: int | None = Field(None, ge=1)
     """Number of training images held out for model selection and never used for training; a tenth, at most 1000, by
     default."""
     image_size: int | None = Field(None, ge=1)
-    """Height and width in pixels to which images of a folder are resized; their common size, or 224, by default."""
+    """Height and width in pixels to which images of a folder or of Hugging Face data are resized; their common size, or
+    224, by default. Grey images stay grey."""
+    class_order: Literal["text", "natural"] = "text"
+    """Order in which class folders are numbered: by name as text (1, 10, 2), as by torchvision, or with numbers
+    compared as numbers (1, 2, 10), as by timm."""
 
 
 class ThreatSection(Section):
@@ -173,7 +177,7 @@ class TrainSettings(Section):
     flip: bool = True
     """Random horizontal flip."""
     validation_images: int = Field(500, ge=0)
-    """Number of held-out images that are scored after each epoch."""
+    """Number of held-out images that are scored after each epoch, the same ones each time, of all classes."""
     validation_steps: int = Field(10, ge=1)
     """Number of PGD steps of this score."""
     precision: Literal["auto", "fp32"] = "auto"
@@ -208,9 +212,10 @@ class EvaluationSection(Section):
     restarts: int = Field(2, ge=1)
     """Number of random restarts of PGD; an image is robust only if it survives all of them."""
     sweep: tuple[Radius, ...] = ()
-    """Further radii at which the first 256 images are attacked by PGD; fractions such as 4/255 are allowed."""
+    """Further radii at which 256 of the images are attacked by PGD; fractions such as 4/255 are allowed."""
     images: int | None = Field(None, ge=1)
-    """Number of test images; all of them by default."""
+    """Number of test images, drawn with the class shares of the test set. They are the same whatever the seed of the
+    run, and fewer are a part of more. All of them by default."""
     batch_size: int | None = Field(None, ge=1)
     """Number of images in a batch; by default 250, fewer above 64x64 pixels."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -12,7 +12,7 @@ from torch import nn
 from . import distributed
 from .budget.counting import count_macs, count_params
 from .console import console, warn
-from .data.base import DataBundle, first
+from .data.base import DataBundle, stratified
 from .errors import UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
@@ -127,7 +127,7 @@ def _evaluate(
     name: str, model: nn.Module, spec: ModelSpec, data: DataBundle, recipe: Recipe, folder: Path
 ) -> ResultCard:
     card = evaluate(
-        model.to(choose_device(recipe.device)), first(data.test, recipe.evaluation.images), recipe.threat_model,
+        model.to(choose_device(recipe.device)), stratified(data.test, recipe.evaluation.images), recipe.threat_model,
         recipe.evaluation, subject=Subject(name, data.name, "test"), seed=recipe.seed,
         state_path=folder / "evaluate" / "state.npz", shared=True,
     )  # fmt: skip

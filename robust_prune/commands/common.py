@@ -13,7 +13,7 @@ import yaml
 from cyclopts import Parameter
 
 from .. import distributed, recipe_reader
-from ..console import console
+from ..console import console, warn
 from ..errors import UsageError
 from ..recipe import Recipe
 from ..recipe_reader import load
@@ -30,7 +30,8 @@ RecipeFlag = Annotated[
 DataFlag = Annotated[
     str | None,
     Parameter(
-        help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, or an .npz file."
+        help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, an .npz file, or "
+        "Hugging Face parquet files."
     ),
 ]
 ArchFlag = Annotated[
@@ -58,7 +59,9 @@ EPSILON_HELP = (
 )
 EpsilonFlag = Annotated[str | None, Parameter(help=EPSILON_HELP)]
 NormFlag = Annotated[str | None, Parameter(help="Norm of the perturbation: linf or l2.")]
-IMAGES_HELP = "Evaluate on the first N test images only."
+IMAGES_HELP = (
+    "Evaluate on N test images, drawn with the class shares of the test set: always the same, and part of a larger N."
+)
 ImagesFlag = Annotated[int | None, Parameter(help=IMAGES_HELP)]
 TrustFlag = Annotated[
     bool, Parameter(negative="", help="Open pickled modules, which run code from the file. Only for files of your own.")
@@ -121,15 +124,20 @@ def open_data(recipe: Recipe) -> DataBundle:
     section = recipe.data
     if section.name is None:
         raise UsageError(
-            "no data given. Add --data cifar10 (or cifar100, svhn, fashion_mnist, a folder, an .npz file), "
+            "no data given. Add --data cifar10 (or cifar100, svhn, fashion_mnist, a folder, an .npz or .parquet file), "
             "or --data sample for the embedded sample of CIFAR-10."
         )
-    size = (3, section.image_size, section.image_size) if section.image_size else None
     root = Path(section.root).expanduser() if section.root else None
     distributed.join(recipe.device)
     with distributed.one_at_a_time_per_node():
         # Splits do not follow the recipe's seed: what one run tests on, no other may have trained on.
-        return load_data(section.name, validation=section.validation, root=root, input_size=size)
+        data = load_data(
+            section.name, validation=section.validation, root=root, image_size=section.image_size,
+            class_order=section.class_order,
+        )  # fmt: skip
+    for note in data.notes:
+        warn(note)
+    return data
 
 
 def open_model_for(

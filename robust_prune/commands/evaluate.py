@@ -93,7 +93,7 @@ def evaluate(
     resolved = with_threat_of(loaded, resolved)
 
     from ..budget.counting import count_macs, count_params
-    from ..data.base import SAMPLE_NOTE, first
+    from ..data.base import SAMPLE_NOTE, stratified
     from ..evaluation.evaluate import Subject
     from ..evaluation.evaluate import evaluate as evaluate_model
     from ..evaluation.onnx_scores import OnnxModel
@@ -107,7 +107,7 @@ def evaluate(
     threat, section = resolved.threat_model, resolved.evaluation
     state = out.with_suffix(".state.npz") if out is not None else None
     card = evaluate_model(
-        loaded.module.to(choose_device(resolved.device)), first(bundle.test, section.images), threat, section,
+        loaded.module.to(choose_device(resolved.device)), stratified(bundle.test, section.images), threat, section,
         subject=Subject(run_name(model), bundle.name, "test"), seed=resolved.seed,
         exported={"exported": OnnxModel(onnx)} if onnx else {}, state_path=state,
     )  # fmt: skip

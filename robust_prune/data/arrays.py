@@ -1,9 +1,8 @@
-"""Data from Python objects: arrays and torch datasets."""
+"""Data from Python objects: arrays, torch datasets and data sets of Hugging Face's library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,8 +13,12 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from .base import DataBundle, TensorImages
-from .npz import channel_statistics
-from .sources import held_out, load_data
+from .bundles import in_memory
+from .checks import checked_images
+from .folder import ClassOrder
+from .hugging_face import from_splits, is_table
+from .sources import load_data
+from .splits import finished
 
 DataSource: TypeAlias = str | Path | DataBundle | Mapping[str, Any]
 """Types that `as_data` accepts."""
@@ -24,84 +27,95 @@ _PARTS = ("train", "validation", "test")
 
 
 def as_data(
-    source: DataSource, *, validation: int | None = None, class_names: Sequence[str] = (), name: str = "data"
+    source: DataSource,
+    *,
+    validation: int | None = None,
+    class_names: Sequence[str] = (),
+    name: str = "data",
+    image_size: int | tuple[int, int] | None = None,
+    class_order: ClassOrder = "text",
 ) -> DataBundle:
     """Return a bundle of training, held-out and test images.
 
     Args:
         source: a name or path (see `load_data`), a bundle, which is returned unchanged, or a mapping with ``train``,
-            ``test`` and optionally ``validation``, each a torch ``Dataset`` of (image, label) pairs or a pair of
-            arrays. Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1], which is rounded to uint8.
+            ``test`` and optionally ``validation``: a `datasets.DatasetDict`, or for each part a torch ``Dataset`` of
+            (image, label) pairs or a pair of arrays. Images are uint8 [N, C, H, W] or [N, H, W, C], or float in [0, 1],
+            which is rounded to uint8.
         validation: number of training images to hold out if the source has no held-out images; by default a tenth, at
             most 1000.
         class_names: name of each class, for arrays and datasets; by default its number.
         name: name of the data set, for arrays and datasets.
+        image_size: side, or (height, width), to which images of a folder or a Hugging Face data set are resized.
+        class_order: how the classes of a folder are numbered, ``text`` or ``natural``; see `load_folder`.
 
     Raises:
-        UsageError: a type is wrong, a part is missing, or images and labels do not match.
+        UsageError: a type is wrong, a part is missing or empty, images and labels do not match, images show nothing, or
+            parts share images.
         EnvironmentProblem: as `load_data`.
     """
     if isinstance(source, DataBundle):
+        for part, found in (("training", source.train), ("test", source.test)):
+            if len(found) == 0:
+                raise UsageError(f"{source.name} has no {part} images")
         return source
     if isinstance(source, str | Path):
-        return load_data(source, validation=validation)
+        return load_data(source, validation=validation, image_size=image_size, class_order=class_order)
+    if is_table(source) and not isinstance(source, Mapping):
+        raise UsageError("a single split has no test images. Give {'train': ..., 'test': ...}, or a DatasetDict.")
     if not isinstance(source, Mapping):
         raise UsageError(
             "data are a name such as 'cifar10', a path, what load_data returned, or a dict with 'train' and 'test'; "
             f"got {type(source).__module__}.{type(source).__qualname__}."
         )
-    unknown = sorted(set(source) - set(_PARTS))
+    if source and all(is_table(part) for part in source.values()):
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return finished(from_splits(source, name, image_size=size), validation)
+    unknown = sorted(map(str, set(source) - set(_PARTS)))
     if unknown or "train" not in source or "test" not in source:
         raise UsageError(
-            f"data need 'train' and 'test' (and may have 'validation'), got {', '.join(source) or 'none'}."
+            f"data need 'train' and 'test' (and may have 'validation'), got {', '.join(map(str, source)) or 'none'}."
         )
     parts = {part: _images(source[part], part) for part in _PARTS if part in source}
-    train = parts["train"]
-    shape = train.images.shape[1:]
-    for part, images in parts.items():
-        if images.images.shape[1:] != shape:
-            raise UsageError(f"train holds images of {tuple(shape)}, {part} of {tuple(images.images.shape[1:])}")
-    count = 1 + max(int(images.labels.max()) for images in parts.values() if len(images))
-    names = tuple(class_names) or tuple(str(i) for i in range(count))
-    if len(names) < count:
-        raise UsageError(f"label {count - 1} found, but only {len(names)} class names given")
-    mean, std = channel_statistics(train.images)
-    size = (int(shape[0]), int(shape[1]), int(shape[2]))
-    empty = TensorImages(train.images[:0], train.labels[:0])
-    bundle = DataBundle(name, train, parts.get("validation", empty), parts["test"], names, mean, std, size)
-    return held_out(replace(bundle), validation)
+    return finished(in_memory(name, parts, tuple(class_names)), validation)
 
 
 def _images(value: Any, part: str) -> TensorImages:
     if isinstance(value, TensorImages):
-        return value
-    if isinstance(value, Dataset):
-        pairs = [value[i] for i in range(len(value))]  # type: ignore[arg-type]
-        if not pairs or not isinstance(pairs[0], Sequence) or len(pairs[0]) != 2:
-            raise UsageError(f"the {part} dataset must give (image, label) pairs, and at least one.")
-        value = torch.stack([_pixels(x, part) for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
-    if not isinstance(value, Sequence) or len(value) != 2:
+        value = value.images, value.labels
+    elif isinstance(value, Dataset):
+        value = _items(value, part)
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise UsageError(f"{part} must be a torch Dataset or a pair (images, labels), got {type(value).__qualname__}.")
-    images, labels = _pixels(value[0], part), torch.as_tensor(np.asarray(value[1])).long()
-    if images.ndim == 3:
-        images = images[:, None]
-    if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
-        images = images.permute(0, 3, 1, 2)
-    if labels.ndim != 1:
-        raise UsageError(f"{part} labels must be one class an image, [N], got {tuple(labels.shape)}")
-    return TensorImages(images.contiguous(), labels)
+    return checked_images(value[0], value[1], f"{part} images", f"{part} labels")
 
 
-def _pixels(value: Any, part: str) -> Tensor:
-    """Return the values as uint8, with dimensions in the same order."""
-    pixels = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    if pixels.dtype == torch.uint8:
-        return pixels
-    if not pixels.is_floating_point():
-        raise UsageError(f"{part} images must be uint8, or float in [0, 1], got {pixels.dtype}")
-    if pixels.numel() and not (float(pixels.min()) >= 0 and float(pixels.max()) <= 1):
+def _items(dataset: Any, part: str) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a torch dataset, each stacked."""
+    try:
+        pairs = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:  # a user's dataset may raise any error
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"the {part} dataset cannot be read: {type(error).__name__}: {reason}") from error
+    if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise UsageError(f"the {part} dataset must give (image, label) pairs, and at least one.")
+    try:
+        images = [torch.as_tensor(np.asarray(image)) for image, _ in pairs]
+        labels = torch.tensor([_number(label) for _, label in pairs])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"the {part} dataset must give images and whole numbers as labels: {reason}") from error
+    shapes = {(tuple(image.shape), image.dtype) for image in images}
+    if len(shapes) > 1:
+        (one, _), (two, _) = sorted(shapes, key=str)[:2]
         raise UsageError(
-            f"{part} images must be uint8, or float in [0, 1], got values from {float(pixels.min()):.3g} to "
-            f"{float(pixels.max()):.3g}. Leave normalization to the model."
+            f"the {part} dataset gives images of different shapes or types, such as {one} and {two}. "
+            "Resize them in its transform."
         )
-    return (pixels * 255).round().to(torch.uint8)
+    return torch.stack(images), labels
+
+
+def _number(label: Any) -> int | float:
+    """Return a label as a Python number, of which only whole ones become classes."""
+    found: int | float = label.item() if hasattr(label, "item") else label
+    return found

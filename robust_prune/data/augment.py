@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .base import plain_strides
+
 
 def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Zero-pad images, crop each at a random position to its former size, and flip half of them.
@@ -17,7 +19,7 @@ def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Gen
         generator: random number generator on the images' device.
 
     Returns:
-        uint8 [N, C, H, W], in channels_last memory format.
+        uint8 [N, C, H, W], in channels_last memory format unless C is 1.
     """
     count, _, height, width = images.shape
     device = images.device
@@ -34,4 +36,5 @@ def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Gen
         images = F.pad(images, (padding,) * 4)
     rows = rows.expand(count, -1)
     sample = torch.arange(count, device=device)[:, None, None]
-    return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    moved = images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return plain_strides(moved) if moved.shape[1] == 1 else moved

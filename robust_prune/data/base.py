@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +14,10 @@ from ..shown import Shown
 
 
 class ImageSet(Protocol):
-    """Interface of labelled images with random access."""
+    """Interface of labelled images with random access.
+
+    A set should also have an attribute ``labels``, int64 [N], that needs no decoding; see `labels_of`.
+    """
 
     def __len__(self) -> int:
         """Number of images."""
@@ -30,7 +33,7 @@ class TensorImages:
     """Images in memory.
 
     Attributes:
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W], contiguous.
         labels: int64 [N].
 
     Raises:
@@ -45,6 +48,7 @@ class TensorImages:
             raise UsageError(f"images must be uint8 [N, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}")
         if len(self.images) != len(self.labels):
             raise UsageError(f"{len(self.images)} images but {len(self.labels)} labels")
+        object.__setattr__(self, "images", plain_strides(self.images))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,16 +72,59 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64 [N]."""
+        return labels_of(self.base)[self.indices]
+
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at positions `indices` of this subset."""
         return self.base.get(self.indices[indices])
 
 
-def first(images: ImageSet, count: int | None) -> ImageSet:
-    """Return the first `count` images; all of them for None or a larger count."""
+def labels_of(images: ImageSet) -> Tensor:
+    """Return the labels of a set, int64 [N] on the CPU; images are read only if the set has no attribute ``labels``."""
+    known = getattr(images, "labels", None)
+    if known is None:
+        parts = [images.get(part)[1] for part in torch.arange(len(images)).split(_LABELS_AT_ONCE) if len(part)]
+        known = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    return torch.as_tensor(known).cpu()
+
+
+def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """Return an order of images, int64 [N], of which every beginning has nearly the class shares of the whole.
+
+    If all classes are equally large, the numbers of their images in a beginning differ by at most one.
+
+    Args:
+        labels: int64 [N].
+        seed: random seed of the order within classes and of the turns of classes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    _, of_class, counts = labels.cpu()[order].unique(return_inverse=True, return_counts=True)
+    grouped = of_class.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[grouped] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[of_class[grouped]]
+    # Each class is spread evenly over [0, 1), from a random start, or small classes would all have the same turn.
+    start = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    return order[((rank + start[of_class]) / counts[of_class]).argsort(stable=True)]
+
+
+def stratified(images: ImageSet, count: int | None, seed: int = 0) -> ImageSet:
+    """Return `count` images with the class shares of the set; the set itself for None or a larger count.
+
+    The same images are chosen whenever the seed is the same, and a smaller sample is part of a larger one. Results are
+    to be compared, so the seed of a recipe does not change which images are judged.
+    """
     if count is None or count >= len(images):
         return images
-    return Subset(images, torch.arange(count))
+    return Subset(images, stratified_order(labels_of(images), seed)[:count])
+
+
+def stratified_images(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+    """Return the images of `stratified` as float [N, C, H, W] in [0, 1], and their labels [N]."""
+    return _all_of(stratified(images, count))
 
 
 def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
@@ -90,23 +137,26 @@ def random_subset(images: ImageSet, count: int | None, seed: int) -> ImageSet:
 
 def random_images(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the images of `random_subset` as float [N, C, H, W] in [0, 1], and their labels [N]."""
-    return first_images(random_subset(images, count, seed), count)
+    return _all_of(random_subset(images, count, seed))
 
 
-def first_images(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first `count` images, or all if there are fewer, as float [N, C, H, W] in [0, 1], and labels [N]."""
-    x, y = images.get(torch.arange(min(count, len(images))))
-    return x.float() / 255, y
+def _all_of(images: ImageSet) -> tuple[Tensor, Tensor]:
+    x, y = images.get(torch.arange(len(images)))
+    return as_floats(x), y
 
 
-def mixing_order(labels: Tensor) -> Tensor:
-    """Return an order of images, int64 [N], such that the first images belong to all classes.
+def plain_strides(images: Tensor) -> Tensor:
+    """Return images [N, C, H, W] in contiguous layout with the strides that belong to it.
 
-    It is a fixed random permutation if the labels are sorted, else the identity.
+    Of a single channel, channels_last images count as contiguous too, but convolutions answer them in channels_last,
+    on which models that call ``view`` fail.
     """
-    if len(labels) > 1 and bool((labels[1:] >= labels[:-1]).all()):
-        return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return torch.arange(len(labels))
+    return images.contiguous().view(images.shape)
+
+
+def as_floats(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Return uint8 images [N, C, H, W] as float in [0, 1] on `device`, in contiguous layout."""
+    return plain_strides(images.to(device)).float() / 255
 
 
 def images_at_once(images: ImageSet, most: int = 256) -> int:
@@ -125,9 +175,10 @@ def batches(images: ImageSet, batch_size: int, device: torch.device | str = "cpu
     """Yield all images in order as float [B, C, H, W] in [0, 1], and labels [B], on `device`."""
     for start in range(0, len(images), batch_size):
         x, y = images.get(torch.arange(start, min(start + batch_size, len(images))))
-        yield x.to(device).float() / 255, y.to(device)
+        yield as_floats(x, device), y.to(device)
 
 
+_LABELS_AT_ONCE = 256
 SAMPLE_NOTE = (
     "These figures come from the embedded sample of CIFAR-10 (a few hundred test images): they are indicative only."
 )
@@ -178,20 +229,3 @@ class DataBundle(Shown):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
-
-
-def hold_out(bundle: DataBundle, count: int, seed: int = 0) -> DataBundle:
-    """Return the bundle with `count` random training images moved to the validation part; deterministic for a seed.
-
-    Raises:
-        UsageError: there are fewer than `count` + 1 training images.
-    """
-    total = len(bundle.train)
-    if count >= total:
-        raise UsageError(f"cannot hold out {count} of {total} training images for validation. Lower data.validation.")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return replace(
-        bundle,
-        train=Subset(bundle.train, order[count:].sort().values),
-        validation=Subset(bundle.train, order[:count].sort().values),
-    )

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import DataBundle, ImageSet, mixing_order
-from .npz import channel_statistics
+from .base import DataBundle
+from .bundles import of_any_kind
+from .images import Size, common_form, decode_all
+from .splits import file_keys, split_off
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
-TEST_SHARE = 0.2
-"""Share in [0, 1] of each class that becomes the test part if a folder has none."""
+PARTS = ("train", "val", "valid", "validation", "test")
+ClassOrder = Literal["text", "natural"]
 
-DEFAULT_SIDE = 224
-"""Height and width in pixels of resized images, if sizes differ and the caller names none."""
-
-_PROBED = 64
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-_STATISTICS_IMAGES = 1024
+_NO_DATA = frozenset({"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"})
+"""What file managers and file systems leave in folders, in lower case; neither are names data that begin with a dot."""
+_NAMED_CLASSES = 12
+_Samples = list[tuple[Path, int]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class FolderImages:
         labels: int64 [N].
         input_size: (channels, height, width) of the returned images. Images of another size are resized to cover it and
             centre-cropped.
+        keys: a value for each image that equal files share; may be left out.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
-    input_size: tuple[int, int, int]
+    input_size: Size
+    keys: tuple[Hashable, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,171 +56,219 @@ class FolderImages:
             UsageError: a file cannot be decoded.
         """
         chosen = [self.paths[i] for i in indices.tolist()]
-        arrays = list(_pool().map(lambda path: decode(path, self.input_size), chosen))
-        channels, height, width = self.input_size
-        images = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, channels, height, width).byte()
-        return images, self.labels[indices]
+        return decode_all(chosen, [str(path) for path in chosen], self.input_size), self.labels[indices]
+
+    def name_of(self, position: int) -> str:
+        """Return the path of an image."""
+        return str(self.paths[position])
 
 
-def decode(path: Path, input_size: tuple[int, int, int]) -> np.ndarray:
-    """Return one image as uint8 [C, H, W] of `input_size`; one channel is greyscale, three are colour.
-
-    Raises:
-        UsageError: the file cannot be decoded.
-    """
-    channels, height, width = input_size
-    try:
-        with Image.open(path) as stream:
-            image = _eight_bits(stream).convert("L" if channels == 1 else "RGB")
-    except _UNREADABLE as error:
-        raise UsageError(f"cannot decode the image {path}: {error}. Remove or replace it.") from error
-    if image.size != (width, height):
-        image = _resized(image, height, width)
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit greyscale to 8 bits, since Pillow clips it at 255.
-
-    Raises:
-        ValueError: the image has 32 bits, whose range is not known.
-    """
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has 32 bits a pixel, whose range is not known; store it with 8 or 16 bits")
-    return image
-
-
-def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
-    scale = max(width / image.width, height / image.height)
-    new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(new, Image.Resampling.BICUBIC)
-    left, top = (new[0] - width) // 2, (new[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="decode")
-
-
-def load_folder(root: Path, *, input_size: tuple[int, int, int] | None = None, seed: int = 0) -> DataBundle:
+def load_folder(
+    root: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    class_order: ClassOrder = "text",
+    seed: int = 0,
+) -> DataBundle:
     """Read a folder of images: ``train/`` and ``test/`` with class folders, class folders alone, or Tiny-ImageNet.
 
     ``val/``, ``valid/`` or ``validation/`` may replace ``test/``; if both exist, they are the validation part. If the
     folder has class folders alone, a random fifth of each class becomes the test part, and a note says so. ``val/`` of
-    Tiny-ImageNet is its test part.
+    Tiny-ImageNet is its test part. Hidden files and folders are not data; notes say how many files were left out.
 
     Args:
         root: the folder.
-        input_size: (channels, height, width) of the images; by default their own size if it is the same for all (of up
-            to 64 images), else 224x224.
+        image_size: (height, width) of the images; by default their own size if it is the same for all (of up to 2,000
+            images), else 224x224. Images stay grey if all are.
+        class_order: how classes are numbered: by their names as text, as torchvision does, or with the numbers in them
+            compared as numbers, as timm does.
         seed: random seed of the split.
 
     Raises:
-        UsageError: there are no images, a class is empty, classes differ between splits, or an image cannot be decoded.
+        UsageError: there are no images, a class is empty, classes differ between splits, a class has no two different
+            images to split, an image cannot be decoded, or images show nothing.
+        OSError: a file or folder cannot be read.
     """
+    skipped: Counter[str] = Counter()
     notes: list[str] = []
-    if (root / "val" / "val_annotations.txt").is_file():
-        names, labels_shown, splits = _tiny_imagenet(root)
+    if is_tiny_imagenet(root):
+        folders, splits = _tiny_imagenet(root, class_order, skipped)
+        names = _readable(root, folders)
     elif (root / "train").is_dir():
-        names, splits = _split_folders(root)
-        labels_shown = names
+        names, splits = _split_folders(root, class_order, skipped)
+        folders = names
     else:
-        names, splits = _split_off(root, seed)
-        labels_shown = names
-        notes.append(
-            f"{root.name} has no test folder: {len(splits['test'])} of its images were set aside under seed {seed}"
-        )
-    if input_size is None:
-        input_size, note = _common_size([path for path, _ in splits["train"]], seed)
-        notes += [note] if note else []
-    train, validation, test = (_images(splits.get(part, []), input_size) for part in ("train", "validation", "test"))
-    mean, std = channel_statistics(_probe(train, _STATISTICS_IMAGES, seed))
-    return DataBundle(root.name, train, validation, test, labels_shown, mean, std, input_size, notes=tuple(notes))
+        names = folders = _class_names(root, class_order)
+        splits = {"train": _samples(root, names, skipped)}
+    keys = dict(zip(paths := _paths(splits), file_keys(paths), strict=True))
+    if "test" not in splits:
+        splits, note = _split_off(root, names, splits["train"], keys, seed)
+        notes.append(note)
+    notes += [note for note in (_order_note(folders, class_order), _skipped_note(skipped)) if note]
+    paths = _paths(splits)
+    input_size, changed = common_form(len(paths), lambda i: (paths[i], str(paths[i])), image_size, seed)
+    parts = {part: _images(samples, keys, input_size) for part, samples in splits.items()}
+    return of_any_kind(root.name, parts, names, input_size, (*notes, *changed), seed)
 
 
-_Samples = list[tuple[Path, int]]
+def is_tiny_imagenet(root: Path) -> bool:
+    """Return whether a folder has the layout in which Tiny-ImageNet was published."""
+    return (root / "val" / "val_annotations.txt").is_file()
 
 
-def _images(samples: _Samples, input_size: tuple[int, int, int]) -> FolderImages:
+def _paths(splits: Mapping[str, _Samples]) -> list[Path]:
+    return [path for samples in splits.values() for path, _ in samples]
+
+
+def _images(samples: _Samples, keys: Mapping[Path, Hashable], input_size: Size) -> FolderImages:
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    order = mixing_order(labels)
-    return FolderImages(tuple(samples[i][0] for i in order.tolist()), labels[order], input_size)
+    return FolderImages(
+        tuple(path for path, _ in samples), labels, input_size, tuple(keys[path] for path, _ in samples)
+    )
 
 
-def _probe(images: ImageSet, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images.get(order[:count])[0]
-
-
-def _split_folders(root: Path) -> tuple[tuple[str, ...], dict[str, _Samples]]:
-    held_out = [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
+def _split_folders(root: Path, order: ClassOrder, skipped: Counter[str]) -> tuple[tuple[str, ...], dict[str, _Samples]]:
+    *held_out, last = [name for name in PARTS if (root / name).is_dir()]
     if not held_out:
         raise UsageError(f"{root} has train/ but none of val/, valid/, validation/ or test/. Add a held-out folder.")
-    names = _class_names(root / "train")
-    splits = {"train": _samples(root / "train", names), "test": _samples(root / held_out[-1], names)}
-    if len(held_out) > 1:
-        splits["validation"] = _samples(root / held_out[0], names)
-    return names, splits
+    if len(held_out) > 2:
+        raise UsageError(f"{root} has {', '.join([*held_out, last])}. Keep train, one for validation, and test.")
+    names = _class_names(root / "train", order)
+    parts = {"train": "train", **({"validation": held_out[1]} if len(held_out) > 1 else {}), "test": last}
+    return names, {part: _samples(root / folder, names, skipped) for part, folder in parts.items()}
 
 
-def _split_off(root: Path, seed: int) -> tuple[tuple[str, ...], dict[str, _Samples]]:
-    names = _class_names(root)
-    splits: dict[str, _Samples] = {"train": [], "test": []}
-    generator = torch.Generator().manual_seed(seed)
-    samples = _samples(root, names)
-    for label, name in enumerate(names):
-        of_class = [sample for sample in samples if sample[1] == label]
-        if len(of_class) < 2:
-            raise UsageError(f"class {name!r} of {root} has {len(of_class)} image; at least 2 are needed to split it")
-        count = max(1, round(TEST_SHARE * len(of_class)))
-        chosen = set(torch.randperm(len(of_class), generator=generator)[:count].tolist())
-        for index, sample in enumerate(of_class):
-            splits["test" if index in chosen else "train"].append(sample)
-    return names, splits
+def _split_off(
+    root: Path, names: tuple[str, ...], samples: _Samples, keys: Mapping[Path, Hashable], seed: int
+) -> tuple[dict[str, _Samples], str]:
+    own = [keys[path] for path, _ in samples]
+    test = split_off(torch.tensor([label for _, label in samples]), own, names, seed, str(root)).tolist()
+    repeated = len(own) - len(set(own))
+    note = f"{root.name} has no test folder: {sum(test)} of its images were set aside under seed {seed}"
+    note += f", equal ones together ({repeated} are copies of others)" if repeated else ""
+    pairs = list(zip(samples, test, strict=True))
+    return {"train": [s for s, held in pairs if not held], "test": [s for s, held in pairs if held]}, note
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+def _class_names(folder: Path, order: ClassOrder) -> tuple[str, ...]:
+    names = _class_folders(folder)
     if len(names) < 2:
-        raise UsageError(
-            f"{folder} has {len(names)} class folders; at least 2 are needed. "
-            "Expected train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg."
-        )
-    return names
+        forms = "Expected train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg."
+        hint = next((f"Did you mean {folder / name}?" for name in names if (folder / name / "train").is_dir()), forms)
+        raise UsageError(f"{folder} has {len(names)} class folders; at least 2 are needed. {hint}")
+    if set(names) <= set(PARTS):
+        raise UsageError(f"{folder} has {' and '.join(names)} but no train. Expected train/<class>/*.jpg beside them.")
+    for name in names:
+        if not name.isprintable() or any("\ud800" <= c <= "\udfff" for c in name):
+            raise UsageError(f"the class folder {name!a} of {folder} has a name that is not text. Rename it.")
+    return _ordered(names, order)
 
 
-def _samples(folder: Path, names: tuple[str, ...]) -> _Samples:
-    present = {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if not _is_no_data(p.name) and p.is_dir())
+
+
+def _is_no_data(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _NO_DATA
+
+
+def _ordered(names: Iterable[str], order: ClassOrder) -> tuple[str, ...]:
+    text = sorted(names)
+    return tuple(sorted(text, key=_natural) if order == "natural" else text)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts as timm does: case is ignored, and numbers in the name count as numbers."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
+
+
+def _order_note(names: tuple[str, ...], order: ClassOrder) -> str:
+    other: ClassOrder = "natural" if order == "text" else "text"
+    if _ordered(names, other) == names:
+        return ""
+    shown = ", ".join(f"{name} → {index}" for index, name in enumerate(names[:_NAMED_CLASSES]))
+    more = ", …" if len(names) > _NAMED_CLASSES else ""
+    how = {"text": "as text, as by torchvision", "natural": "with numbers as numbers, as by timm"}
+    return f"class names are sorted {how[order]}: {shown}{more}; data.class_order={other} sorts them {how[other]}"
+
+
+def _samples(folder: Path, names: tuple[str, ...], skipped: Counter[str]) -> _Samples:
+    present = set(_class_folders(folder))
     strange = sorted(present - set(names))
     if strange:
         raise UsageError(f"{folder} has the class {strange[0]!r}, which the training folder lacks")
     if not present:
         raise UsageError(f"{folder} has no class folders; expected {names[0]}, …")
+    for path in folder.iterdir():
+        if path.name not in present and (path.is_dir() or path.suffix.lower() in EXTENSIONS):
+            skipped.update(_hidden(path) if _is_no_data(path.name) else {"outside class folders": 1})
     samples: _Samples = []
     for label, name in enumerate(names):
         if name not in present:
             continue
-        files = _image_files(folder / name)
+        left_out: Counter[str] = Counter()
+        files = _image_files(folder / name, left_out)
         if not files:
-            raise UsageError(f"the class folder {folder / name} holds no images ({', '.join(sorted(EXTENSIONS))})")
+            found = f"; found {_counted(left_out)}" if left_out else ""
+            raise UsageError(
+                f"the class folder {folder / name} holds no images ({', '.join(sorted(EXTENSIONS))}){found}"
+            )
+        skipped.update(left_out)
         samples += [(path, label) for path in files]
     return samples
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+def _image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
+    """Return the images below a folder, and count other files by what they are; links are followed once."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for at, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        here, real = Path(at), os.path.realpath(at)
+        for name in folders:
+            if _is_no_data(name):
+                skipped.update(_hidden(here / name))
+        folders[:] = [] if real in visited else sorted(name for name in folders if not _is_no_data(name))
+        if real in visited:
+            continue
+        visited.add(real)
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if _is_no_data(name):
+                skipped["hidden"] += 1
+            elif suffix not in EXTENSIONS:
+                skipped[suffix or "without suffix"] += 1
+            elif not os.path.isfile(here / name):
+                skipped["broken links"] += 1
+            else:
+                found.append(here / name)
+    return sorted(found)
 
 
-def _tiny_imagenet(root: Path) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, _Samples]]:
-    names = _class_names(root / "train")
+def _hidden(path: Path) -> dict[str, int]:
+    inside = sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else 1
+    return {"hidden": inside} if inside else {}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _counted(skipped: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
+
+
+def _skipped_note(skipped: Counter[str]) -> str:
+    total = skipped.total()
+    return f"{total:,} file{' was' if total == 1 else 's were'} skipped: {_counted(skipped)}" if total else ""
+
+
+def _tiny_imagenet(root: Path, order: ClassOrder, skipped: Counter[str]) -> tuple[tuple[str, ...], dict[str, _Samples]]:
+    names = _class_names(root / "train", order)
     label_of = {name: label for label, name in enumerate(names)}
     test: _Samples = []
     annotations = root / "val" / "val_annotations.txt"
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(annotations), start=1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in label_of:
             raise UsageError(
@@ -230,31 +280,23 @@ def _tiny_imagenet(root: Path) -> tuple[tuple[str, ...], tuple[str, ...], dict[s
         test.append((path, label_of[fields[1]]))
     if not test:
         raise UsageError(f"{annotations} names no images")
-    return names, _readable(root, names), {"train": _samples(root / "train", names), "test": test}
+    return names, {"train": _samples(root / "train", names, skipped), "test": test}
 
 
 def _readable(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     words = root / "words.txt"
     if not words.is_file():
         return names
-    pairs = (line.split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line)
-    known = {key: text.split(",")[0].strip() for key, text in pairs}
+    known = {
+        key: text.split(",")[0].strip() for key, text in (line.split("\t", 1) for line in _lines(words) if "\t" in line)
+    }
     return tuple(known.get(name, name) for name in names)
 
 
-def _common_size(paths: list[Path], seed: int) -> tuple[tuple[int, int, int], str]:
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:_PROBED].tolist()
-    sizes, modes = set(), set()
-    for index in order:
-        try:
-            with Image.open(paths[index]) as image:
-                sizes.add(image.size)
-                modes.add(image.mode)
-        except _UNREADABLE as error:
-            raise UsageError(f"cannot decode the image {paths[index]}: {error}. Remove or replace it.") from error
-    channels = 1 if modes <= {"L", "LA", "1", "I;16", "I;16B", "I;16L"} else 3
-    if len(sizes) == 1:
-        width, height = sizes.pop()
-        return (channels, height, width), ""
-    note = f"images differ in size: each is resized and centre-cropped to {DEFAULT_SIDE}x{DEFAULT_SIDE}"
-    return (channels, DEFAULT_SIDE, DEFAULT_SIDE), note
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Store it as UTF-8."
+        ) from error

@@ -13,15 +13,14 @@ import torch
 
 from ..errors import EnvironmentProblem, UsageError
 from ..suggest import did_you_mean
-from .base import DataBundle, TensorImages, hold_out
+from . import hugging_face
+from .base import DataBundle, TensorImages
+from .bundles import in_memory
 from .class_names import BY_DATA
-from .folder import load_folder
-from .npz import channel_statistics, load_npz
+from .folder import ClassOrder, is_tiny_imagenet, load_folder
+from .npz import load_npz
 from .sample import SAMPLE, load_sample
-
-DEFAULT_VALIDATION_SHARE = 0.1
-DEFAULT_VALIDATION_MAX = 1000
-"""Largest number of images that are held out by default; the default is a tenth of the training images."""
+from .splits import finished
 
 ROOT_VARIABLE = "ROBUST_PRUNE_DATA"
 _CIFAR_MEAN_STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -39,71 +38,79 @@ def load_data(
     validation: int | None = None,
     root: Path | None = None,
     seed: int = 0,
-    input_size: tuple[int, int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    class_order: ClassOrder = "text",
 ) -> DataBundle:
     """Open a data set and hold out some of its training images for validation.
 
     Args:
         name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (by torchvision, downloaded if missing; a file
-            ``<name>.npz`` in `root` has precedence), ``sample`` (embedded), or a path to an ``.npz`` file or a folder.
+            ``<name>.npz`` in `root` has precedence), ``sample`` (embedded), or a path to an ``.npz`` file, a folder of
+            images, or a Hugging Face data set: a ``.parquet`` file, a folder of them, or what ``save_to_disk`` wrote.
         validation: number of images to hold out, at least 1; by default a tenth, at most 1000. It is ignored if the
             data have a validation part, as the sample and folders with ``val/`` and ``test/`` do.
         root: folder of named data sets; by default `data_root`.
         seed: random seed of the splits.
-        input_size: (channels, height, width) of the images of a folder; ignored for other sources.
+        image_size: side, or (height, width), to which images of a folder or a Hugging Face data set are resized.
+        class_order: how the classes of a folder are numbered; see `load_folder`.
 
     Raises:
-        UsageError: the name is unknown, the path is wrong, or the data are malformed.
+        UsageError: the name is unknown, the path is wrong or cannot be read, the data are malformed, parts share
+            images, or `image_size` differs from that of images that are not resized.
         EnvironmentProblem: the data set is not on this machine and cannot be downloaded, or a package is missing.
     """
-    return held_out(_open(str(name), root or data_root(), seed, input_size), validation, seed)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    known = str(name) in (SAMPLE, *_TORCHVISION)
+    try:
+        if known:
+            bundle, published = _named(str(name), root or data_root()), True
+        else:
+            bundle, published = _at(Path(name), size, class_order, seed)
+        bundle = finished(bundle, validation, seed, published)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
+        raise UsageError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
+    if size not in (None, bundle.input_size[1:]):
+        found = "x".join(map(str, bundle.input_size[1:]))
+        raise UsageError(
+            f"data.image_size resizes folders and Hugging Face data sets; the images of {bundle.name} are {found}. "
+            "Leave it out."
+        )
+    return bundle
 
 
-def held_out(bundle: DataBundle, validation: int | None, seed: int = 0) -> DataBundle:
-    """Return the bundle with held-out images: its own, or `validation` of its training images.
-
-    Args:
-        bundle: the data set.
-        validation: number of images to hold out; by default a tenth, at most 1000.
-        seed: random seed of the choice.
-
-    Raises:
-        UsageError: `validation` is below 1, or there are too few training images.
-    """
-    if len(bundle.validation):
-        return bundle
-    if validation is None:
-        validation = max(1, min(DEFAULT_VALIDATION_MAX, int(DEFAULT_VALIDATION_SHARE * len(bundle.train))))
-    if validation < 1:
-        raise UsageError(f"data.validation must be at least 1 image, got {validation}: models are selected on them")
-    return hold_out(bundle, validation, seed)
-
-
-def _open(name: str, root: Path, seed: int, input_size: tuple[int, int, int] | None) -> DataBundle:
+def _named(name: str, root: Path) -> DataBundle:
     if name == SAMPLE:
         return load_sample()
-    if name in _TORCHVISION:
-        prepared = root / f"{name}.npz"
-        if prepared.is_file():
-            bundle = replace(load_npz(prepared, BY_DATA[name]), name=name)
-        else:
-            bundle = _torchvision(name, root)
-        if name == "cifar10":
-            mean, std = _CIFAR_MEAN_STD
-            bundle = replace(bundle, mean=mean, std=std)
-        return bundle
-    path = Path(name).expanduser()
+    prepared = root / f"{name}.npz"
+    bundle = replace(load_npz(prepared, BY_DATA[name]), name=name) if prepared.is_file() else _torchvision(name, root)
+    if name == "cifar10":
+        mean, std = _CIFAR_MEAN_STD
+        bundle = replace(bundle, mean=mean, std=std)
+    return bundle
+
+
+def _at(path: Path, size: tuple[int, int] | None, class_order: ClassOrder, seed: int) -> tuple[DataBundle, bool]:
+    """Return the data at a path, and whether their splits are those of a published data set."""
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"no data at {str(path)!r}: {error}") from error
+    if hugging_face.is_source(path):
+        return hugging_face.load_hugging_face(path, image_size=size, seed=seed), False
     if path.is_dir():
-        return load_folder(path, input_size=input_size, seed=seed)
+        return load_folder(path, image_size=size, class_order=class_order, seed=seed), is_tiny_imagenet(path)
     if path.is_file() and path.suffix != ".npz":
-        raise UsageError(f"data {name} is a {path.suffix or 'nameless'} file. Give an .npz, a folder or a known name.")
+        raise UsageError(
+            f"data {path} is a {path.suffix or 'nameless'} file. "
+            "Give an .npz or .parquet file, a folder or a known name."
+        )
     if not path.exists():
         known = [SAMPLE, *_TORCHVISION]
         raise UsageError(
-            f"no data at {name!r}.{did_you_mean(name, known)} "
-            f"Give {', '.join(known)}, a path to an .npz or a folder of images."
+            f"no data at {str(path)!r}.{did_you_mean(str(path), known)} "
+            f"Give {', '.join(known)}, a path to an .npz or .parquet file, or a folder of images."
         )
-    return load_npz(path)
+    return load_npz(path), False
 
 
 def _torchvision(name: str, root: Path) -> DataBundle:
@@ -119,10 +126,7 @@ def _torchvision(name: str, root: Path) -> DataBundle:
             f"or put torchvision's files or {name}.npz (x_train, y_train, x_test, y_test) there, or name another "
             f"folder in {ROOT_VARIABLE}."
         ) from error
-    mean, std = channel_statistics(train.images)
-    channels, height, width = train.images.shape[1:]
-    empty = TensorImages(train.images[:0], train.labels[:0])
-    return DataBundle(name, train, empty, test, BY_DATA[name], mean, std, (channels, height, width))
+    return in_memory(name, {"train": train, "test": test}, BY_DATA[name])
 
 
 def _cifar(kind: str) -> Callable[[Path, bool], TensorImages]:

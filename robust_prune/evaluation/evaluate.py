@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
 from ..console import console
-from ..data.base import ImageSet, images_at_once
+from ..data.base import ImageSet, as_floats, images_at_once, labels_of
 from ..errors import UsageError
 from ..introspect.fingerprint import buffers_hash, images_hash, models_hash
 from ..models.layout import fastest_layout, has_fast_bf16, tf32
@@ -100,7 +100,7 @@ def evaluate(
     flags = mode_flags(model)
     with frozen_eval(model), kept_buffers(model):
         few, _ = images.get(torch.arange(min(2, len(images))))
-        few = few.to(device).float() / 255
+        few = as_floats(few, device)
         request = Request(
             model=model, images=images, threat=threat, name=subject.model, section=section,
             batch_size=section.batch_size or images_at_once(images, DEFAULT_BATCH),
@@ -167,7 +167,7 @@ def _classes(request: Request, few: Tensor) -> int:
 
 
 def _first_look(request: Request, classes: int) -> list[str]:
-    x, y = request.get(torch.arange(min(CHECK_IMAGES, request.batch_size, len(request.images))))
+    x, y = request.get(request.spread(min(CHECK_IMAGES, request.batch_size)))
     check_labels(y, classes)
     with tf32(False):
         return behaviour_flags(request.model, x, y)
@@ -223,8 +223,7 @@ def _breakdown(request: Request, state: EvalState) -> dict[str, int]:
 
 
 def _per_class(request: Request, state: EvalState) -> tuple[ClassAccuracy, ...]:
-    parts = torch.arange(len(request.images)).split(request.batch_size)
-    labels = np.concatenate([request.images.get(part)[1].cpu().numpy() for part in parts])
+    labels = labels_of(request.images).numpy()
     return tuple(
         ClassAccuracy(
             int(label),

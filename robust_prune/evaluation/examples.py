@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..attacks import ThreatModel, frozen_eval
-from ..data.base import ImageSet
+from ..data.base import ImageSet, as_floats, labels_of, stratified_order
 from .scoring import score
 from .worst_case import worst_points
 
@@ -27,7 +27,7 @@ def make_examples(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
-    """Return the first images of distinct classes, attacked on one of the models, with the predictions of all models.
+    """Return images of distinct classes, attacked on one of the models, with the predictions of all models.
 
     Images are selected by their labels and never by predictions, so that the selection favours no model.
 
@@ -47,7 +47,7 @@ def make_examples(
     """
     chosen = _varied(images, count)
     raw, y = images.get(chosen)
-    x, y = raw.to(device).float() / 255, y.to(device)
+    x, y = as_floats(raw, device), y.to(device)
     with frozen_eval(models[attacked]) as model:
         _, worst, _ = worst_points(model, x, y, threat, steps=STEPS, restarts=1, seed=seed)
     seen = {}
@@ -69,12 +69,13 @@ def make_examples(
     ]
 
 
-def _varied(images: ImageSet, count: int, look_at: int = 200) -> torch.Tensor:
-    """Return the positions of the first image of each class, then of the second ones and so on, up to `count`."""
-    _, labels = images.get(torch.arange(min(look_at, len(images))))
+def _varied(images: ImageSet, count: int) -> torch.Tensor:
+    """Return the positions of one image of each class, then of a second one and so on, up to `count`."""
+    labels = labels_of(images)
+    order = stratified_order(labels)
     seen: dict[int, int] = {}
-    ranked = []
-    for position, label in enumerate(labels.tolist()):
-        ranked.append((seen.get(label, 0), position))
+    rounds = []
+    for label in labels[order].tolist():
+        rounds.append(seen.get(label, 0))
         seen[label] = seen.get(label, 0) + 1
-    return torch.tensor([position for _, position in sorted(ranked)[:count]])
+    return order[torch.tensor(rounds).argsort(stable=True)[:count]]

@@ -19,7 +19,7 @@ from ..attacks import ThreatModel, square
 from ..attacks.objectives import misclassified
 from ..attacks.square import Predict
 from ..console import track
-from ..data.base import ImageSet
+from ..data.base import ImageSet, as_floats, labels_of, stratified_order
 from ..errors import UsageError
 from ..introspect.fingerprint import images_hash, models_hash
 from ..models import user_file
@@ -112,7 +112,13 @@ class Request:
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images [N, C, H, W] in [0, 1] and labels [N] on the device."""
         x, y = self.images.get(indices)
-        return (x.to(self.device).float() / 255).contiguous(memory_format=self.layout), y.to(self.device)
+        return as_floats(x, self.device).contiguous(memory_format=self.layout), y.to(self.device)
+
+    def spread(self, count: int, among: Tensor | None = None) -> Tensor:
+        """Return up to `count` positions of the images, or of those at `among` (int64 [N]), in stratified order."""
+        labels = labels_of(self.images)
+        among = torch.arange(len(labels)) if among is None else among
+        return among[stratified_order(labels[among])[:count]]
 
 
 @contextmanager
@@ -275,7 +281,7 @@ def _black_box(
     request: Request, survivors: Flags, predict: Predict, label: str
 ) -> tuple[NDArray[np.int64], Tensor, Tensor, Flags]:
     """Return the positions of the attacked survivors, their points, their labels, and which were misclassified."""
-    rows = np.flatnonzero(survivors)[:CHECK_IMAGES]
+    rows = request.spread(CHECK_IMAGES, torch.from_numpy(np.flatnonzero(survivors))).numpy()
     x, y = request.get(torch.from_numpy(rows))
     if len(rows) == 0:
         return rows, x, y, np.zeros(0, dtype=np.bool_)
@@ -294,10 +300,10 @@ def _black_box(
 
 
 def sweep_pass(request: Request, state: EvalState) -> None:
-    """Measure robust accuracy of the first 256 images at other radii, under PGD with one random start."""
+    """Measure robust accuracy of 256 images at other radii, under PGD with one random start."""
     counters = state.counters
-    count = min(SWEEP_IMAGES, len(request.images))
-    active = torch.from_numpy(np.flatnonzero(state.clean[:count]))
+    chosen = request.spread(SWEEP_IMAGES).sort().values
+    count, active = len(chosen), chosen[torch.from_numpy(state.clean)[chosen]]
     todo = [radius for radius in request.section.sweep if f"{radius:.9g}" not in counters.sweep]
     with track(f"{request.name}: other radii", len(todo)) as advance:
         for radius in todo:

@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from ..data.base import ImageSet, first_images
+from ..data.base import ImageSet, stratified_images
 from ..errors import QualityGateError, UsageError
 from ..models.spec import ModelSpec
 from ..recipe import ExportSection
@@ -39,7 +39,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 def export_model(
     model: nn.Module, spec: ModelSpec, images: ImageSet, path: str | Path, section: ExportSection, seed: int
 ) -> OnnxArtifact:
-    """Run `export_onnx` with a manifest that describes the model, checked on the first 16 training images.
+    """Run `export_onnx` with a manifest that describes the model, checked on 16 training images.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K].
@@ -52,7 +52,7 @@ def export_model(
     Raises:
         UsageError, QualityGateError, EnvironmentProblem: as `export_onnx`.
     """
-    few, _ = first_images(images, PARITY_IMAGES)
+    few, _ = stratified_images(images, PARITY_IMAGES)
     manifest = {"model": to_json(spec), "seed": seed}
     return export_onnx(model, path, few, manifest=manifest, opset=section.opset, class_names=spec.class_names)
 

@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..data.base import ImageSet, first_images
+from ..data.base import ImageSet, stratified_images
 from ..errors import EnvironmentProblem, QualityGateError, UsageError
 from ..recipe import ExportSection
 from ..runs.files import atomic_write, file_sha256
@@ -49,7 +49,7 @@ def export_precisions(
     Raises:
         UsageError, QualityGateError, EnvironmentProblem: as `export_reduced`.
     """
-    few, _ = first_images(images, section.calibration_images)
+    few, _ = stratified_images(images, section.calibration_images)
     return {
         precision: export_reduced(source, reduced_path(source, precision), precision, model, few)
         for precision in section.precisions

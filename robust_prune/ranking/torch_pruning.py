@@ -93,7 +93,9 @@ def with_mean_squares(model: nn.Module, clean: Images, device: torch.device) -> 
     Raises:
         UsageError: a weight is re-parametrised.
     """
-    images, labels = clean[0][:HESSIAN_IMAGES], clean[1][:HESSIAN_IMAGES]
+    # Evenly spaced, since the images may be sorted by class.
+    few = torch.linspace(0, len(clean[1]) - 1, min(HESSIAN_IMAGES, len(clean[1]))).round().long()
+    images, labels = clean[0][few], clean[1][few]
     copied = copy_model(model).eval().requires_grad_(True)
     weights = [p for p in copied.parameters() if p.is_floating_point()]
     sums = [torch.zeros_like(weight) for weight in weights]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.base import ImageSet
+from ..data.base import ImageSet, as_floats
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
 from ..models.layout import weights_dtype
@@ -57,7 +57,7 @@ def reestimate_batchnorm(
     with _estimating(model, layers):
         for part in _batches(order, batch_size):
             x, _ = images.get(part)
-            model((x.to(device).float() / 255).to(weights_dtype(model)))
+            model(as_floats(x, device).to(weights_dtype(model)))
     return len(layers)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import distributed
 from ..attacks import ThreatModel
-from ..data.base import ImageSet, first
+from ..data.base import ImageSet, stratified
 from ..recipe import TrainSettings
 from .trainer import train
 
@@ -45,9 +45,9 @@ def affordable(
     Raises:
         QualityGateError, UsageError, EnvironmentProblem: as `train`.
     """
-    few = first(images, TIMED_STEPS * settings.batch_size)
+    few = stratified(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 1, "validation_images": 0, "compile": "off", "trackers": ()})
-    took = train(copy.deepcopy(model), few, first(images, 0), threat, timed, device=device, teacher=teacher)
+    took = train(copy.deepcopy(model), few, stratified(images, 0), threat, timed, device=device, teacher=teacher)
     seen = max(settings.batch_size, int(len(few) * seconds / took.history[0].seconds))
     epochs = math.ceil(seen / len(images))
     return distributed.broadcast((epochs, min(len(images), max(settings.batch_size, seen // epochs))))

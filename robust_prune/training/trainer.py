@@ -17,7 +17,7 @@ from .. import distributed
 from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track
 from ..data.augment import crop_and_flip
-from ..data.base import ImageSet, TensorImages, first
+from ..data.base import ImageSet, TensorImages, as_floats, plain_strides, stratified
 from ..errors import QualityGateError, UsageError
 from ..introspect.fingerprint import images_hash, models_hash
 from ..models import user_file
@@ -70,7 +70,7 @@ class _Run:
         self.device: torch.device = accelerator.device
         begun_from = models_hash(model), images_hash(train_images)
         self.images = resident(train_images, self.device)
-        self.validation = resident(first(validation, settings.validation_images), self.device)
+        self.validation = resident(stratified(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
         # All processes have equally many images, so that the mean of their gradients is the gradient of the batch.
         self.batch_size = divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
@@ -104,7 +104,7 @@ class _Run:
         if self.settings.precision == "fp32":
             return Precision(bf16=False, channels_last=False)
         x, _ = self.images.get(torch.arange(self.batch_size // self.accelerator.num_processes))
-        return choose_precision(self.model, x.to(self.device).float() / 255)
+        return choose_precision(self.model, as_floats(x, self.device))
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -251,6 +251,8 @@ class _Run:
         if whole:
             x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)[share]
             y = y[share]
+        else:
+            x = plain_strides(x)
         return (x.float() / 255).contiguous(memory_format=self.precision.memory_format), y
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, pgd
 from ..attacks.objectives import classify
-from ..data.base import ImageSet, batches, images_at_once
+from ..data.base import ImageSet, batches, images_at_once, labels_of
 from .precision import Precision
 from .randomness import generator_at
 
@@ -74,8 +74,7 @@ def chance_note(found: Score, images: ImageSet) -> str:
     """
     if len(images) == 0:
         return ""
-    _, labels = images.get(torch.arange(len(images)))
-    chance = float(labels.bincount().max()) / len(images)
+    chance = float(labels_of(images).bincount().max()) / len(images)
     if found.clean > chance + 1.645 * math.sqrt(chance * (1 - chance) / len(images)):
         return ""
     return (

@@ -1,0 +1,287 @@
+"""Data sets of the Hugging Face `datasets` library that are on this machine; the network is never asked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..console import track
+from ..errors import EnvironmentProblem, UsageError
+from .base import DataBundle, ImageSet, Subset, TensorImages, labels_of
+from .bundles import of_any_kind
+from .checks import checked_labels
+from .folder import EXTENSIONS
+from .images import Size, Source, common_form, decode_all
+from .splits import keys_of, split_off
+
+PARTS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+LABELS = ("label", "labels", "fine_label", "target", "class")
+IMAGES = ("image", "images", "img")
+IN_MEMORY_BYTES = 2_000_000_000
+"""Largest size of all images, decoded, at which they are kept in memory."""
+_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """Images in the rows of a table, decoded on access by a pool of threads.
+
+    Attributes:
+        rows: a `datasets.Dataset` whose column `column` gives encoded images.
+        column: name of the column.
+        labels: int64 [N].
+        input_size: (channels, height, width) of the returned images, as for `FolderImages`.
+        keys: a value for each image that equal ones share; may be left out.
+    """
+
+    rows: Any
+    column: str
+    labels: Tensor
+    input_size: Size
+    keys: tuple[Hashable, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices`.
+
+        Raises:
+            UsageError: an image is missing or cannot be decoded.
+        """
+        numbers = indices.tolist()
+        sources = self.sources(numbers)
+        return decode_all(sources, [self.name_of(i) for i in numbers], self.input_size), self.labels[indices]
+
+    def sources(self, numbers: Sequence[int]) -> list[Source]:
+        """Return the encoded images in some rows."""
+        cells = self.rows[list(numbers)][self.column]
+        return [_source(cell, self.name_of(i)) for i, cell in zip(numbers, cells, strict=True)]
+
+    def name_of(self, position: int) -> str:
+        """Return the split and the row of an image."""
+        return f"row {position} of {self.rows.split or self.column}"
+
+
+def is_source(path: Path) -> bool:
+    """Return whether a path is a ``.parquet`` file, a folder of them, or a folder that ``save_to_disk`` wrote."""
+    if path.suffix == ".parquet" and path.is_file():
+        return True
+    if not path.is_dir():
+        return False
+    return _is_saved(path) or _first_of_interest(path) == ".parquet"
+
+
+def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, seed: int = 0) -> DataBundle:
+    """Read a ``.parquet`` file, a folder of them (a clone from the hub), or a folder that ``save_to_disk`` wrote.
+
+    Splits of parquet files are known by their names, such as ``train-00000-of-00001.parquet``, or their folders' names.
+
+    Args:
+        path: the file or folder.
+        image_size: see `from_splits`.
+        seed: random seed of the split.
+
+    Raises:
+        UsageError: the files cannot be read, or as `from_splits`.
+        EnvironmentProblem: the package `datasets` is missing.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f'{path} is a Hugging Face data set; reading it needs the package datasets: pip install "robust-prune[hf]"'
+        ) from error
+    files = {} if _is_saved(path) else _parquet_files(path)
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset("parquet", data_files=files) if files else datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises errors of many kinds for a damaged file
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UsageError(f"{path} cannot be read as a Hugging Face data set: {reason}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    splits = found if isinstance(found, Mapping) else {"train": found}
+    return from_splits(splits, path.stem if path.is_file() else path.name, image_size=image_size, seed=seed)
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a data set of the `datasets` library, of which no item is read."""
+    return type(value).__module__.partition(".")[0] == "datasets" and hasattr(value, "features")
+
+
+def from_splits(
+    splits: Mapping[str, Any], name: str, *, image_size: tuple[int, int] | None = None, seed: int = 0
+) -> DataBundle:
+    """Return the bundle of a `datasets.DatasetDict`, or another mapping of splits.
+
+    Images of up to 2 GB, decoded, are kept in memory. Without a test split, the validation split takes its place;
+    without either, a random fifth of each class does, and a note says so.
+
+    Args:
+        splits: data sets by split, with one column of images and one of labels.
+        name: name of the data set.
+        image_size: (height, width) of the images; by default as for folders.
+        seed: random seed of the split.
+
+    Raises:
+        UsageError: there is no training split, a column is missing or ambiguous, or images or labels are wrong.
+    """
+    tables = {PARTS[part]: table for part, table in splits.items() if part in PARTS}
+    if "train" not in tables:
+        raise UsageError(f"{name} has no split train; found {', '.join(map(str, splits)) or 'none'}")
+    if "test" not in tables and "validation" in tables:
+        tables["test"] = tables.pop("validation")
+    left_out = [part for part in splits if part not in PARTS]
+    notes = [f"the split{'s' if len(left_out) > 1 else ''} {', '.join(left_out)} was left out"] if left_out else []
+    opened = {part: _open(table, f"{name}: {part}") for part, table in tables.items()}
+    names = opened["train"][1]
+    for part, (rows, other) in opened.items():
+        if other != names:
+            raise UsageError(f"{name}: the classes of {part}, {other[:3]} …, are not those of train, {names[:3]} …")
+        if len(rows) == 0:
+            raise UsageError(f"{name}: the split {part} is empty")
+    places = [(rows, i) for rows, _ in opened.values() for i in range(len(rows))]
+
+    def source(place: int) -> tuple[Source, str]:
+        rows, i = places[place]
+        return rows.sources([i])[0], rows.name_of(i)
+
+    size, changed = common_form(len(places), source, image_size, seed)
+    prepare = _in_memory if len(places) * math.prod(size) <= IN_MEMORY_BYTES else _with_keys
+    parts: dict[str, ImageSet] = {part: prepare(replace(rows, input_size=size)) for part, (rows, _) in opened.items()}
+    if "test" not in parts:
+        whole, labels = parts["train"], labels_of(parts["train"])
+        known = names or tuple(str(k) for k in range(int(labels.max()) + 1))
+        test = split_off(labels, keys_of(whole) or range(len(whole)), known, seed, name)
+        parts = {"train": Subset(whole, (~test).nonzero().flatten()), "test": Subset(whole, test.nonzero().flatten())}
+        notes.append(f"{name} has no test split: {int(test.sum())} of its images were set aside under seed {seed}")
+    return of_any_kind(name, parts, names, size, (*notes, *changed), seed)
+
+
+def _in_memory(images: RowImages) -> ImageSet:
+    decoded = []
+    with track(f"Reading images of {images.rows.split or 'train'}", len(images)) as advance:
+        for part in torch.arange(len(images)).split(_AT_ONCE):
+            decoded.append(images.get(part)[0])
+            advance(len(part))
+    return TensorImages(torch.cat(decoded), images.labels)
+
+
+def _with_keys(images: RowImages) -> ImageSet:
+    keys: list[Hashable] = []
+    with track(f"Comparing images of {images.rows.split or 'train'}", len(images)) as advance:
+        for part in torch.arange(len(images)).split(_AT_ONCE):
+            sources = images.sources(part.tolist())
+            keys += [hashlib.blake2b(_bytes(source), digest_size=16).digest() for source in sources]
+            advance(len(part))
+    return replace(images, keys=tuple(keys))
+
+
+def _bytes(source: Source) -> bytes:
+    return source.read_bytes() if isinstance(source, Path) else source
+
+
+def _source(cell: Any, name: str) -> Source:
+    if isinstance(cell, bytes):
+        return cell
+    if not isinstance(cell, dict) or (cell.get("bytes") is None and not cell.get("path")):
+        raise UsageError(f"{name} has no image. Remove it.")
+    found: bytes | None = cell.get("bytes")
+    return Path(cell["path"]) if found is None else found
+
+
+def _open(table: Any, where: str) -> tuple[RowImages, tuple[str, ...]]:
+    """Return the images of a split, of unknown size, and its class names; no names if labels are plain numbers."""
+    import datasets
+
+    if not isinstance(table, datasets.Dataset):
+        raise UsageError(f"{where} is a {type(table).__name__}, which has no length. Load it without streaming.")
+    image = _column(table, where, "images", IMAGES, lambda f: isinstance(f, datasets.Image), _holds_bytes)
+    label = _column(table, where, "labels", LABELS, lambda f: isinstance(f, datasets.ClassLabel), _holds_numbers)
+    kind = table.features[label]
+    table = table.with_format(None)
+    labels = checked_labels(list(table[label]), f"{where}: column {label}")
+    encoded = isinstance(table.features[image], datasets.Image)
+    rows = table.select_columns([image])
+    if encoded:
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    names = tuple(str(n) for n in kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else ()
+    return RowImages(rows, image, labels, (3, 1, 1)), names
+
+
+def _column(
+    table: Any,
+    where: str,
+    what: str,
+    usual: Sequence[str],
+    typed: Callable[[Any], bool],
+    possible: Callable[[Any], bool],
+) -> str:
+    """Return the column of images or of labels: the one of that type, else the one with a usual name."""
+    features = table.features
+    found = [name for name, feature in features.items() if typed(feature)]
+    found = found or [name for name in features if name in usual and possible(features[name])]
+    if len(found) > 1:
+        raise UsageError(f"{where} has several columns of {what}: {', '.join(found)}. Keep one (remove_columns).")
+    if not found:
+        hint = " Labels of text become numbers by class_encode_column." if what == "labels" else ""
+        raise UsageError(f"{where} has no column of {what}; its columns are {', '.join(features)}.{hint}")
+    return found[0]
+
+
+def _holds_bytes(feature: Any) -> bool:
+    return "binary" in str(getattr(feature, "dtype", "")) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _holds_numbers(feature: Any) -> bool:
+    return "int" in str(getattr(feature, "dtype", ""))
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _first_of_interest(folder: Path) -> str:
+    """Return the suffix of the first image or table that is met below a folder, from the top."""
+    for _, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        suffixes = {Path(name).suffix.lower() for name in files if not name.startswith(".")}
+        if ".parquet" in suffixes:
+            return ".parquet"
+        if suffixes & EXTENSIONS:
+            return min(suffixes & EXTENSIONS)
+    return ""
+
+
+def _parquet_files(path: Path) -> dict[str, list[str]]:
+    """Return the files of each split.
+
+    Raises:
+        UsageError: the files of a split are in several folders, as those of several configurations are.
+    """
+    if path.is_file():
+        return {"train": [str(path)]}
+    files = sorted(p for p in path.rglob("*.parquet") if not any(n.startswith(".") for n in p.relative_to(path).parts))
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = [word for part in reversed(file.relative_to(path).parts) for word in re.split("[^a-z]+", part.lower())]
+        splits.setdefault(next((PARTS[word] for word in words if word in PARTS), "train"), []).append(file)
+    for part, found in splits.items():
+        if len(folders := sorted({str(file.parent.relative_to(path)) for file in found})) > 1:
+            raise UsageError(f"{path} has files of {part} in {', '.join(folders[:5])}. Give one of these folders.")
+    return {part: [str(file) for file in found] for part, found in splits.items()}

@@ -1,0 +1,146 @@
+"""Images in files: what they say of themselves, and their pixels."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UsageError
+
+DEFAULT_SIDE = 224
+"""Height and width in pixels of resized images, if sizes differ and the caller names none."""
+LOOKED_AT = 2000
+"""Largest number of images whose size and colours are read before the others are decoded in the same form."""
+
+Source: TypeAlias = Path | bytes
+"""A file of an image, or what is in it."""
+Size: TypeAlias = tuple[int, int, int]
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_WAITING = 4096
+"""Number of images that are handed to the threads at once."""
+_GREY = frozenset({"1", "L", "LA", "La", "I", "F"})
+_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+
+
+def decode_all(sources: Sequence[Source], names: Sequence[str], input_size: Size) -> Tensor:
+    """Return images as uint8 [N, C, H, W] of `input_size`, decoded by a pool of threads.
+
+    Raises:
+        UsageError: an image cannot be decoded; the message has its name.
+    """
+    pairs = list(zip(sources, names, strict=True))
+    arrays = list(in_threads(lambda pair: decode(pair[0], pair[1], input_size), pairs))
+    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *input_size, dtype=torch.uint8)
+
+
+def decode(source: Source, name: str, input_size: Size) -> np.ndarray:
+    """Return one image as uint8 [C, H, W] of `input_size`; one channel is greyscale, three are colour.
+
+    Raises:
+        UsageError: the image cannot be decoded.
+    """
+    channels, height, width = input_size
+    try:
+        with _opened(source) as stream:
+            image = _eight_bits(stream).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raise _undecodable(name, error) from error
+    if image.size != (width, height):
+        image = _resized(image, height, width)
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def common_form(
+    count: int, source: Callable[[int], tuple[Source, str]], image_size: tuple[int, int] | None, seed: int
+) -> tuple[Size, tuple[str, ...]]:
+    """Return the (channels, height, width) in which images are decoded, and notes on what this changes.
+
+    Images are grey if all are, else colour. The headers of up to `LOOKED_AT` random ones are read.
+
+    Args:
+        count: number of images.
+        source: maps a number below `count` to the image and its name in messages.
+        image_size: (height, width); by default that of the images if all are equal, else 224x224.
+        seed: random seed of the choice.
+
+    Raises:
+        UsageError: an image cannot be read.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:LOOKED_AT].tolist()
+    seen = list(in_threads(lambda i: _header(*source(i)), order))
+    sizes, grey, alpha = {size for size, _, _ in seen}, sum(g for _, g, _ in seen), sum(a for _, _, a in seen)
+    notes, of = [], f"of {len(seen):,} images{' looked at' if len(seen) < count else ''}"
+    if grey and grey < len(seen):
+        notes.append(f"{grey:,} {of} are grey and the others coloured: all are read as colour images")
+    if alpha:
+        notes.append(f"{alpha:,} {of} are partly transparent: their alpha channel is dropped")
+    if image_size is None and len(sizes) == 1:
+        width, height = sizes.pop()
+        image_size = height, width
+    elif image_size is None:
+        image_size = DEFAULT_SIDE, DEFAULT_SIDE
+        notes.append(f"images differ in size: each is resized and centre-cropped to {DEFAULT_SIDE}x{DEFAULT_SIDE}")
+    return (1 if grey == len(seen) else 3, *image_size), tuple(notes)
+
+
+def in_threads(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
+    """Yield what `function`, which reads or decodes, returns for each of the items, in their order."""
+    for start in range(0, len(items), _WAITING):
+        yield from _pool().map(function, items[start : start + _WAITING])
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+
+
+def _opened(source: Source) -> Image.Image:
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+
+
+def _header(source: Source, name: str) -> tuple[tuple[int, int], bool, bool]:
+    """Return (width, height), whether the image is grey, and whether parts of it are transparent."""
+    try:
+        with _opened(source) as image:
+            grey = image.mode in _GREY or image.mode.startswith("I;16")
+            return image.size, grey, image.mode in _ALPHA or "transparency" in image.info
+    except Exception as error:  # as in `decode`
+        raise _undecodable(name, error) from error
+
+
+def _undecodable(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UsageError(f"cannot decode the image {name}: {reason}. Remove or replace it.")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greyscale to 8 bits, since Pillow clips it at 255.
+
+    Raises:
+        ValueError: the image has 32 bits, whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has 32 bits a pixel, whose range is not known; store it with 8 or 16 bits")
+    return image
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    scale = max(width / image.width, height / image.height)
+    new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - width) // 2, (new[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
