@@ -31,7 +31,7 @@ def in_memory(
     channels, height, width = shape = tuple(train.images.shape[1:])
     for part, images in parts.items():
         if tuple(images.images.shape[1:]) != shape:
-            raise UsageError(f"{name}: train holds images of {shape}, {part} of {tuple(images.images.shape[1:])}")
+            raise UsageError(f"train holds images of {shape}, {part} of {tuple(images.images.shape[1:])}")
     said = labels or {part: f"{part} labels" for part in parts}
     names, notes = class_names_of({said[part]: images.labels for part, images in parts.items()}, class_names)
     mean, std = channel_statistics(train.images)

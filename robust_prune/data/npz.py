@@ -29,12 +29,17 @@ def load_npz(path: Path, class_names: tuple[str, ...] = ()) -> DataBundle:
         UsageError: the file is missing, is not an .npz or lacks an array, or an array has a wrong shape, type or range.
     """
     arrays = _read(path)
-    train, test = (
-        checked_images(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{path}: x_{part}", f"y_{part}", channels_first=False)
-        for part in ("train", "test")
-    )
-    names = class_names or tuple(str(name) for name in np.atleast_1d(arrays.get(NAMES, ())))
-    return in_memory(path.name, {"train": train, "test": test}, names, {"train": f"{path}: y_train", "test": "y_test"})
+    try:
+        parts = {
+            part: checked_images(
+                arrays[f"x_{part}"], arrays[f"y_{part}"], f"x_{part}", f"y_{part}", channels_first=False
+            )
+            for part in ("train", "test")
+        }
+        names = class_names or tuple(str(name) for name in np.atleast_1d(arrays.get(NAMES, ())))
+        return in_memory(path.name, parts, names, {part: f"y_{part}" for part in parts})
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -56,14 +56,14 @@ NAN = np.full(BAD["x_train"].shape, np.nan, np.float32)
     ("changes", "words"),
     [
         ({"y_test": None}, "lacks y_test; found x_train, y_train, x_test"),
-        ({"x_train": NAN}, "x_train must be uint8 in 0..255, got float32"),
+        ({"x_train": NAN}, r"x_train must be uint8, or float in \[0, 1\], got NaN"),
         ({"x_train": BAD["x_train"].transpose(0, 3, 1, 2)}, r"must be \[N, H, W, C\]"),
-        ({"x_test": BAD["x_test"][:, :4]}, "x_train holds images of"),
-        ({"y_train": BAD["y_train"][:-1]}, "40 images in x_train but 39 labels"),
+        ({"x_test": BAD["x_test"][:, :4]}, "train holds images of"),
+        ({"y_train": BAD["y_train"][:-1]}, "40 images in x_train but 39 labels in y_train"),
         ({"y_train": BAD["y_train"].astype(float)}, "must hold integers"),
         ({"y_train": BAD["y_train"].astype(int) - 1}, "negative label -1"),
         ({"y_test": BAD["y_test"] + 5}, "y_test holds the label 8, y_train goes to 3 only"),
-        ({"x_test": BAD["x_test"][:0], "y_test": BAD["y_test"][:0]}, "holds no images"),
+        ({"x_test": BAD["x_test"][:0], "y_test": BAD["y_test"][:0]}, "x_test: there are no images"),
         ({"y_train": BAD["y_train"] * 0, "y_test": BAD["y_test"] * 0}, "single class"),
     ],
 )
