@@ -35,7 +35,7 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.compression import score_before_finetune
 from robust_prune.console import console
-from robust_prune.data.base import DataBundle, first, random_images, random_subset
+from robust_prune.data.base import DataBundle, random_images, random_subset, stratified
 from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
@@ -157,7 +157,7 @@ def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         card = evaluate(
-            model.to(device), first(data.test, section.images), recipe.threat_model, section,
+            model.to(device), stratified(data.test, section.images), recipe.threat_model, section,
             subject=Subject(name, data.name, "test"), state_path=state,
         )  # fmt: skip
         with np.load(state) as stored:

@@ -15,7 +15,7 @@ from torch import nn
 
 from robust_prune.budget.analysis import analyse
 from robust_prune.budget.plan import make_plan
-from robust_prune.data.base import DataBundle, ImageSet, first, random_subset
+from robust_prune.data.base import DataBundle, ImageSet, random_subset, stratified
 from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.machine.device import choose_device
 from robust_prune.models.artifact import Model
@@ -88,7 +88,7 @@ def images_seen(
 
 def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:
     """Return which images are classified correctly, clean and attacked, by split, as packed bits."""
-    splits = {"held-out": data.validation, "test": first(data.test, recipe.evaluation.images)}
+    splits = {"held-out": data.validation, "test": stratified(data.test, recipe.evaluation.images)}
     return {split: score_on(small, images, split, data, recipe, device) for split, images in splits.items()}
 
 

@@ -26,7 +26,7 @@ from recovered import Base, by_seed, cut_base, difference, images_seen, machine,
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
-from robust_prune.data.base import Subset, first
+from robust_prune.data.base import Subset
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     recipe = load(args.recipe, changes)
     data = open_data(recipe)
     loaded = open_model_for(args.model, data, recipe, None)
-    chosen_on = first(data.validation, CHOOSE_IMAGES)
+    chosen_on = Subset(data.validation, torch.arange(CHOOSE_IMAGES))
     scored_on = Subset(data.validation, torch.arange(CHOOSE_IMAGES, len(data.validation)))
     result = stored | {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:

@@ -100,7 +100,7 @@ def _items(dataset: Any, part: str) -> tuple[Tensor, Tensor]:
     if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise UsageError(f"the {part} dataset must give (image, label) pairs, and at least one.")
     try:
-        images = [torch.as_tensor(np.asarray(image)) for image, _ in pairs]
+        images = [torch.from_numpy(np.array(image)) for image, _ in pairs]
         labels = torch.tensor([_number(label) for _, label in pairs])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]

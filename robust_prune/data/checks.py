@@ -114,7 +114,7 @@ def _absence(part: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{part} has no image of the class{'es' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
+    return f"{part}: no image is of the class{'es' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
 
 
 def _tensor(values: Any, what: str) -> Tensor:
@@ -122,8 +122,9 @@ def _tensor(values: Any, what: str) -> Tensor:
         return values.detach().cpu()
     try:
         array = np.asarray(values)
-        # numpy takes the byte order of other machines and negative strides, torch does not.
-        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
+        # torch takes neither the byte order of other machines nor negative strides, and warns of what is read-only.
+        plain = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+        return torch.from_numpy(plain.reshape(array.shape))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"{what} must be numbers in an array of one shape ({reason})") from error

@@ -85,8 +85,8 @@ def load_folder(
         seed: random seed of the split.
 
     Raises:
-        UsageError: there are no images, a class is empty, classes differ between splits, a class has no two different
-            images to split, an image cannot be decoded, or images show nothing.
+        UsageError: there are no images, a class is empty, classes differ between splits, an image cannot be decoded, or
+            images show nothing.
         OSError: a file or folder cannot be read.
     """
     skipped: Counter[str] = Counter()
@@ -102,7 +102,7 @@ def load_folder(
         splits = {"train": _samples(root, names, skipped)}
     keys = dict(zip(paths := _paths(splits), file_keys(paths), strict=True))
     if "test" not in splits:
-        splits, note = _split_off(root, names, splits["train"], keys, seed)
+        splits, note = _split_off(root, splits["train"], keys, seed)
         notes.append(note)
     notes += [note for note in (_order_note(folders, class_order), _skipped_note(skipped)) if note]
     paths = _paths(splits)
@@ -139,10 +139,10 @@ def _split_folders(root: Path, order: ClassOrder, skipped: Counter[str]) -> tupl
 
 
 def _split_off(
-    root: Path, names: tuple[str, ...], samples: _Samples, keys: Mapping[Path, Hashable], seed: int
+    root: Path, samples: _Samples, keys: Mapping[Path, Hashable], seed: int
 ) -> tuple[dict[str, _Samples], str]:
     own = [keys[path] for path, _ in samples]
-    test = split_off(torch.tensor([label for _, label in samples]), own, names, seed, str(root)).tolist()
+    test = split_off(torch.tensor([label for _, label in samples]), own, seed).tolist()
     repeated = len(own) - len(set(own))
     note = f"{root.name} has no test folder: {sum(test)} of its images were set aside under seed {seed}"
     note += f", equal ones together ({repeated} are copies of others)" if repeated else ""
@@ -239,7 +239,7 @@ def _image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
             elif suffix not in EXTENSIONS:
                 skipped[suffix or "without suffix"] += 1
             elif not os.path.isfile(here / name):
-                skipped["broken links"] += 1
+                skipped["linked to nothing"] += 1
             else:
                 found.append(here / name)
     return sorted(found)
@@ -255,7 +255,8 @@ def _raise(error: OSError) -> None:
 
 
 def _counted(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {kind}" for kind, count in ordered)
 
 
 def _skipped_note(skipped: Counter[str]) -> str:

@@ -166,8 +166,7 @@ def from_splits(
     parts: dict[str, ImageSet] = {part: prepare(replace(rows, input_size=size)) for part, (rows, _) in opened.items()}
     if "test" not in parts:
         whole, labels = parts["train"], labels_of(parts["train"])
-        known = names or tuple(str(k) for k in range(int(labels.max()) + 1))
-        test = split_off(labels, keys_of(whole) or range(len(whole)), known, seed, name)
+        test = split_off(labels, keys_of(whole) or range(len(whole)), seed)
         parts = {"train": Subset(whole, (~test).nonzero().flatten()), "test": Subset(whole, test.nonzero().flatten())}
         notes.append(f"{name} has no test split: {int(test.sum())} of its images were set aside under seed {seed}")
     return of_any_kind(name, parts, names, size, (*notes, *changed), seed)

@@ -60,45 +60,32 @@ def finished(bundle: DataBundle, validation: int | None, seed: int = 0, publishe
     return _hold_out(bundle, validation, seed, train)
 
 
-def split_off(labels: Tensor, keys: Sequence[Hashable], names: Sequence[str], seed: int, where: str) -> Tensor:
+def split_off(labels: Tensor, keys: Sequence[Hashable], seed: int) -> Tensor:
     """Return which images become the test part, bool [N]: a random fifth of each class, equal images together.
+
+    A class without two different images stays in the training part.
 
     Args:
         labels: int64 [N].
         keys: a value for each image that equal images share.
-        names: name of each class.
         seed: random seed of the choice.
-        where: name of the source in messages.
-
-    Raises:
-        UsageError: a class has fewer than two different images.
     """
     same = _numbered([keys])[0]
     assert same is not None
     generator = torch.Generator().manual_seed(seed)
     taken = torch.zeros(int(same.max()) + 1, dtype=torch.bool)
-    for label, name in enumerate(names):
+    for label in labels.unique().tolist():
         of_class = same[labels == label]
-        different = len(of_class.unique())
-        if different < 2:
-            found = f", {different} different" if len(of_class) > 1 else ""
-            raise UsageError(
-                f"class {name!r} of {where} has {len(of_class)} image{'s' if len(of_class) != 1 else ''}{found}; "
-                "at least 2 are needed to split it"
-            )
         copies = Counter(of_class.tolist())
         missing = max(1, round(TEST_SHARE * len(of_class))) - int(taken[of_class].sum())
+        staying = len(copies) - int(taken[list(copies)].sum())
         for image in of_class[torch.randperm(len(of_class), generator=generator)].tolist():
-            if missing <= 0:
+            if missing <= 0 or staying <= 1:
                 break
             if not taken[image]:
                 taken[image] = True
-                missing -= copies[image]
-    test = taken[same]
-    for label, name in enumerate(names):
-        if bool(test[labels == label].all()):
-            raise UsageError(f"class {name!r} of {where} cannot be split: too many of its images are equal to others")
-    return test
+                missing, staying = missing - copies[image], staying - 1
+    return taken[same]
 
 
 def keys_of(images: ImageSet) -> Sequence[Hashable] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.data_files import arrays, everything, write_npz
+from builders.data_files import everything, write_npz
 from PIL import Image
 
 from robust_prune.data.base import DataBundle, ImageSet
@@ -142,4 +142,128 @@ def test_tiny_imagenet_layout(tmp_path: Path) -> None:
     assert (images[:, 0, 5, 5].int() - torch.tensor([100, 0, 50])).abs().max() <= 3
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG n03\n")
     with pytest.raises(UsageError, match=r"val_annotations.txt:1: expected"):
+        load_data(tmp_path)
+
+
+def test_hidden_and_unknown_files_are_no_data_and_are_counted(tmp_path: Path) -> None:
+    home = tmp_path / ".cache" / "data"
+    for part in ("train", "test"):
+        class_folders(home / part, {"ant": 6, "bee": 5})
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            paint(home / part / "ant" / name / "0-copy.png", (0, 200, 1))
+            paint(home / part / name / "ant" / "0.png", (0, 201, 1))
+        (home / part / "bee" / "._0.png").write_bytes(b"\0\5\x16\7")
+        (home / part / "bee" / "Thumbs.db").write_bytes(b"thumbs")
+        for i in range(3):
+            (home / part / "bee" / f"notes{i}.TXT").write_text("words")
+    (home / "train" / "bee" / "README").write_text("words")
+    (home / "train" / "bee" / "gone.png").symlink_to("nowhere.png")
+    (home / "train" / "bee" / "round").symlink_to(home / "train" / "bee")
+    paint(home / "train" / "stray.png", (1, 1, 1))
+    (home / "test" / "ant" / "0.png").rename(home / "test" / "ant" / "0.PNG")
+    bundle = load_data(home, validation=2)
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (9, 2, 11)
+    assert bundle.class_names == ("ant", "bee")
+    assert bundle.notes == (
+        "21 files were skipped: 12 hidden, 6 .txt, 1 linked to nothing, 1 outside class folders, 1 without suffix",
+    )
+
+
+def test_a_linked_folder_of_images_is_followed(tmp_path: Path) -> None:
+    class_folders(tmp_path / "elsewhere", {"more": 3})
+    for part in ("train", "test"):
+        class_folders(tmp_path / "data" / part, {"ant": 3, "bee": 3})
+    (tmp_path / "data" / "train" / "ant" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    assert len(load_data(tmp_path / "data", validation=1).train) == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "natural"),
+    [
+        (("0", "1", "10", "2"), ("0", "1", "2", "10")),
+        (("a10", "a9", "b1"), ("a9", "a10", "b1")),
+        (("B", "a"), ("a", "B")),
+    ],
+)
+def test_the_order_of_classes_is_shown_and_chosen_where_readers_differ(
+    tmp_path: Path, names: tuple[str, ...], natural: tuple[str, ...]
+) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, dict.fromkeys(names, 3))
+    text = load_data(tmp_path, validation=1)
+    assert text.class_names == names
+    mapping = ", ".join(f"{name} → {index}" for index, name in enumerate(names))
+    assert f"as by torchvision: {mapping}; data.class_order=natural" in text.notes[0]
+    other = load_data(tmp_path, validation=1, class_order="natural")
+    assert other.class_names == natural and "as by timm: " in other.notes[0]
+    shown = {(text.class_names[y], x[0, 0, 0].item()) for x, y in zip(*everything(text.test), strict=True)}
+    assert shown == {(other.class_names[y], x[0, 0, 0].item()) for x, y in zip(*everything(other.test), strict=True)}
+
+
+def test_ten_numbered_classes_need_no_note(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, dict.fromkeys("12345", 2))
+    assert load_data(tmp_path, validation=1).notes == ()
+
+
+def test_mixed_colours_and_transparency_are_said(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, {"ant": 6, "bee": 5})
+    paint(tmp_path / "test" / "ant" / "grey.png", 9)
+    Image.new("RGBA", (12, 10), (9, 8, 7, 0)).save(tmp_path / "train" / "bee" / "glass.png")
+    bundle = load_data(tmp_path, validation=1)
+    assert bundle.input_size == (3, 10, 12)
+    assert bundle.notes == (
+        "1 of 24 images are grey and the others coloured: all are read as colour images",
+        "1 of 24 images are partly transparent: their alpha channel is dropped",
+    )
+
+
+def test_folders_that_show_nothing_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for index in range(4):
+            pixels = np.zeros((8, 8), np.uint8)
+            pixels[index, 4 * (part == "test")] = 1
+            (tmp_path / part / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / part / "ab"[index % 2] / f"{index}.png")
+    with pytest.raises(UsageError, match="train images: only the values 0 and 1 occur"):
+        load_data(tmp_path)
+
+
+def test_layouts_that_are_nearly_right_are_named(tmp_path: Path) -> None:
+    class_folders(tmp_path / "inner" / "train", {"ant": 3, "bee": 3})
+    with pytest.raises(UsageError, match=r"1 class folders; at least 2 are needed. Did you mean .*inner"):
+        load_data(tmp_path)
+    for part in ("val", "test"):
+        class_folders(tmp_path / "held" / part, {"ant": 3, "bee": 3})
+    with pytest.raises(UsageError, match="has test and val but no train"):
+        load_data(tmp_path / "held")
+    for part in ("train", "val", "validation", "test"):
+        class_folders(tmp_path / "many" / part, {"ant": 3, "bee": 3})
+    with pytest.raises(UsageError, match=r"has train, val, validation, test. Keep train, one for validation, and test"):
+        load_data(tmp_path / "many")
+    (tmp_path / "films" / "ant").mkdir(parents=True)
+    (tmp_path / "films" / "ant" / "0.gif").write_bytes(b"GIF")
+    class_folders(tmp_path / "films", {"bee": 3})
+    with pytest.raises(UsageError, match=r"holds no images .*; found 1 \.gif"):
+        load_data(tmp_path / "films")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, {"ant": 3, "bee": 3})
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "val_annotations.txt").write_bytes(b"\xff\xfeimage\tant\n")
+    with pytest.raises(UsageError, match=r"val_annotations.txt is not UTF-8 text"):
+        load_data(tmp_path)
+    (tmp_path / "val" / "val_annotations.txt").unlink()
+    (tmp_path / "val").rmdir()
+    with pytest.raises(UsageError, match=r"data\.image_size resizes folders .* are 8x8"):
+        load_data(write_npz(tmp_path / "d.npz"), image_size=16)
+
+    def forbidden(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(UsageError, match=r"cannot read .*train: Permission denied"):
         load_data(tmp_path)

