@@ -172,6 +172,8 @@ def checked_labels(values: Any, what: str) -> Tensor:
         )
     if labels.ndim != 1:
         raise UsageError(f"{what} must be one class an image, [N], got {_shape(labels)}")
+    if len(labels) == 0:
+        return labels.long()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         lost = labels.is_floating_point() and not bool(labels.isfinite().all())
         raise UsageError(
@@ -179,7 +181,7 @@ def checked_labels(values: Any, what: str) -> Tensor:
             + (" with NaN. Leave out images without a class." if lost else ". Cast them to int64.")
         )
     labels = labels.long()
-    if len(labels) and int(labels.min()) < 0:
+    if int(labels.min()) < 0:
         raise UsageError(
             f"{what} holds the negative label {int(labels.min())}. "
             "Number classes from 0, and leave out images without one."

@@ -116,7 +116,7 @@ def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, 
         if shown:
             datasets.enable_progress_bars()
     splits = found if isinstance(found, Mapping) else {"train": found}
-    return from_splits(splits, path.stem if path.is_file() else path.name, image_size=image_size, seed=seed)
+    return from_splits(splits, path.name, image_size=image_size, seed=seed)
 
 
 def is_table(value: Any) -> bool:

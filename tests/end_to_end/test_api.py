@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.data_files import everything
 from builders.toy import MODEL_FILE, write_data
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -102,9 +103,11 @@ def test_datasets_floats_and_other_orders_are_the_same_images(arrays: dict[str, 
     x, y = torch.from_numpy(arrays["x_train"]), torch.from_numpy(arrays["y_train"])
     planes = x.permute(0, 3, 1, 2)
     for train in ((x, y), (planes, y), (planes.float() / 255, y.tolist()), TensorDataset(planes.float() / 255, y)):
-        bundle = rp.load_data({"train": train, "test": (x[:30], y[:30])}, validation=40)
+        bundle = rp.load_data({"train": train, "test": (255 - x[:30], y[:30])}, validation=40)
         assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (200, 40, 30)
-        assert torch.equal(bundle.test.get(torch.arange(2))[0], planes[:2])
+        assert torch.equal(bundle.test.get(torch.arange(2))[0], 255 - planes[:2])
+        together = torch.cat([everything(part)[0] for part in (bundle.train, bundle.validation)])
+        assert torch.equal(together.unique(dim=0), planes.unique(dim=0))
         assert bundle.input_size == (3, 16, 16) and bundle.num_classes == 3
 
 

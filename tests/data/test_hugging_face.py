@@ -1,0 +1,154 @@
+"""Data sets of Hugging Face's library, as files and as objects."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders.data_files import as_rows, everything
+from PIL import Image
+
+import robust_prune as rp
+from robust_prune.data import hugging_face
+from robust_prune.errors import EnvironmentProblem, UsageError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def pictures(count: int, seed: int, grey: bool = False, sizes: bool = False) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    shapes = ((8 + 2 * (i % 3) * sizes, 8) + (() if grey else (3,)) for i in range(count))
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+
+
+def table(count: int = 12, seed: int = 0, extra: dict[str, Any] | None = None, **form: bool) -> Any:
+    kinds = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])} | (extra or {})
+    columns: dict[str, Any] = {"img": pictures(count, seed, **form)}
+    columns |= {name: [i % 3 for i in range(count)] for name in kinds if name != "img"}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+def pair(**form: bool) -> Any:
+    return datasets.DatasetDict(train=table(30, 1, **form), test=table(9, 2, **form))
+
+
+def as_clone(both: Any, folder: Path, pattern: str = "data/{}-00000-of-00001.parquet") -> Path:
+    for part, rows in both.items():
+        file = folder / pattern.format(part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(str(file))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["object", "saved", "clone", "converted"])
+def test_the_same_images_come_in_from_every_form(tmp_path: Path, form: str) -> None:
+    both, source = pair(), tmp_path / "pets"
+    if form == "saved":
+        both.save_to_disk(str(source))
+    elif form == "clone":
+        as_clone(both, source)
+        (source / "README.md").write_text("cats and more")
+    elif form == "converted":
+        as_clone(both, source, "default/{}/0000.parquet")
+    bundle = rp.load_data(both if form == "object" else source, validation=3)
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (27, 3, 9)
+    assert bundle.class_names == ("ant", "bee", "cat") and bundle.input_size == (3, 8, 8) and bundle.notes == ()
+    images, labels = everything(bundle.test)
+    assert labels.tolist() == [0, 1, 2] * 3
+    assert torch.equal(images, torch.from_numpy(np.stack([np.asarray(x) for x in pictures(9, 2)])).permute(0, 3, 1, 2))
+
+
+def test_a_single_file_is_split(tmp_path: Path) -> None:
+    table(40).to_parquet(str(tmp_path / "pets.parquet"))
+    bundle = rp.load_data(tmp_path / "pets.parquet", validation=3)
+    parts = [as_rows(part) for part in (bundle.train, bundle.validation, bundle.test)]
+    assert len(parts[2]) == 9 and len(set.union(*parts)) == sum(map(len, parts)) == 40
+    assert "has no test split: 9 of its images were set aside" in bundle.notes[0]
+
+
+def test_large_ones_are_decoded_on_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hugging_face, "IN_MEMORY_BYTES", 0)
+    both = pair(sizes=True)
+    bundle = rp.load_data(both, validation=3, image_size=8)
+    assert isinstance(bundle.test, hugging_face.RowImages) and bundle.input_size == (3, 8, 8)
+    assert bundle.test.get(torch.tensor([4, 0]))[0].shape == (2, 3, 8, 8)
+    both["test"] = datasets.concatenate_datasets([both["test"], both["train"].select([5])])
+    with pytest.raises(UsageError, match=r"1 of 10 test images .* such as row 9 of img and row 5 of img"):
+        rp.load_data(both)
+
+
+def test_grey_stays_grey_and_other_splits_take_their_roles() -> None:
+    both = datasets.DatasetDict(train=table(30, 1, grey=True), validation=table(9, 2, grey=True), extra=table(3))
+    bundle = rp.load_data(both, validation=3, image_size=16)
+    assert bundle.input_size == (1, 16, 16) and len(bundle.test) == 9
+    assert bundle.notes == ("the split extra was left out",)
+    bundle = rp.load_data(datasets.DatasetDict(both, test=table(6, 3, grey=True), extra=table(3)))
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (30, 9, 6)
+
+
+def test_columns_are_found_by_type_or_by_usual_names(tmp_path: Path) -> None:
+    def png(image: Image.Image) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return stream.getvalue()
+
+    for cell in (png, lambda image: {"bytes": png(image), "path": None}):
+        both = {
+            part: datasets.Dataset.from_dict({"image": [cell(x) for x in pictures(n, n)], "label": [0, 1] * (n // 2)})
+            for part, n in (("train", 20), ("test", 8))
+        }
+        bundle = rp.load_data(both, validation=2)
+        assert bundle.class_names == ("0", "1") and bundle.input_size == (3, 8, 8)
+
+
+def test_what_is_unclear_is_refused(tmp_path: Path) -> None:
+    other = datasets.ClassLabel(names=["x", "y", "z"])
+    fine = {"label": other, "coarse": other}
+    text = table().remove_columns("label").add_column("label", ["ant", "bee", "cat"] * 4)
+    unlabelled = table().remove_columns("label")
+    hidden = table().remove_columns("label").add_column("label", [-1] * 12)
+    cases: list[tuple[Any, str]] = [
+        (
+            {"train": table(12, 1, fine), "test": table()},
+            "train has several columns of labels: label, coarse. Keep one",
+        ),
+        ({"train": text, "test": text}, "no column of labels; its columns are img, label. Labels of text"),
+        ({"train": unlabelled, "test": table()}, "no column of labels; its columns are img"),
+        ({"train": table().remove_columns("img"), "test": table()}, "no column of images; its columns are label"),
+        ({"train": table(12, 1), "test": hidden}, "test: column label holds the negative label -1"),
+        ({"train": table(12, 1), "test": table(0)}, "the split test is empty"),
+        ({"first": table(), "test": table(12, 1)}, "has no split train; found first, test"),
+        ({"train": table(12, 1), "test": table(12, 2, {"label": other})}, "the classes of test, .* not those"),
+        ({"train": table(12, 1).to_iterable_dataset(), "test": table()}, "is a IterableDataset, which has no length"),
+        ({"train": table(12, 1), "test": table(12, 1)}, "12 of 12 test images are images of the training part"),
+        (table(), "a single split has no test images"),
+    ]
+    for source, words in cases:
+        with pytest.raises(UsageError, match=words) as raised:
+            rp.load_data(source)
+        assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_wrong_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = as_clone(pair(), tmp_path / "several", "plain/{}-0.parquet")
+    as_clone(pair(), several, "cropped/{}-0.parquet")
+    with pytest.raises(UsageError, match=r"has files of test in cropped, plain. Give one of these folders"):
+        rp.load_data(several)
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UsageError, match=r"torn\.parquet cannot be read as a Hugging Face data set: ") as raised:
+        rp.load_data(tmp_path / "torn.parquet")
+    assert "\n" not in str(raised.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(EnvironmentProblem, match=r'pip install "robust-prune\[hf\]"'):
+        rp.load_data(tmp_path / "torn.parquet")
