@@ -222,16 +222,17 @@ def _samples(folder: Path, names: tuple[str, ...], skipped: Counter[str]) -> _Sa
 def _image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
     """Return the images below a folder, and count other files by what they are; links are followed once."""
     found: list[Path] = []
-    visited: set[str] = set()
+    visited = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     for at, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here, real = Path(at), os.path.realpath(at)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         for name in folders:
             if _is_no_data(name):
                 skipped.update(_hidden(here / name))
-        folders[:] = [] if real in visited else sorted(name for name in folders if not _is_no_data(name))
-        if real in visited:
-            continue
-        visited.add(real)
+        folders[:] = sorted(name for name in folders if not _is_no_data(name))
         for name in files:
             suffix = Path(name).suffix.lower()
             if _is_no_data(name):

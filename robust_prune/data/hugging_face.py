@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,8 @@ def is_source(path: Path) -> bool:
         return True
     if not path.is_dir():
         return False
-    return _is_saved(path) or _first_of_interest(path) == ".parquet"
+    train = path / "train"
+    return _is_saved(path) or _first_of_interest(train if train.is_dir() else path) == ".parquet"
 
 
 def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, seed: int = 0) -> DataBundle:
@@ -105,18 +108,28 @@ def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, 
             f'{path} is a Hugging Face data set; reading it needs the package datasets: pip install "robust-prune[hf]"'
         ) from error
     files = {} if _is_saved(path) else _parquet_files(path)
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset("parquet", data_files=files) if files else datasets.load_from_disk(str(path))
+        with _silent(datasets):
+            found = datasets.load_dataset("parquet", data_files=files) if files else datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises errors of many kinds for a damaged file
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UsageError(f"{path} cannot be read as a Hugging Face data set: {reason}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
     splits = found if isinstance(found, Mapping) else {"train": found}
     return from_splits(splits, path.name, image_size=image_size, seed=seed)
+
+
+@contextmanager
+def _silent(datasets: Any) -> Iterator[None]:
+    """Keep the library from printing bars, and lines about errors that it raises as well."""
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def is_table(value: Any) -> bool:

@@ -36,7 +36,7 @@ def load_npz(path: Path, class_names: tuple[str, ...] = ()) -> DataBundle:
             )
             for part in ("train", "test")
         }
-        names = class_names or tuple(str(name) for name in np.atleast_1d(arrays.get(NAMES, ())))
+        names = class_names or tuple(str(name) for name in np.ravel(arrays.get(NAMES, ())))
         return in_memory(path.name, parts, names, {part: f"y_{part}" for part in parts})
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error

@@ -67,8 +67,8 @@ def load_data(
         else:
             bundle, published = _at(Path(name), size, class_order, seed)
         bundle = finished(bundle, validation, seed, published)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
-        raise UsageError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {str(error.filename or name)[:300]}: {error.strerror or error}") from error
     if size not in (None, bundle.input_size[1:]):
         found = "x".join(map(str, bundle.input_size[1:]))
         raise UsageError(

@@ -159,6 +159,7 @@ def test_hidden_and_unknown_files_are_no_data_and_are_counted(tmp_path: Path) ->
     (home / "train" / "bee" / "README").write_text("words")
     (home / "train" / "bee" / "gone.png").symlink_to("nowhere.png")
     (home / "train" / "bee" / "round").symlink_to(home / "train" / "bee")
+    (home / "train" / "bee" / "above").symlink_to(home / "train")
     paint(home / "train" / "stray.png", (1, 1, 1))
     (home / "test" / "ant" / "0.png").rename(home / "test" / "ant" / "0.PNG")
     bundle = load_data(home, validation=2)
@@ -260,6 +261,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "val").rmdir()
     with pytest.raises(UsageError, match=r"data\.image_size resizes folders .* are 8x8"):
         load_data(write_npz(tmp_path / "d.npz"), image_size=16)
+
+    with pytest.raises(UsageError, match=r"cannot read x+: File name too long"):
+        load_data("x" * 5000)
 
     def forbidden(self: Path) -> None:
         raise PermissionError(13, "Permission denied", str(self))

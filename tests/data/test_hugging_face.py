@@ -149,6 +149,12 @@ def test_files_that_are_wrong_are_refused_in_one_line(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match=r"torn\.parquet cannot be read as a Hugging Face data set: ") as raised:
         rp.load_data(tmp_path / "torn.parquet")
     assert "\n" not in str(raised.value)
+    for index in range(8):
+        path = tmp_path / "folders" / ("train", "test")[index // 4] / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures(8, 3)[index].save(path)
+    (tmp_path / "folders" / "boxes.parquet").write_bytes(b"of something else")
+    assert len(rp.load_data(tmp_path / "folders", validation=1).test) == 4
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentProblem, match=r'pip install "robust-prune\[hf\]"'):
         rp.load_data(tmp_path / "torn.parquet")

@@ -92,6 +92,13 @@ def test_a_class_with_a_single_image_stays_in_training(tmp_path: Path) -> None:
     assert bytes(noise(50).transpose(2, 0, 1).tobytes()) not in as_rows(bundle.test)
 
 
+def test_images_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
+    for i in range(4):
+        write(tmp_path / f"c{i}" / "0.png", noise(i))
+    with pytest.raises(UsageError, match="test: there are no images"):
+        load_data(tmp_path)
+
+
 def test_files_are_compared_as_far_as_it_takes(tmp_path: Path) -> None:
     contents = [b"a" * 9000, b"a" * 8999 + b"b", b"a" * 9000, b"b" * 9000, b"short", b"a" * 9000 + b"a", b"other"]
     paths = [tmp_path / str(i) for i in range(len(contents))]
