@@ -74,8 +74,8 @@ def class_names_of(labels: Mapping[str, Tensor], given: Sequence[str] = ()) -> t
         given: name of each class; then classes need not occur.
 
     Raises:
-        UsageError: a part is empty, there is a single class, a number is left out and no names are given, a label has no
-            name, or a part has labels that the training part lacks.
+        UsageError: a part is empty, there is a single class, a number is left out and no names are given, a label has
+            no name, or a part has labels that the training part lacks.
     """
     train, *others = labels
     for part, found in labels.items():

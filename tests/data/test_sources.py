@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders.data_files import everything, write_npz
 
+from robust_prune.commands.common import open_data, resolve
 from robust_prune.data.class_names import BY_DATA
 from robust_prune.data.sources import load_data
 from robust_prune.errors import EnvironmentProblem
@@ -76,3 +77,10 @@ def test_fashion_mnist_keeps_one_channel(tmp_path: Path) -> None:
     bundle = load_data("fashion_mnist", root=tmp_path, validation=5)
     assert bundle.input_size == (1, 28, 28) and len(bundle.train) == 25
     assert torch.equal(everything(bundle.test)[0][:, 0], torch.from_numpy(images))
+
+
+def test_commands_print_what_a_report_will_say_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_npz(tmp_path / "d.npz", class_names=np.array(["ant", "bee", "cat", "dog", "eel"]))
+    bundle = open_data(resolve(None, {"data.name": str(path)}, None))
+    told = " ".join(capsys.readouterr().out.split())
+    assert bundle.notes and all(f"Note: {note}" in told for note in bundle.notes)
