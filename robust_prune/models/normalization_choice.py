@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.base import DataBundle, random_images
+from ..data.base import DataBundle, stratified_images
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
 from .normalization import AUTO, FORMS, Normalization, common_normalizations, no_normalization
@@ -24,7 +26,7 @@ OPERATIONS = 1e12
 
 BATCH = 64
 _LEAD, _SAFE_LEAD = 2.0, 3.0
-_ABOVE_CHANCE = 3.0
+_ABOVE_CHANCE, _UNTRAINED_LOSS = 3.0, 0.95
 _CLEAR_GAP, _SMALL_GAP = 0.8, 0.2
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -36,12 +38,14 @@ class Score:
     Attributes:
         normalization: the normalization.
         right: whether each image is classified correctly, bool [N].
+        loss: mean cross-entropy divided by that of a constant answer; 1 for a network that was not trained.
         gap: mean distance of batch-norm inputs from the stored running statistics; None without batch-norm layers that
             were trained.
     """
 
     normalization: Normalization
     right: Tensor
+    loss: float
     gap: float | None
 
     def __str__(self) -> str:
@@ -115,13 +119,13 @@ def choose(network: nn.Module, data: DataBundle, expected: Normalization | None 
 def score(
     network: nn.Module, data: DataBundle, candidates: Sequence[Normalization], count: int = FIRST_IMAGES
 ) -> tuple[list[Score], float]:
-    """Score each candidate on the same `count` seeded random training images, in eval mode.
+    """Score each candidate on the same `count` training images, in eval mode.
 
     Returns:
         The scores, and the share of the most frequent class among the images, in [0, 1].
     """
     parameter = next(network.parameters(), torch.zeros(()))
-    images, labels = random_images(data.train, count, seed=0)
+    images, labels = stratified_images(data.train, count)
     images = images.to(parameter.device, parameter.dtype)
     with eval_mode(network), torch.no_grad(), _seeded():
         scores = [_scored(network, candidate, images, labels) for candidate in candidates]
@@ -138,7 +142,7 @@ def _left(scores: Sequence[Score]) -> list[Score]:
 
 def _affordable(network: nn.Module, data: DataBundle, candidates: int) -> int:
     # Operations instead of seconds, so that a busy machine makes no other choice.
-    images, _ = random_images(data.train, 1, seed=0)
+    images, _ = stratified_images(data.train, 1)
     parameter = next(network.parameters(), torch.zeros(()))
     with eval_mode(network), torch.no_grad(), _seeded(), FlopCounterMode(display=False) as counter:
         network(images.to(parameter.device, parameter.dtype))
@@ -160,7 +164,9 @@ def _scored(network: nn.Module, candidate: Normalization, images: Tensor, labels
     with _gaps(network) as gaps:
         logits = [network(candidate(batch)).float().cpu() for batch in images.split(BATCH)]
     finite = [gap for gap in gaps if gap == gap]
-    return Score(candidate, torch.cat(logits).argmax(dim=1) == labels, sum(finite) / len(finite) if finite else None)
+    answers = torch.cat(logits)
+    loss = F.cross_entropy(answers, labels).item() / math.log(answers.shape[1])
+    return Score(candidate, answers.argmax(dim=1) == labels, loss, sum(finite) / len(finite) if finite else None)
 
 
 @contextmanager
@@ -205,19 +211,19 @@ def decide(
     """
     figures = figures or _figures(scores)
     best = max(scores, key=lambda s: s.count)
-    if not _above_chance(best, chance):
+    tied = [s for s in scores if not is_behind(s.right, best.right)]
+    undecided = not (len(tied) == 1 or _clearly_fitting(tied) or _no_difference(tied))
+    if not _above_chance(best, chance) or (undecided and best.loss > _UNTRAINED_LOSS):
         fitting = _clearly_fitting(scores)
         taken = expected or (fitting or _of_data_first(scores)).normalization
         return Choice(
             taken,
-            f"none is better than chance on {figures}; the model is not trained, or its classes or weights are others",
+            f"not decided by {figures}; the model answers like one that is not trained, or its classes are others",
         )
-    tied = [s for s in scores if not is_behind(s.right, best.right)]
     if expected is not None and any(s.normalization == expected for s in tied):
         return Choice(expected, f"{why}; {figures}")
-    clear = _clearly_fitting(tied)
-    if len(tied) == 1 or clear is not None or _no_difference(tied):
-        taken = (tied[0] if len(tied) == 1 else clear or _of_data_first(tied)).normalization
+    if not undecided:
+        taken = (tied[0] if len(tied) == 1 else _clearly_fitting(tied) or _of_data_first(tied)).normalization
         against = f", not {expected.name}: {why}" if expected is not None else ""
         return Choice(taken, f"measured on {figures}{against}")
     names = " and ".join(s.normalization.name for s in tied)

@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("cifar/resnet20_x0.5", ("model",)), Case("cifar/resnet20_x0.5", ("architecture",), command="train")
     ),
     "model.kwargs": (Case({"a": 1}, ("model",)), Case({"a": 1}, ("architecture",), command="train")),
+    "model.normalization": (Case("none", ("model",)), Case("0.5/0.5", ("architecture",), command="train")),
     "sensitivity.estimator": (Case("gradient", ("sensitivity",)),),
     "sensitivity.images": (Case(17, ("adversarial set", "clean images")),),
     "sensitivity.steps": (Case(3, ("adversarial set", "attacked images of the repair")),),
