@@ -213,7 +213,8 @@ def decide(
     best = max(scores, key=lambda s: s.count)
     tied = [s for s in scores if not is_behind(s.right, best.right)]
     undecided = not (len(tied) == 1 or _clearly_fitting(tied) or _no_difference(tied))
-    if not _above_chance(best, chance) or (undecided and best.loss > _UNTRAINED_LOSS):
+    untrained = best.loss > _UNTRAINED_LOSS and (undecided or expected is not None)
+    if untrained or not _above_chance(best, chance):
         fitting = _clearly_fitting(scores)
         taken = expected or (fitting or _of_data_first(scores)).normalization
         return Choice(
