@@ -17,8 +17,9 @@ Every function takes the values of its recipe section as keyword arguments; `rob
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ from .models.artifact import Model
 from .models.foreign import check_data, open_model
 from .models.python_module import as_model
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
+from .recipe_reader import check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe
-from .recipe_reader import make_section, with_threat_of
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.trainer import train
@@ -227,11 +228,12 @@ def evaluate(
     bundle = load_data(data)
     opened = _model(model, bundle)
     section = make_section(EvaluationSection, **evaluation)
+    against = _threat(threat, opened, section.sweep)
     where = next(opened.module.parameters()).device
     try:
         return _evaluate(
-            opened.module.to(choose_device("auto")), first(bundle.test, section.images), _threat(threat, opened),
-            section, subject=Subject(opened.spec.arch, bundle.name, "test"), seed=seed,
+            opened.module.to(choose_device("auto")), first(bundle.test, section.images), against, section,
+            subject=Subject(opened.spec.arch, bundle.name, "test"), seed=seed,
         )  # fmt: skip
     finally:
         opened.module.to(where)
@@ -342,14 +344,14 @@ def _model(source: Any, data: DataBundle) -> Model:
     raise UsageError(f"a model is a Model, a torch module, 'demo' or a file; got {_kind(source)}.")
 
 
-def _threat(threat: Threat, model: Model) -> ThreatModel:
-    if threat is None:
-        return model.threat or ThreatModel()
-    if isinstance(threat, ThreatModel):
-        return threat
-    if isinstance(threat, int | float) and not isinstance(threat, bool):
-        return ThreatModel("linf", float(threat))
-    raise UsageError(f"a threat is a ThreatModel, or a number such as 8/255 for a Linf ball; got {_kind(threat)}.")
+def _threat(threat: Any, model: Model, sweep: Sequence[float] = ()) -> ThreatModel:
+    found = (model.threat or ThreatModel()) if threat is None else threat
+    if isinstance(found, Real) and not isinstance(found, bool):
+        found = ThreatModel("linf", float(found))
+    if not isinstance(found, ThreatModel):
+        raise UsageError(f"a threat is a ThreatModel, or a number such as 8/255 for a Linf ball; got {_kind(found)}.")
+    check_radii(found.norm, {"epsilon": (found.epsilon,), "sweep": sweep}, model.spec.input_size)
+    return found
 
 
 def _recipe(source: str | None, settings: Mapping[str, Any], model: Model, threat: Threat) -> Recipe:
@@ -357,7 +359,7 @@ def _recipe(source: str | None, settings: Mapping[str, Any], model: Model, threa
     if threat is not None:
         chosen = _threat(threat, model)
         changes |= {"threat.norm": chosen.norm, "threat.epsilon": chosen.epsilon}
-    return with_threat_of(load_recipe(source, changes), model.threat)
+    return with_threat_of(load_recipe(source, changes), model.threat, model.spec.input_size)
 
 
 def _kind(value: object) -> str:

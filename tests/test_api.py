@@ -162,3 +162,25 @@ def test_a_model_is_opened_with_what_was_said_of_it(monkeypatch: pytest.MonkeyPa
         (("m.pt",), {"arch": "cifar/resnet20", "normalization": "auto", "trust_pickle": True, "data": data}),
         (("m.safetensors",), {"arch": None, "like": like}),
     ]
+
+
+def test_a_radius_that_cannot_be_meant_is_refused_before_any_attack(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    for refused in (
+        lambda: rp.evaluate(model, data, 8),
+        lambda: rp.evaluate(model, data, 4 / 255, sweep=(2 / 255, 8)),
+        lambda: rp.finetune(model, data, threat=8),
+        lambda: rp.compress(model, data, threat=8),
+        lambda: rp.compress(model, data, threat__norm="linf", threat__epsilon=8),
+        lambda: rp.analyse(model, data, threat__norm="linf", threat__epsilon=8),
+    ):
+        with pytest.raises(UsageError, match=r"Did you mean 8/255\?"):
+            refused()
+    with pytest.raises(UsageError, match="norm linf needs a radius of its own"):
+        rp.compress(model, data, threat__norm="linf")
+    with pytest.raises(UsageError, match=r"at most .* for l2"):
+        rp.evaluate(model, data, rp.ThreatModel("l2", 128))
+    with pytest.raises(UsageError, match="the threat of a model is a ThreatModel or None, got 8"):
+        rp.save(replace(model, threat=8), tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    assert not asked and not list(tmp_path.iterdir())

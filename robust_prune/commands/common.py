@@ -152,7 +152,7 @@ def open_model_for(
 
 def with_threat_of(loaded: Model, recipe: Recipe) -> Recipe:
     """Return the recipe with what recipe and flags leave open of the threat model filled in from the model; say so."""
-    found = recipe_reader.with_threat_of(recipe, loaded.threat)
+    found = recipe_reader.with_threat_of(recipe, loaded.threat, loaded.spec.input_size)
     if found.threat_model != recipe.threat_model:
         console.print(f"Threat model: {found.threat_model}, as stored with the model.", markup=False)
     return found

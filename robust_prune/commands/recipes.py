@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,8 @@ from ..console import console
 from ..errors import UsageError
 from ..recipe_docs import KeyDoc, SectionDoc, describe
 from ..recipe_docs import find as find_key
-from ..recipe_reader import find, load, shipped
+from ..recipe_reader import find, load, read, shipped, with_threat_of
+from ..runs.files import write_text
 
 WIDTH = 80
 """Columns that explanations fill at most: lines of prose are hard to read across a whole screen."""
@@ -42,7 +42,7 @@ def show(
     name
         A shipped recipe's name, or a file.
     """
-    text = load(name).to_yaml() if resolved else find(name).read_text(encoding="utf-8")
+    text = with_threat_of(load(name), None).to_yaml() if resolved else read(find(name))
     console.print(text, markup=False, soft_wrap=True, end="")
 
 
@@ -55,11 +55,14 @@ def cp(name: str, to: Path) -> None:
     name
         A shipped recipe's name.
     to
-        The file to write; an existing one is kept and reported.
+        The file or folder to write to; an existing file is kept and reported.
     """
+    text = read(find(name))
+    if to.is_dir():
+        to = to / find(name).name
     if to.exists():
         raise UsageError(f"{to} exists already. Name another file.")
-    shutil.copyfile(find(name), to)
+    write_text(to, text)
     console.print(f"{to}", markup=False)
 
 

@@ -64,6 +64,7 @@ def train(
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
     check_functions(resolved.training.loss, resolved.evaluation.tier)
     bundle = open_data(resolved)
+    resolved = with_threat_of(resolved, None, bundle.input_size)
 
     from ..machine.host import tune_allocator
     from ..train import train_model

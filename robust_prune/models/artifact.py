@@ -89,8 +89,8 @@ def save(
             batch-norm statistics, are not rounded. The loaded model has the rounded weights, so evaluate that model.
 
     Raises:
-        UsageError: the suffix is another one, `model` does not fit `spec`, or values cannot be stored in JSON or
-            float16.
+        UsageError: the suffix is another one, `model` does not fit `spec`, `threat` is no `ThreatModel`, or values
+            cannot be stored in JSON or float16.
         EnvironmentProblem: the file cannot be written.
     """
     path = Path(path)
@@ -98,6 +98,8 @@ def save(
         raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, got {path}")
     if not isinstance(model, NormalizedClassifier):
         raise UsageError(f"only a NormalizedClassifier can be saved, got {type(model).__name__}")
+    if threat is not None and not isinstance(threat, ThreatModel):
+        raise UsageError(f"the threat of a model is a ThreatModel or None, got {threat!r}.")
     spec = registry.without_pretrained(spec)
     fresh = registry.build(spec, pretrained=False, check=False)
     changes = dict(changes) if changes is not None else describe_changes(fresh, model)
@@ -157,7 +159,7 @@ def open_contents(
         changes = manifest["changes"]
         threat = from_json(ThreatModel, manifest["threat"]) if manifest["threat"] else None
         version, provenance, stored = manifest["version"], manifest["provenance"], manifest["store_dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
     if manifest.get("format") != FORMAT or not isinstance(version, int) or not isinstance(tensors, dict):
         raise UsageError(f"the manifest of {path} is damaged: it is not of format {FORMAT!r}")
