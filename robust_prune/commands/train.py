@@ -60,7 +60,7 @@ def train(
         "device": device,
     }
     resolved = with_threat_of(resolve(recipe, flags, assignments), None)
-    if resolved.model.arch is None:
+    if (chosen := resolved.model.arch) is None:
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
     check_functions(resolved.training.loss, resolved.evaluation.tier)
     bundle = open_data(resolved)
@@ -70,5 +70,5 @@ def train(
     from ..train import train_model
 
     tune_allocator()
-    name = f"{resolved.model.arch.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
+    name = f"{chosen.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
     train_model(name, bundle, resolved, out or Path("runs") / name, command_line())
