@@ -7,10 +7,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from cyclopts import Parameter
 
 from .. import distributed, recipe_reader
 from ..console import console
@@ -23,46 +22,6 @@ if TYPE_CHECKING:
     from ..models.artifact import Model
 
 DEMO = "demo"
-
-RecipeFlag = Annotated[
-    str | None, Parameter(help="Settings of the run: a YAML file, or a name that `robust-prune recipes ls` lists.")
-]
-DataFlag = Annotated[
-    str | None,
-    Parameter(
-        help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, or an .npz file."
-    ),
-]
-ArchFlag = Annotated[
-    str | None,
-    Parameter(
-        help="Architecture of a file that holds only weights: timm/NAME, torchvision/NAME, cifar/NAME, "
-        "robustbench/DATA/THREAT/ID or FILE.py:FUNCTION."
-    ),
-]
-NormalizationFlag = Annotated[
-    str | None,
-    Parameter(
-        help="Normalization that the weights were trained with: auto (known or measured), none, data, imagenet, or "
-        "MEAN/STD such as 0.5/0.5."
-    ),
-]
-SeedFlag = Annotated[int | None, Parameter(help="Seed of all random numbers.")]
-DeviceFlag = Annotated[str | None, Parameter(help="Where to compute: auto, cpu or cuda.")]
-SetFlag = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", help="Set any value of the recipe, e.g. --set finetune.lr=0.05; repeatable."),
-]
-EPSILON_HELP = (
-    "Radius of the perturbation, in units of the [0, 1] pixel range, e.g. 8/255; by default the model's or 8/255."
-)
-EpsilonFlag = Annotated[str | None, Parameter(help=EPSILON_HELP)]
-NormFlag = Annotated[str | None, Parameter(help="Norm of the perturbation: linf or l2.")]
-IMAGES_HELP = "Evaluate on the first N test images only."
-ImagesFlag = Annotated[int | None, Parameter(help=IMAGES_HELP)]
-TrustFlag = Annotated[
-    bool, Parameter(negative="", help="Open pickled modules, which run code from the file. Only for files of your own.")
-]
 
 
 def resolve(

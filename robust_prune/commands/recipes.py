@@ -24,7 +24,10 @@ app = App(name="recipes", help="List, show or copy the shipped recipes, and expl
 
 @app.command
 def ls() -> None:
-    """List the shipped recipes with the first line of their headers."""
+    """List the shipped recipes with the first line of their headers.
+
+    Example: robust-prune recipes ls
+    """
     table = Table("recipe", "what it does", box=None)
     for name, path in shipped().items():
         table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
@@ -33,29 +36,30 @@ def ls() -> None:
 
 @app.command
 def show(
-    name: str, *, resolved: Annotated[bool, Parameter(negative="", help="Every value, defaults too.")] = False
+    name: Annotated[str, Parameter(help="A shipped recipe's name, or a file.")],
+    /,
+    *,
+    resolved: Annotated[
+        bool, Parameter(negative="", help="Print every value, defaults too.", show_default=False)
+    ] = False,
 ) -> None:
     """Print a recipe.
 
-    Parameters
-    ----------
-    name
-        A shipped recipe's name, or a file.
+    Example: robust-prune recipes show demo
     """
     text = with_threat_of(load(name), None).to_yaml() if resolved else read(find(name))
     console.print(text, markup=False, soft_wrap=True, end="")
 
 
 @app.command
-def cp(name: str, to: Path) -> None:
+def cp(
+    name: Annotated[str, Parameter(help="A shipped recipe's name.")],
+    to: Annotated[Path, Parameter(help="The file or folder to write to; an existing file is kept and reported.")],
+    /,
+) -> None:
     """Copy a shipped recipe to a file of your own.
 
-    Parameters
-    ----------
-    name
-        A shipped recipe's name.
-    to
-        The file or folder to write to; an existing file is kept and reported.
+    Example: robust-prune recipes cp cifar10-resnet18 mine.yaml
     """
     text = read(find(name))
     if to.is_dir():
@@ -67,13 +71,15 @@ def cp(name: str, to: Path) -> None:
 
 
 @app.command
-def explain(key: str | None = None) -> None:
+def explain(
+    key: Annotated[
+        str | None, Parameter(help="A key such as finetune.lr, or a section such as pruning; all of them by default.")
+    ] = None,
+    /,
+) -> None:
     """Say what a key of a recipe means: its type, limits, default and choices.
 
-    Parameters
-    ----------
-    key
-        A key such as finetune.lr, or a section such as pruning; all of them by default.
+    Example: robust-prune recipes explain finetune.lr
     """
     if key is None:
         _print(_overview())

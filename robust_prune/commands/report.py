@@ -10,21 +10,16 @@ from cyclopts import Parameter
 from ..console import console
 from ..errors import UsageError
 from .common import command_line
+from .flags import RUN
 
 
 def report(
-    *runs: Path,
-    out: Annotated[Path, Parameter(help="Folder that receives report.html, result.json and the tables.")] = Path(
-        "runs/report"
-    ),
+    *runs: Annotated[Path, Parameter(group=RUN, help="Run folders.", show_default=False)],
+    out: Annotated[
+        Path, Parameter(group=RUN, help="Folder that receives report.html, result.json and the tables.")
+    ] = Path("runs/report"),
 ) -> None:
-    """Write the report of a finished run again, or compare several runs in one table and one plot.
-
-    Parameters
-    ----------
-    runs
-        Run folders.
-    """
+    """Write the report of a finished run again, or compare several runs in one table and one plot."""
     if not runs:
         raise UsageError("no run given. Try: robust-prune report runs/one runs/two --out runs/both")
 
