@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
 
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+LONGEST_NAME = 4096
+"""Characters of a path, beyond which systems raise an error instead of saying that there is no such file."""
 SomeSection = TypeVar("SomeSection", bound=Section)
 
 
@@ -36,7 +38,7 @@ def find(name: str) -> Path:
         UsageError: `name` is neither.
     """
     path = Path(name)
-    if path.is_file():
+    if len(name) < LONGEST_NAME and path.is_file():
         return path
     known = shipped()
     if name in known:
@@ -116,7 +118,7 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
     text = read(path) if path else ""
     try:
         value = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")

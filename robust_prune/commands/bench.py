@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ..console import console
 from ..errors import UsageError
+from .common import check_out_file
 from .flags import MEASUREMENT, RUN
 
 
@@ -50,6 +51,7 @@ def bench(
     """Measure the latency of ONNX files side by side, interleaved; ratios are to the first file."""
     if not files:
         raise UsageError("no file given. Try: robust-prune bench dense.onnx model.onnx")
+    check_out_file("--out", out)
 
     from ..bench.latency import render_latency, run
     from ..runs.files import write_json

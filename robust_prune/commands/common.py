@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .. import distributed, recipe_reader
+from ..catalogue import CATALOGUES
 from ..console import console
-from ..errors import UsageError
+from ..errors import EnvironmentProblem, UsageError
 from ..recipe import Recipe
 from ..recipe_reader import load
 
@@ -41,7 +43,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set wants KEY=VALUE such as finetune.lr=0.05, got {text!r}")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise UsageError(f"--set {text!r}: the value is not valid YAML") from error
 
 
@@ -51,12 +53,40 @@ def listed(text: str | None) -> list[str] | None:
 
 
 def check_functions(*names: str) -> None:
-    """Raises `UsageError` early, before anything is computed, when a user's ``file.py:function`` cannot be loaded."""
-    from ..models import user_file
-
+    """Raises `UsageError` early, before anything is computed, when a choice that is not of this package cannot load."""
     for name in names:
-        if user_file.is_reference(name):
-            user_file.load_function(name)
+        holders = [catalogue for catalogue in CATALOGUES if name in catalogue.choices] or CATALOGUES[:1]
+        if not any(catalogue.is_builtin(name) for catalogue in holders):
+            holders[0].load(name)
+
+
+def check_out_file(flag: str, path: Path | None) -> None:
+    """Raise an error early, before anything is computed, when a file cannot be written; None is not checked.
+
+    Raises:
+        UsageError: it is a folder, or lies below a file.
+        EnvironmentProblem: its folder is not writable.
+    """
+    if path is not None and path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder. Name a file.")
+    if path is not None:
+        check_out_folder(flag, path.parent)
+
+
+def check_out_folder(flag: str, path: Path | None) -> None:
+    """Raise an error early, before anything is computed, when a folder cannot be made; None is not checked.
+
+    Raises:
+        UsageError: it is a file, or lies below a file.
+        EnvironmentProblem: it is not writable.
+    """
+    if path is None:
+        return
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag}: {nearest} is a file. Name a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise EnvironmentProblem(f"{flag}: {nearest} is not writable. Choose another place.")
 
 
 def check_model_path(model: str) -> None:

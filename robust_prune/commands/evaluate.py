@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ..console import console, warn
-from ..errors import UsageError
 from .common import (
     DEMO,
+    check_functions,
     check_model_path,
+    check_out_file,
     listed,
     open_data,
     open_model_for,
@@ -98,8 +99,8 @@ def evaluate(
     }
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
-    if out is not None and out.is_dir():
-        raise UsageError(f"--out {out} is a folder. Name a file, e.g. {out / 'card.json'}.")
+    check_functions(resolved.evaluation.tier)
+    check_out_file("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)

@@ -11,6 +11,7 @@ from ..console import console
 from .common import (
     DEMO,
     check_model_path,
+    check_out_file,
     listed,
     open_data,
     open_model_for,
@@ -57,6 +58,7 @@ def export(
     }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    check_out_file("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 

@@ -15,6 +15,7 @@ from ..recipe_docs import KeyDoc, SectionDoc, describe
 from ..recipe_docs import find as find_key
 from ..recipe_reader import find, load, read, shipped, with_threat_of
 from ..runs.files import write_text
+from .common import check_out_file
 
 WIDTH = 80
 """Columns that explanations fill at most: lines of prose are hard to read across a whole screen."""
@@ -62,10 +63,10 @@ def cp(
     Example: robust-prune recipes cp cifar10-resnet18 mine.yaml
     """
     text = read(find(name))
-    if to.is_dir():
-        to = to / find(name).name
+    to = to / find(name).name if to.is_dir() else to
     if to.exists():
         raise UsageError(f"{to} exists already. Name another file.")
+    check_out_file("recipes cp", to)
     write_text(to, text)
     console.print(f"{to}", markup=False)
 

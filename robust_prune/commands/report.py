@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..console import console
 from ..errors import UsageError
-from .common import command_line
+from .common import check_out_folder, command_line
 from .flags import RUN
 
 
@@ -22,6 +22,7 @@ def report(
     """Write the report of a finished run again, or compare several runs in one table and one plot."""
     if not runs:
         raise UsageError("no run given. Try: robust-prune report runs/one runs/two --out runs/both")
+    check_out_folder("--out", out)
 
     from ..report.compare import compare, load_run, run_names
     from ..report.files import write

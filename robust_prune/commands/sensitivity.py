@@ -11,6 +11,7 @@ from ..console import console
 from .common import (
     DEMO,
     check_model_path,
+    check_out_folder,
     open_data,
     open_model_for,
     resolve,
@@ -62,6 +63,7 @@ def sensitivity(
     }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    check_out_folder("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)
