@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -84,7 +85,8 @@ def test_defaults_are_those_of_the_recipe(capsys):
         "--epochs": recipe.finetune.epochs, "--loss": recipe.finetune.loss, "--tier": recipe.evaluation.tier,
         "--images": "all", "--epsilon": "the model's, or 8/255", "--seed": recipe.seed, "--precision": "none",
     }.items():  # fmt: skip
-        assert f"[default: {value}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
+        found = re.search(rf" {flag} [A-Z]+ (.*?)( --|╰)", text)
+        assert found is not None and f"[default: {value}]" in found[1], flag
     assert f"[default: {recipe.training.epochs}]" in shown(capsys, "train", "--help")
     assert f"[default: {recipe.evaluation.steps}]" in shown(capsys, "evaluate", "--help")
     for verb in VERBS[:-1]:

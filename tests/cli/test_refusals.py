@@ -56,7 +56,10 @@ BAD = {
     "radius of sensitivity": (["sensitivity", "demo", "--norm", "linf", "--epsilon", "4"], "4/255?"),
     "radius word": (["evaluate", "demo", "--epsilon", "eight"], "must be a number or a fraction such as 8/255"),
     "l2 alone": (["evaluate", "demo", "--set", "threat.norm=l2"], "norm l2 needs a radius of its own, got none"),
-    "l2 and a recipe's radius": (["compress", "demo", "--recipe", "imagenet-resnet50", "--norm", "l2"], "of its own"),
+    "l2 and a recipe's radius": (
+        ["compress", "demo", "--recipe", "cifar10-resnet18", "--data", "sample", "--norm", "l2"],
+        "norm l2 needs a radius of its own",
+    ),
     "l2 of a training": (
         ["train", "--arch", "cifar/resnet20", "--data", "sample", "--norm", "l2", "--epsilon", "128"],
         "must be at most 55.43 for l2",
