@@ -17,8 +17,9 @@ Every function takes the values of its recipe section as keyword arguments; `rob
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ from .models.artifact import Model
 from .models.foreign import check_data, open_model
 from .models.python_module import as_model
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
+from .recipe_reader import check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe
-from .recipe_reader import make_section, with_threat_of
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.trainer import train
@@ -93,6 +94,10 @@ def load(
         if bundle is None:
             raise UsageError("a module does not say which images it is for. Give data.")
         return as_model(source, bundle, normalization)
+    _check_kind("a model is opened from", source, str, Path, "a file, or 'demo'")
+    _check_kind("arch is", arch, str, None, "a text such as 'cifar/resnet18'")
+    _check_kind("normalization is", normalization, str, None, "a text such as 'none' or '0.5/0.5'")
+    _check_kind("like is", like, nn.Module, None, "the torch module that was saved, built again")
     if like is not None:
         return artifact.load(source, arch=arch, like=like)
     return open_model(source, arch=arch, normalization=normalization, trust_pickle=trust_pickle, data=bundle)
@@ -130,6 +135,7 @@ def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPl
         UsageError: a value is out of range or belongs to another step, or the metric is ``latency``, for which
             `compress` is needed.
     """
+    _check_kind("plan takes", analysis, Analysis, "the result of analyse")
     section = make_section(PruningSection, ratio=ratio, **pruning)
     if others := sorted(pruning.keys() - _PLANNING):
         raise UsageError(
@@ -161,6 +167,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
             could be cut, as with a plan of another model.
         QualityGateError: the pruned model differs from the masked model.
     """
+    _check_kind("prune takes", plan, PruningPlan, "the result of plan")
     bundle = load_data(data)
     opened = _model(model, bundle)
     recipe = _recipe(None, settings, opened, None)
@@ -226,12 +233,14 @@ def evaluate(
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
+    _check_kind("seed is", seed, int, "a whole number")
     section = make_section(EvaluationSection, **evaluation)
+    against = _threat(threat, opened, section.sweep)
     where = next(opened.module.parameters()).device
     try:
         return _evaluate(
-            opened.module.to(choose_device("auto")), stratified(bundle.test, section.images), _threat(threat, opened),
-            section, subject=Subject(opened.spec.arch, bundle.name, "test"), seed=seed,
+            opened.module.to(choose_device("auto")), stratified(bundle.test, section.images), against, section,
+            subject=Subject(opened.spec.arch, bundle.name, "test"), seed=seed,
         )  # fmt: skip
     finally:
         opened.module.to(where)
@@ -252,6 +261,7 @@ def export(model: ModelSource, path: str | Path, data: DataSource, **settings: A
         QualityGateError: the outputs of the file differ from those of the model.
         EnvironmentProblem: the file cannot be written.
     """
+    _check_kind("path is", path, str, Path, "a file such as 'small.onnx'")
     bundle = load_data(data)
     opened = _model(model, bundle)
     return export_model(opened.module, opened.spec, bundle.train, path, make_section(ExportSection, **settings), 0)
@@ -269,6 +279,9 @@ def benchmark(files: Mapping[str, str | Path], *, seed: int = 0, **bench: Any) -
         UsageError: a value is out of range, or a file is missing or is not an image classifier.
         EnvironmentProblem: the execution provider does not run on this machine.
     """
+    _check_kind("files are", files, Mapping, "paths by label, such as {'dense': 'dense.onnx'}")
+    for path in files.values():
+        _check_kind("a file to time is", path, str, Path, "a path such as 'dense.onnx'")
     return run_section(list(files.items()), make_section(BenchSection, **bench), seed)
 
 
@@ -306,6 +319,8 @@ def compress(
         QualityGateError: the pruned model or an exported file differs from its reference, or training diverged.
         EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
+    _check_kind("out is", out, str, Path, None, "a folder such as 'runs/half'")
+    _check_kind("name is", name, str, "a text")
     bundle = load_data(data)
     opened = _model(model, bundle)
     if ratio is not None and "pruning__ratio" in settings:
@@ -328,6 +343,7 @@ def save(model: Model, path: str | Path) -> None:
     """
     if not isinstance(model, Model):
         raise UsageError(f"save writes a Model, as load and prune return it; got {_kind(model)}.")
+    _check_kind("path is", path, str, Path, "a file such as 'small.safetensors'")
     artifact.save(path, model.module.cpu(), model.spec, threat=model.threat, provenance=model.provenance)
 
 
@@ -342,22 +358,32 @@ def _model(source: Any, data: DataBundle) -> Model:
     raise UsageError(f"a model is a Model, a torch module, 'demo' or a file; got {_kind(source)}.")
 
 
-def _threat(threat: Threat, model: Model) -> ThreatModel:
-    if threat is None:
-        return model.threat or ThreatModel()
-    if isinstance(threat, ThreatModel):
-        return threat
-    if isinstance(threat, int | float) and not isinstance(threat, bool):
-        return ThreatModel("linf", float(threat))
-    raise UsageError(f"a threat is a ThreatModel, or a number such as 8/255 for a Linf ball; got {_kind(threat)}.")
+def _threat(threat: Any, model: Model, sweep: Sequence[float] = ()) -> ThreatModel:
+    found = (model.threat or ThreatModel()) if threat is None else threat
+    if isinstance(found, Real) and not isinstance(found, bool):
+        found = ThreatModel("linf", float(found))
+    if not isinstance(found, ThreatModel):
+        raise UsageError(f"a threat is a ThreatModel, or a number such as 8/255 for a Linf ball; got {_kind(found)}.")
+    check_radii(found.norm, {"epsilon": (found.epsilon,), "sweep": sweep}, model.spec.input_size)
+    return found
 
 
-def _recipe(source: str | None, settings: Mapping[str, Any], model: Model, threat: Threat) -> Recipe:
+def _recipe(source: Any, settings: Mapping[str, Any], model: Model, threat: Threat) -> Recipe:
+    _check_kind("recipe is", source, str, Path, None, "a file, or the name of a shipped recipe")
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     if threat is not None:
         chosen = _threat(threat, model)
         changes |= {"threat.norm": chosen.norm, "threat.epsilon": chosen.epsilon}
-    return with_threat_of(load_recipe(source, changes), model.threat)
+    return with_threat_of(
+        load_recipe(None if source is None else str(source), changes), model.threat, model.spec.input_size
+    )
+
+
+def _check_kind(what: str, value: object, *wanted: Any) -> None:
+    """Raise UsageError unless `value` is of one of the `wanted` types; the last of these says in words what is."""
+    *kinds, words = wanted
+    if not (value is None and None in kinds) and not isinstance(value, tuple(kind for kind in kinds if kind)):
+        raise UsageError(f"{what} {words}; got {_kind(value)}.")
 
 
 def _kind(value: object) -> str:

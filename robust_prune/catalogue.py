@@ -60,7 +60,7 @@ class Catalogue:
         Raises:
             ValueError: it is neither; the message lists all names.
         """
-        if name not in self.choices and ".py" not in name:
+        if name not in self.choices and not name.endswith(".py") and ".py:" not in name:
             raise ValueError(f"must be one of {self.help()}")
         return name
 
@@ -68,17 +68,35 @@ class Catalogue:
         """Return the function of a choice.
 
         Raises:
-            UsageError: there is no such choice, or the user's file cannot be run.
+            UsageError: there is no such choice, the user's file cannot be run, or the package cannot be imported.
         """
         from .models import user_file
 
         if user_file.is_reference(name):
             return user_file.load_function(name)
         if name in self._plugins and name not in self._files:
-            return self._plugins[name].load()
+            return self._from_plugin(self._plugins[name])
         if name not in self._files:
             raise UsageError(f"{self.kind} must be one of {self.help()}, got {name!r}")
         return getattr(importlib.import_module(f"robust_prune.{self.folder}.{self._files[name].stem}"), self.function)
+
+    def is_builtin(self, name: str) -> bool:
+        """Return whether a choice is one of this package, which loads for certain."""
+        return name in self._files
+
+    def _from_plugin(self, point: Any) -> Any:
+        package = point.dist.name if point.dist is not None else "a package"
+        try:
+            found = point.load()
+        except Exception as error:  # other people's code may raise any error when it is imported
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UsageError(
+                f"{self.kind} {point.name!r} of {package} ({point.value}) cannot be imported: {said}. Repair or "
+                f"uninstall {package}."
+            ) from error
+        if not callable(found):
+            raise UsageError(f"{self.kind} {point.name!r} of {package} ({point.value}) is not a function.")
+        return found
 
     def _name(self, file: Path) -> str:
         # `global_.py` is "global", which is a keyword and cannot be the name of a module.
@@ -103,3 +121,4 @@ CRITERIA = Catalogue("criterion", "ranking.criteria", "score")
 ALLOCATIONS = Catalogue("allocation", "budget.allocations", "wished_widths")
 LOSSES = Catalogue("loss", "training.loss_functions", "loss")
 TIERS = Catalogue("tier", "evaluation.tiers", "stages", separator="-")
+CATALOGUES = (CRITERIA, ALLOCATIONS, LOSSES, TIERS)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts.completion.detect import ShellDetectionError
 from rich.console import Console
 
 from . import __version__
-from .errors import RobustPruneError
+from .errors import EnvironmentProblem, RobustPruneError
+from .suggest import question
 
+OPTIONS = Group("Options", sort_key=9)
 app = App(
     name="robust-prune",
     version=__version__,
@@ -19,19 +25,96 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-_COMMANDS = {
-    "compress": "Prune a robust model, fine-tune it, and report its robust accuracy and latency.",
-    "train": "Train a robust model from scratch.",
-    "sensitivity": "Measure the Module Robustness Sensitivity (MRS) of each layer.",
-    "evaluate": "Measure clean and robust accuracy of a model.",
-    "export": "Write a model as an ONNX file, checked against a float64 reference.",
-    "bench": "Measure the latency of ONNX files side by side.",
-    "report": "Write the report of a finished run again, or compare several runs.",
-    "doctor": "Check the installation and the hardware, and name repairs.",
+app["--help"].group = app["--version"].group = OPTIONS
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What help and errors say of a command: its purpose, its arguments as usage shows them, and an example."""
+
+    purpose: str
+    arguments: str
+    example: str
+
+
+_MODEL = "[OPTIONS] MODEL"
+_VERBS = {
+    "compress": Verb(
+        "Prune a robust model, fine-tune it, and report its robust accuracy and latency.",
+        _MODEL,
+        "compress demo --ratio 0.5",
+    ),
+    "train": Verb(
+        "Train a robust model from scratch.",
+        "[OPTIONS]",
+        "train --arch cifar/resnet18 --data cifar10 --epochs 30",
+    ),
+    "sensitivity": Verb(
+        "Measure the Module Robustness Sensitivity (MRS) of each layer.",
+        _MODEL,
+        "sensitivity demo --estimator boundary --out runs/mrs",
+    ),
+    "evaluate": Verb(
+        "Measure clean and robust accuracy of a model on test images.",
+        _MODEL,
+        "evaluate demo --tier aa-fast --out card.json",
+    ),
+    "export": Verb(
+        "Write a model as an ONNX file, checked against a float64 reference.",
+        _MODEL,
+        "export demo --out demo.onnx --precision fp16,int8",
+    ),
+    "bench": Verb(
+        "Measure the latency of ONNX files side by side.",
+        "[OPTIONS] FILES...",
+        "bench dense.onnx model.onnx --batch 1,8",
+    ),
+    "report": Verb(
+        "Write the report of a finished run again, or compare several runs.",
+        "[OPTIONS] RUNS...",
+        "report runs/half runs/quarter --out runs/both",
+    ),
+    "doctor": Verb("Check the installation and the hardware, and name repairs.", "", "doctor"),
 }
-for _name, _help in _COMMANDS.items():
-    app.command(f"robust_prune.commands.{_name}:{_name}", name=_name, help=_help)
+for _name, _verb in _VERBS.items():
+    app.command(
+        f"robust_prune.commands.{_name}:{_name}",
+        name=_name,
+        help=f"{_verb.purpose}\n\nExample: robust-prune {_verb.example}",
+        usage=f"Usage: robust-prune {_name} {_verb.arguments}".rstrip(),
+    )
 app.command("robust_prune.commands.recipes:app", name="recipes", help="List, show, copy or explain recipes.")
+
+
+@app.command(name="--install-completion", group=OPTIONS)
+def install_completion(*, shell: Literal["bash", "zsh", "fish", "powershell"] | None = None) -> None:
+    """Make the shell complete commands and flags: writes a script, and a line to the shell's startup file.
+
+    Parameters
+    ----------
+    shell
+        The shell; by default the one that runs.
+    """
+    try:
+        file = app.install_completion(shell=shell)
+    except ShellDetectionError as error:
+        raise EnvironmentProblem("cannot tell which shell runs. Name it: --install-completion --shell bash.") from error
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write the completion script: {error}") from error
+    print(f"{file} was written. Start a new shell to use it.")
+
+
+@app.command(name="--debug", group=OPTIONS)
+def debug() -> None:
+    """Show the traceback of an error; goes with every command."""
+    app.help_print([])
+
+
+_REQUIRED = {name: ("MODEL", verb.example) for name, verb in _VERBS.items() if verb.arguments == _MODEL} | {
+    "recipes show": ("NAME", "recipes show demo"),
+    "recipes cp": ("NAME TO", "recipes cp cifar10-resnet18 mine.yaml"),
+}
+_CALLED = {"MODEL": "a model", "NAME": "a recipe", "TO": "a file to write to"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,15 +135,37 @@ def main(arguments: list[str] | None = None) -> None:
     except (CycloptsError, RobustPruneError) as error:
         if debug:
             raise
-        problems.print(f"error: {_one_line(error)}", markup=False)
+        problems.print(f"error: {_one_line(_said(error))}", markup=False)
         sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         problems.print("interrupted; run the same command again to go on from here", markup=False)
         sys.exit(130)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _said(error: Exception) -> str:
+    """Return the message of an error; those of the parser are said in the words of this command line."""
+    command = " ".join(getattr(error, "command_chain", None) or ())
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        if name.startswith("-"):
+            return f"robust-prune {command}: {error.keyword or name} needs a value"
+        arguments, example = _REQUIRED[command]
+        return f"{command} needs {_CALLED[name]}: robust-prune {command} {arguments}, e.g. robust-prune {example}"
+    if isinstance(error, UnusedCliTokensError):
+        left = " ".join(error.unused_tokens or ())
+        return f"robust-prune {command} does not take {left!r}. `robust-prune {command} --help` says what it takes."
+    if isinstance(error, UnknownOptionError):
+        given = (error.token.keyword or error.token.value).partition("=")[0]
+        known = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
+        near = [name for name in known if name.startswith(given)]
+        near = near or difflib.get_close_matches(given, known, n=1, cutoff=0.8)
+        called = f"robust-prune {command}".rstrip()
+        return f"{called} has no option {given}.{question(near) or f' `{called} --help` lists all.'}"
+    return str(error)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from . import radius
 from .catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
 
 if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
 
 
-def _number(value: Any) -> Any:
-    """Convert fractions such as 8/255, as papers write them."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
+def _refuse(key: tuple[str, ...], norm: str, radii: tuple[float, ...]) -> None:
+    problem = next(filter(None, (radius.refusal(norm, value) for value in radii)), "")
+    if problem:
+        raise PydanticCustomError("radius", "{problem}", {"key": key, "problem": problem})
 
 
 def _switch(value: Any) -> Any:
@@ -37,8 +34,8 @@ TierName = Annotated[str, AfterValidator(TIERS.check), TIERS]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Experiment trackers that accelerate supports."""
 Count = Annotated[int, Field(ge=1)]
-FractionNumber = Annotated[float, BeforeValidator(_number)]
-Radius = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+FractionNumber = Annotated[float, BeforeValidator(radius.number)]
+Radius = Annotated[float, Field(ge=0), BeforeValidator(radius.number)]
 
 
 class Section(BaseModel):
@@ -71,7 +68,15 @@ class ThreatSection(Section):
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the perturbation."""
     epsilon: Radius = 8 / 255
-    """Radius in units of the [0, 1] pixel range; fractions such as 8/255 are allowed."""
+    """Radius in units of the [0, 1] pixel range, at most 1 for `linf`; fractions such as 8/255 are allowed. `l2` needs
+    a radius of its own."""
+
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> Self:
+        # Without a norm of its own the section takes that of the model, which `with_threat_of` knows.
+        if "norm" in self.model_fields_set:
+            _refuse(("epsilon",), self.norm, (self.epsilon,))
+        return self
 
 
 class ModelSection(Section):
@@ -290,6 +295,12 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     bench: BenchSection = BenchSection()
+
+    @model_validator(mode="after")
+    def _sweep_can_be_meant(self) -> Self:
+        if "norm" in self.threat.model_fields_set:
+            _refuse(("evaluation", "sweep"), self.threat.norm, self.evaluation.sweep)
+        return self
 
     @property
     def threat_model(self) -> ThreatModel:

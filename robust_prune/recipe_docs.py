@@ -86,6 +86,14 @@ def find(name: str) -> SectionDoc | KeyDoc:
     raise UsageError(f"unknown recipe key {name!r}.{hint}")
 
 
+def default(key: str, missing: str = "none") -> str:
+    """Return the default of a key such as ``pruning.ratio`` as help shows it; `missing` stands for null and empty."""
+    section, _, name = key.rpartition(".")
+    value = Recipe().model_dump(mode="json")
+    found = value[section][name] if section else value[name]
+    return missing if found is None or found == [] else _as_yaml(found)
+
+
 def to_markdown(sections: tuple[SectionDoc, ...]) -> str:
     """The sections as MyST Markdown, one ``confval`` a key, to which other pages can refer by its name."""
     return "\n".join(line for section in sections for line in _section_lines(section))

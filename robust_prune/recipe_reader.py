@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from . import radius
 from .errors import UsageError
 from .recipe import Recipe, Section, ThreatSection
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .attacks.threat import ThreatModel
 
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+LONGEST_NAME = 4096
+"""Characters of a path, beyond which systems raise an error instead of saying that there is no such file."""
 SomeSection = TypeVar("SomeSection", bound=Section)
 
 
@@ -35,7 +38,7 @@ def find(name: str) -> Path:
         UsageError: `name` is neither.
     """
     path = Path(name)
-    if path.is_file():
+    if len(name) < LONGEST_NAME and path.is_file():
         return path
     known = shipped()
     if name in known:
@@ -45,15 +48,31 @@ def find(name: str) -> Path:
     raise UsageError(f"recipe {name!r} is neither a file nor a shipped recipe. {hint}")
 
 
-def with_threat_of(recipe: Recipe, known: ThreatModel | None) -> Recipe:
+def read(path: Path) -> str:
+    """Return the text of a recipe file.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path} is not UTF-8 text. Give a YAML file.") from error
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}.") from error
+
+
+def with_threat_of(recipe: Recipe, known: ThreatModel | None, input_size: Sequence[int] | None = None) -> Recipe:
     """Return the recipe with what its section ``threat`` leaves open filled in from a model.
 
     Args:
         recipe: recipe whose section names norm, radius, both or neither.
         known: threat model that the model was trained against, if it is known.
+        input_size: (channels, height, width) of the images, if it is known; it bounds L2 radii.
 
     Raises:
-        UsageError: the recipe names another norm than the model's, or L2 for a model without one, and no radius.
+        UsageError: the recipe names another norm than the model's, or L2 for a model without one, and no radius, or a
+            radius is beyond what the norm admits.
     """
     given = recipe.threat.model_fields_set if "threat" in recipe.model_fields_set else frozenset()
     norm = recipe.threat.norm if "norm" in given or known is None else known.norm
@@ -62,9 +81,26 @@ def with_threat_of(recipe: Recipe, known: ThreatModel | None) -> Recipe:
     elif norm == (known.norm if known is not None else "linf"):
         epsilon = known.epsilon if known is not None else recipe.threat.epsilon
     else:
-        usual = {"l2": "0.5", "linf": "8/255"}[norm]
-        raise UsageError(f"norm {norm} needs a radius of its own, got none. Add --epsilon ({usual} is usual).")
+        raise UsageError(
+            f"norm {norm} needs a radius of its own, got none. Add --epsilon ({radius.USUAL[norm]} is usual), or set "
+            "threat.epsilon."
+        )
+    check_radii(norm, {"threat.epsilon": (epsilon,), "evaluation.sweep": recipe.evaluation.sweep}, input_size)
     return recipe.model_copy(update={"threat": ThreatSection(norm=norm, epsilon=epsilon)})
+
+
+def check_radii(norm: str, radii: Mapping[str, Sequence[float]], input_size: Sequence[int] | None = None) -> None:
+    """Raise UsageError if one of the radii, by the names of their keys, is beyond what the norm admits.
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        radii: radii in units of the [0, 1] pixel range.
+        input_size: (channels, height, width) of the images, if it is known.
+    """
+    for key, values in radii.items():
+        for value in values:
+            if problem := radius.refusal(norm, value, input_size):
+                raise UsageError(f"{key} {problem}")
 
 
 def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -79,17 +115,18 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
             line.
     """
     path = find(source) if source is not None else None
-    text = path.read_text(encoding="utf-8") if path else ""
+    text = read(path) if path else ""
     try:
         value = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")
-    for key, new in (overrides or {}).items():
-        if new is not None:
-            _put(value, key, new)
-    return _validate(value, path, text, set(overrides or {}))
+    changes = {key: new for key, new in (overrides or {}).items() if new is not None}
+    _forget_radius_of_another_norm(value, changes)
+    for key, new in changes.items():
+        _put(value, key, new)
+    return _validate(value, path, text, set(changes))
 
 
 def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
@@ -103,7 +140,15 @@ def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
     except ValidationError as error:
         problem = error.errors()[0]
         name = next(name for name, field in Recipe.model_fields.items() if field.annotation is kind)
-        raise UsageError(_explain(problem, (name, *(str(part) for part in problem["loc"])))) from error
+        raise UsageError(_explain(problem, (name, *_location(problem)))) from error
+
+
+def _forget_radius_of_another_norm(value: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Drop the radius of a recipe file whose norm is overridden alone: a radius means nothing under another norm."""
+    threat = value.get("threat")
+    norm = changes.get("threat.norm")
+    if norm is not None and isinstance(threat, dict) and norm != threat.get("norm", "linf"):
+        threat.pop("epsilon", None)
 
 
 def _put(value: dict[str, Any], dotted: str, new: Any) -> None:
@@ -120,11 +165,16 @@ def _validate(value: dict[str, Any], path: Path | None, text: str, overridden: s
         return Recipe.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        location = tuple(str(part) for part in problem["loc"])
+        location = _location(problem)
         dotted = ".".join(location)
         given = any(dotted == key or dotted.startswith(f"{key}.") for key in overridden)
         where = "" if given else _where(path, text, location)
         raise UsageError(_explain(problem, location) + where) from error
+
+
+def _location(problem: Any) -> tuple[str, ...]:
+    """The key of a problem; validators of whole sections name the key themselves."""
+    return tuple(str(part) for part in (*problem["loc"], *problem.get("ctx", {}).get("key", ())))
 
 
 def _explain(problem: Any, location: tuple[str, ...]) -> str:
@@ -135,6 +185,8 @@ def _explain(problem: Any, location: tuple[str, ...]) -> str:
         return f"unknown recipe key {'.'.join(location)}. {hint}"
     if location == ("pruning", "ratio"):
         return f"ratio must be in (0, 1), got {found}. Try 0.5."
+    if problem["type"] == "radius":
+        return f"{'.'.join(location)} {problem['msg']}"
     if problem["type"] == "literal_error":
         return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found!r}"
     if problem["type"] == "value_error":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,9 +155,55 @@ def test_a_model_is_opened_with_what_was_said_of_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(api, "open_model", lambda *arguments, **keywords: asked.append((arguments, keywords)))
     monkeypatch.setattr(api.artifact, "load", lambda *arguments, **keywords: asked.append((arguments, keywords)))
     rp.load("m.pt", arch="cifar/resnet20", data=data, trust_pickle=True)
-    like = SimpleNamespace()
-    rp.load("m.safetensors", like=like)  # type: ignore[arg-type]
+    like = torch.nn.Identity()
+    rp.load("m.safetensors", like=like)
     assert asked == [
         (("m.pt",), {"arch": "cifar/resnet20", "normalization": "auto", "trust_pickle": True, "data": data}),
         (("m.safetensors",), {"arch": None, "like": like}),
     ]
+
+
+def test_a_radius_that_cannot_be_meant_is_refused_before_any_attack(
+    model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    for refused in (
+        lambda: rp.evaluate(model, data, 8),
+        lambda: rp.evaluate(model, data, 4 / 255, sweep=(2 / 255, 8)),
+        lambda: rp.finetune(model, data, threat=8),
+        lambda: rp.compress(model, data, threat=8),
+        lambda: rp.compress(model, data, threat__norm="linf", threat__epsilon=8),
+        lambda: rp.analyse(model, data, threat__norm="linf", threat__epsilon=8),
+    ):
+        with pytest.raises(UsageError, match=r"Did you mean 8/255\?"):
+            refused()
+    with pytest.raises(UsageError, match="norm linf needs a radius of its own"):
+        rp.compress(model, data, threat__norm="linf")
+    with pytest.raises(UsageError, match=r"at most .* for l2"):
+        rp.evaluate(model, data, rp.ThreatModel("l2", 128))
+    with pytest.raises(UsageError, match="the threat of a model is a ThreatModel or None, got 8"):
+        rp.save(replace(model, threat=8), tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    assert not asked and not list(tmp_path.iterdir())
+
+
+def test_values_of_the_wrong_kind_are_refused_in_one_line(model: rp.Model, data: rp.DataBundle) -> None:
+    front: Any = rp
+    for refused, words in (
+        (lambda: front.compress(3, data), "a model is a Model"),
+        (lambda: front.compress(model, 3), "data are a name"),
+        (lambda: front.compress(model, data, out=7), "out is a folder such as 'runs/half'; got builtins.int"),
+        (lambda: front.compress(model, data, recipe=7), "recipe is a file"),
+        (lambda: front.load_data(7), "data are a name"),
+        (lambda: front.evaluate(model, data, threat="x"), "a threat is a ThreatModel"),
+        (lambda: front.evaluate(model, data, seed="x"), "seed is a whole number"),
+        (lambda: front.load(7), "a model is opened from a file, or 'demo'; got builtins.int"),
+        (lambda: front.load("m.pt", arch=7), "arch is a text"),
+        (lambda: front.load("m.pt", like=3), "like is the torch module"),
+        (lambda: front.plan("x"), "plan takes the result of analyse"),
+        (lambda: front.prune(model, "x", data), "prune takes the result of plan"),
+        (lambda: front.export(model, 7, data), "path is a file"),
+        (lambda: front.benchmark(["a.onnx"]), "files are paths by label"),
+        (lambda: front.benchmark({"a": 7}), "a file to time is a path"),
+        (lambda: front.save(model, 7), "path is a file"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            refused()

@@ -29,6 +29,28 @@ def test_a_package_beside_this_one_adds_choices_but_replaces_none(monkeypatch: p
     assert "theirs" not in catalogue.Catalogue("loss", "training.loss_functions", "loss").names
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("no_such_package_here:f", r"criterion 'theirs' of .* cannot be imported: ModuleNotFoundError"),
+        ("operator:no_such_function", "cannot be imported: AttributeError"),
+        ("math:pi", "is not a function"),
+    ],
+)
+def test_a_package_that_fails_to_import_is_named(monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
+    from robust_prune import catalogue
+    from robust_prune.commands import common
+
+    point = EntryPoint("theirs", value, "robust_prune.ranking.criteria")
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [point] if group == point.group else [])
+    criteria = catalogue.Catalogue("criterion", "ranking.criteria", "score")
+    monkeypatch.setattr(common, "CATALOGUES", (criteria,))
+    with pytest.raises(UsageError, match=words):
+        criteria.load("theirs")
+    with pytest.raises(UsageError, match=words):
+        common.check_functions("magnitude", "theirs")
+
+
 def test_a_choice_is_named_after_its_file_and_described_by_its_first_line() -> None:
     from robust_prune.catalogue import ALLOCATIONS, CRITERIA, TIERS
 

@@ -37,7 +37,8 @@ def n_fgsm(
     Returns:
         Images [N, C, H, W] in [0, 1].
     """
-    wide = ThreatModel(threat.norm, noise * threat.epsilon)
+    reach = noise * threat.epsilon
+    wide = ThreatModel(threat.norm, min(reach, 1.0) if threat.norm == "linf" else reach)
     start = random_start(x, wide, generator)
     gradient, _ = input_gradient(model, start, cross_entropy_objective(y))
     return ascent_step(start, gradient, alpha * threat.epsilon, threat).clamp_(0, 1).detach()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Literal, cast
 
 from pydantic import ConfigDict
 
+from .. import radius
 from ..errors import UsageError
 
 Norm = Literal["linf", "l2"]
@@ -18,22 +20,29 @@ class ThreatModel:
 
     Attributes:
         norm: ``"linf"`` or ``"l2"``.
-        epsilon: radius in units of the [0, 1] pixel range, at least 0; 8/255 is the usual ``linf`` radius on CIFAR-10.
+        epsilon: radius in units of the [0, 1] pixel range, at least 0, and at most 1 for ``linf``; by default 8/255,
+            the usual ``linf`` radius on CIFAR-10. ``l2`` has no default (0.5 is usual).
 
     Raises:
-        UsageError: the norm is unknown, or the radius is negative or not finite.
+        UsageError: the norm is unknown, or the radius is missing, negative, not finite or above 1 for ``linf``.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     norm: Norm = "linf"
-    epsilon: float = 8 / 255
+    epsilon: float = cast(float, None)  # `__post_init__` fills it in, since it depends on the norm
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise UsageError(f"threat norm must be 'linf' or 'l2', got {self.norm!r}")
-        if not 0 <= self.epsilon < float("inf"):
-            raise UsageError(f"epsilon must be a finite number >= 0, got {self.epsilon}. Try 8/255.")
+        epsilon = 8 / 255 if self.epsilon is None and self.norm == "linf" else self.epsilon
+        if epsilon is None:
+            raise UsageError("norm l2 needs a radius of its own, got none. Give one: ThreatModel('l2', 0.5) is usual.")
+        if not isinstance(epsilon, Real) or isinstance(epsilon, bool):
+            raise UsageError(f"epsilon must be a number such as 8 / 255, got {epsilon!r}")
+        if problem := radius.refusal(self.norm, float(epsilon)):
+            raise UsageError(f"epsilon {problem}")
+        object.__setattr__(self, "epsilon", float(epsilon))
 
     def __str__(self) -> str:
         if self.norm == "linf":

@@ -9,35 +9,49 @@ from cyclopts import Parameter
 
 from ..console import console
 from ..errors import UsageError
+from .common import check_out_file
+from .flags import MEASUREMENT, RUN
 
 
 def bench(
-    *files: Path,
-    batch: Annotated[str, Parameter(help="Batch sizes, separated by commas.")] = "1",
-    threads: Annotated[str, Parameter(help="Numbers of threads, separated by commas.")] = "1",
+    *files: Annotated[
+        Path, Parameter(group=MEASUREMENT, help="ONNX classifiers; ratios are to the first one.", show_default=False)
+    ],
+    batch: Annotated[str, Parameter(group=MEASUREMENT, help="Batch sizes in images, separated by commas.")] = "1",
+    threads: Annotated[str, Parameter(group=MEASUREMENT, help="Numbers of threads, separated by commas.")] = "1",
     provider: Annotated[
-        str, Parameter(help="Execution provider: cpu, cuda or tensorrt. A fallback to another one is an error.")
+        str,
+        Parameter(
+            group=MEASUREMENT,
+            help="Execution provider: cpu, cuda or tensorrt. A fallback to another one is an error.",
+        ),
     ] = "cpu",
     kind: Annotated[
         str,
         Parameter(
-            help="Kinds of runs, separated by commas: host, device (inputs bound to GPU memory), graph (CUDA graph)."
+            group=MEASUREMENT,
+            help="Kinds of runs, separated by commas: host, device (inputs bound to GPU memory), graph (CUDA graph).",
         ),
     ] = "host",
-    energy: Annotated[bool, Parameter(help="Also report the energy that the GPU reports (NVML).")] = False,
-    seconds: Annotated[float, Parameter(help="Measuring time in total, in seconds.")] = 20.0,
-    out: Annotated[Path | None, Parameter(help="JSON file that also receives the table.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the order in which files are visited.")] = 0,
+    energy: Annotated[
+        bool,
+        Parameter(
+            group=MEASUREMENT, negative="", help="Also report the GPU's energy (NVML), in J.", show_default=False
+        ),
+    ] = False,
+    seconds: Annotated[
+        float,
+        Parameter(
+            group=MEASUREMENT, help="Measuring time in total, in seconds.", show_default=lambda value: f"{value:g}"
+        ),
+    ] = 20.0,
+    out: Annotated[Path | None, Parameter(group=RUN, help="JSON file that also receives the table.")] = None,
+    seed: Annotated[int, Parameter(group=RUN, help="Seed of the order in which files are visited.")] = 0,
 ) -> None:
-    """Measure the latency of ONNX files side by side, interleaved; ratios are to the first file.
-
-    Parameters
-    ----------
-    files
-        ONNX classifiers.
-    """
+    """Measure the latency of ONNX files side by side, interleaved; ratios are to the first file."""
     if not files:
         raise UsageError("no file given. Try: robust-prune bench dense.onnx model.onnx")
+    check_out_file("--out", out)
 
     from ..bench.latency import render_latency, run
     from ..runs.files import write_json

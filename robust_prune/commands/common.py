@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from cyclopts import Parameter
 
 from .. import distributed, recipe_reader
+from ..catalogue import CATALOGUES
 from ..console import console, warn
-from ..errors import UsageError
+from ..errors import EnvironmentProblem, UsageError
 from ..recipe import Recipe
 from ..recipe_reader import load
 
@@ -23,49 +24,6 @@ if TYPE_CHECKING:
     from ..models.artifact import Model
 
 DEMO = "demo"
-
-RecipeFlag = Annotated[
-    str | None, Parameter(help="Settings of the run: a YAML file, or a name that `robust-prune recipes ls` lists.")
-]
-DataFlag = Annotated[
-    str | None,
-    Parameter(
-        help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, an .npz file, or "
-        "Hugging Face parquet files."
-    ),
-]
-ArchFlag = Annotated[
-    str | None,
-    Parameter(
-        help="Architecture of a file that holds only weights: timm/NAME, torchvision/NAME, cifar/NAME, "
-        "robustbench/DATA/THREAT/ID or FILE.py:FUNCTION."
-    ),
-]
-NormalizationFlag = Annotated[
-    str | None,
-    Parameter(
-        help="Normalization that the weights were trained with: auto (known or measured), none, data, imagenet, or "
-        "MEAN/STD such as 0.5/0.5."
-    ),
-]
-SeedFlag = Annotated[int | None, Parameter(help="Seed of all random numbers.")]
-DeviceFlag = Annotated[str | None, Parameter(help="Where to compute: auto, cpu or cuda.")]
-SetFlag = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", help="Set any value of the recipe, e.g. --set finetune.lr=0.05; repeatable."),
-]
-EPSILON_HELP = (
-    "Radius of the perturbation, in units of the [0, 1] pixel range, e.g. 8/255; by default the model's or 8/255."
-)
-EpsilonFlag = Annotated[str | None, Parameter(help=EPSILON_HELP)]
-NormFlag = Annotated[str | None, Parameter(help="Norm of the perturbation: linf or l2.")]
-IMAGES_HELP = (
-    "Evaluate on N test images, drawn with the class shares of the test set: always the same, and part of a larger N."
-)
-ImagesFlag = Annotated[int | None, Parameter(help=IMAGES_HELP)]
-TrustFlag = Annotated[
-    bool, Parameter(negative="", help="Open pickled modules, which run code from the file. Only for files of your own.")
-]
 
 
 def resolve(
@@ -85,7 +43,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set wants KEY=VALUE such as finetune.lr=0.05, got {text!r}")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise UsageError(f"--set {text!r}: the value is not valid YAML") from error
 
 
@@ -95,12 +53,40 @@ def listed(text: str | None) -> list[str] | None:
 
 
 def check_functions(*names: str) -> None:
-    """Raises `UsageError` early, before anything is computed, when a user's ``file.py:function`` cannot be loaded."""
-    from ..models import user_file
-
+    """Raises `UsageError` early, before anything is computed, when a choice that is not of this package cannot load."""
     for name in names:
-        if user_file.is_reference(name):
-            user_file.load_function(name)
+        holders = [catalogue for catalogue in CATALOGUES if name in catalogue.choices] or CATALOGUES[:1]
+        if not any(catalogue.is_builtin(name) for catalogue in holders):
+            holders[0].load(name)
+
+
+def check_out_file(flag: str, path: Path | None) -> None:
+    """Raise an error early, before anything is computed, when a file cannot be written; None is not checked.
+
+    Raises:
+        UsageError: it is a folder, or lies below a file.
+        EnvironmentProblem: its folder is not writable.
+    """
+    if path is not None and path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder. Name a file.")
+    if path is not None:
+        check_out_folder(flag, path.parent)
+
+
+def check_out_folder(flag: str, path: Path | None) -> None:
+    """Raise an error early, before anything is computed, when a folder cannot be made; None is not checked.
+
+    Raises:
+        UsageError: it is a file, or lies below a file.
+        EnvironmentProblem: it is not writable.
+    """
+    if path is None:
+        return
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag}: {nearest} is a file. Name a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise EnvironmentProblem(f"{flag}: {nearest} is not writable. Choose another place.")
 
 
 def check_model_path(model: str) -> None:
@@ -160,7 +146,7 @@ def open_model_for(
 
 def with_threat_of(loaded: Model, recipe: Recipe) -> Recipe:
     """Return the recipe with what recipe and flags leave open of the threat model filled in from the model; say so."""
-    found = recipe_reader.with_threat_of(recipe, loaded.threat)
+    found = recipe_reader.with_threat_of(recipe, loaded.threat, loaded.spec.input_size)
     if found.threat_model != recipe.threat_model:
         console.print(f"Threat model: {found.threat_model}, as stored with the model.", markup=False)
     return found

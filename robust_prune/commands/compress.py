@@ -5,24 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES, TIERS
+from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
 from ..console import console, warn
 from ..recipe import RECOVERIES, Recovery
 from .common import (
     DEMO,
-    IMAGES_HELP,
-    ArchFlag,
-    DataFlag,
-    DeviceFlag,
-    EpsilonFlag,
-    NormalizationFlag,
-    NormFlag,
-    RecipeFlag,
-    SeedFlag,
-    SetFlag,
-    TrustFlag,
     check_functions,
     check_model_path,
     command_line,
@@ -33,67 +22,100 @@ from .common import (
     run_name,
     with_threat_of,
 )
-
-PRUNING, RECOVERY, EVALUATION = map(Group.create_ordered, ("Pruning", "Recovery", "Evaluation and export"))
+from .flags import (
+    PRUNING,
+    RECOVERY,
+    RUN,
+    ArchFlag,
+    DataFlag,
+    DeviceFlag,
+    EpsilonFlag,
+    ImagesFlag,
+    ModelArgument,
+    NormalizationFlag,
+    NormFlag,
+    PrecisionFlag,
+    RecipeFlag,
+    SeedFlag,
+    SetFlag,
+    TierFlag,
+    TrustFlag,
+    of_recipe,
+    stated,
+)
 
 
 # More than eight parameters: one for each flag.
 def compress(
-    model: str,
+    model: ModelArgument,
+    /,
     *,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    out: Annotated[Path | None, Parameter(help="Run folder; by default runs/MODEL-METRIC-RATIO-HASH.")] = None,
+    out: Annotated[
+        Path | None, Parameter(group=RUN, help="Run folder.", show_default=stated("runs/MODEL-METRIC-RATIO-HASH"))
+    ] = None,
     arch: ArchFlag = None,
     normalization: NormalizationFlag = None,
-    ratio: Annotated[str | None, Parameter(group=PRUNING, help="Share to remove, between 0 and 1.")] = None,
+    ratio: Annotated[
+        str | None, of_recipe(PRUNING, "pruning.ratio", "Share to remove, between 0 and 1: 0.5 removes half.")
+    ] = None,
     metric: Annotated[
-        str | None, Parameter(group=PRUNING, help="What the ratio counts: macs, params, channels or latency.")
+        str | None,
+        of_recipe(
+            PRUNING,
+            "pruning.metric",
+            "What the ratio counts: macs (multiply-accumulates), params, channels, or latency (of the exported file on "
+            "this machine).",
+        ),
     ] = None,
     allocation: Annotated[
-        str | None, Parameter(group=PRUNING, help=f"How the cut is spread over the groups: {ALLOCATIONS.help()}.")
+        str | None,
+        of_recipe(PRUNING, "pruning.allocation", f"How the cut is spread over the groups: {ALLOCATIONS.help()}."),
     ] = None,
     criterion: Annotated[
-        str | None, Parameter(group=PRUNING, help=f"Score of the channels within a group: {CRITERIA.help()}.")
+        str | None,
+        of_recipe(PRUNING, "pruning.criterion", f"Score of the channels within a group: {CRITERIA.help()}."),
     ] = None,
     cuts: Annotated[
-        int | None, Parameter(group=PRUNING, help="Number of rounds of pruning and fine-tuning that share the ratio.")
+        int | None,
+        of_recipe(PRUNING, "pruning.cuts", "Number of rounds of pruning and fine-tuning that share the ratio."),
     ] = None,
-    dry_run: Annotated[bool, Parameter(group=PRUNING, negative="", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(group=RUN, negative="", help="Print the plan and write nothing.", show_default=False)
+    ] = False,
     epsilon: EpsilonFlag = None,
     norm: NormFlag = None,
     recovery: Annotated[
         Recovery | None,
-        Parameter(group=RECOVERY, help="Preset for method and length of fine-tuning; replaces the recipe's."),
-    ] = None,
-    epochs: Annotated[int | None, Parameter(group=RECOVERY, help="Fine-tuning epochs.")] = None,
-    loss: Annotated[str | None, Parameter(group=RECOVERY, help=f"Fine-tuning method: {LOSSES.help()}.")] = None,
-    baseline: Annotated[
-        str | None,
         Parameter(
             group=RECOVERY,
-            help="With scratch, also train the pruned architecture from fresh weights for as long as fine-tuning took "
+            help="Preset for method and length of fine-tuning.",
+            show_default=stated("what the recipe says"),
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, of_recipe(RECOVERY, "finetune.epochs", "Passes over the training images in fine-tuning.")
+    ] = None,
+    loss: Annotated[str | None, of_recipe(RECOVERY, "finetune.loss", f"Fine-tuning method: {LOSSES.help()}.")] = None,
+    baseline: Annotated[
+        str | None,
+        of_recipe(
+            RECOVERY,
+            "baseline.kind",
+            "With scratch, also train the pruned architecture from fresh weights for as long as fine-tuning took "
             "(or --set baseline.minutes=10), and add it to the table.",
         ),
     ] = None,
-    tier: Annotated[str | None, Parameter(group=EVALUATION, help=f"Strength of the attacks: {TIERS.help()}.")] = None,
-    images: Annotated[int | None, Parameter(group=EVALUATION, help=IMAGES_HELP)] = None,
-    precision: Annotated[
-        str | None,
-        Parameter(group=EVALUATION, help="Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8."),
-    ] = None,
+    tier: TierFlag = None,
+    images: ImagesFlag = None,
+    precision: PrecisionFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Prune a robust model, fine-tune it, and report its robust accuracy and latency.
-
-    Parameters
-    ----------
-    model
-        A model file, or "demo" for the robust model that comes with the package.
-    """
+    """Prune a robust model, fine-tune it, and report its robust accuracy and latency."""
     flags = {
         "pruning.ratio": ratio,
         "pruning.metric": metric,

@@ -9,29 +9,37 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from ..catalogue import TIERS
 from ..console import console, warn
-from ..errors import UsageError
 from .common import (
     DEMO,
-    ArchFlag,
-    DataFlag,
-    DeviceFlag,
-    EpsilonFlag,
-    ImagesFlag,
-    NormalizationFlag,
-    NormFlag,
-    RecipeFlag,
-    SeedFlag,
-    SetFlag,
-    TrustFlag,
+    check_functions,
     check_model_path,
+    check_out_file,
     listed,
     open_data,
     open_model_for,
     resolve,
     run_name,
     with_threat_of,
+)
+from .flags import (
+    EVALUATION,
+    MODEL_AND_DATA,
+    RUN,
+    ArchFlag,
+    DataFlag,
+    DeviceFlag,
+    EpsilonFlag,
+    ImagesFlag,
+    ModelArgument,
+    NormalizationFlag,
+    NormFlag,
+    RecipeFlag,
+    SeedFlag,
+    SetFlag,
+    TierFlag,
+    TrustFlag,
+    of_recipe,
 )
 
 if TYPE_CHECKING:
@@ -42,21 +50,32 @@ FEWEST_OF_A_CLASS = 20
 
 # More than eight parameters: one for each flag.
 def evaluate(
-    model: str,
+    model: ModelArgument,
+    /,
     *,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
     onnx: Annotated[
-        Path | None, Parameter(help="The ONNX file of this model, to be evaluated on the same images.")
+        Path | None,
+        Parameter(group=MODEL_AND_DATA, help="The ONNX file of this model, to be evaluated on the same images."),
     ] = None,
-    tier: Annotated[str | None, Parameter(help=f"Strength of the attacks: {TIERS.help()}.")] = None,
-    steps: Annotated[int | None, Parameter(help="Steps of PGD.")] = None,
-    restarts: Annotated[int | None, Parameter(help="Random restarts of PGD.")] = None,
+    tier: TierFlag = None,
+    steps: Annotated[int | None, of_recipe(EVALUATION, "evaluation.steps", "Steps of PGD.")] = None,
+    restarts: Annotated[int | None, of_recipe(EVALUATION, "evaluation.restarts", "Random restarts of PGD.")] = None,
     epsilon: EpsilonFlag = None,
     norm: NormFlag = None,
-    sweep: Annotated[str | None, Parameter(help="Further radii, evaluated with PGD, e.g. 2/255,4/255,16/255.")] = None,
+    sweep: Annotated[
+        str | None,
+        of_recipe(
+            EVALUATION,
+            "evaluation.sweep",
+            "Further radii, evaluated with PGD, in the same units as --epsilon, e.g. 2/255,4/255,16/255.",
+        ),
+    ] = None,
     images: ImagesFlag = None,
-    out: Annotated[Path | None, Parameter(help="Result as a .json file; a file beside it keeps the progress.")] = None,
+    out: Annotated[
+        Path | None, Parameter(group=RUN, help="Result as a .json file; a file beside it keeps the progress.")
+    ] = None,
     arch: ArchFlag = None,
     normalization: NormalizationFlag = None,
     seed: SeedFlag = None,
@@ -64,13 +83,7 @@ def evaluate(
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Measure clean and robust accuracy of a model on test images.
-
-    Parameters
-    ----------
-    model
-        A model file, or "demo" for the robust model that comes with the package.
-    """
+    """Measure clean and robust accuracy of a model on test images."""
     flags = {
         "evaluation.tier": tier,
         "evaluation.sweep": listed(sweep),
@@ -86,8 +99,8 @@ def evaluate(
     }
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
-    if out is not None and out.is_dir():
-        raise UsageError(f"--out {out} is a folder. Name a file, e.g. {out / 'card.json'}.")
+    check_functions(resolved.evaluation.tier)
+    check_out_file("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)

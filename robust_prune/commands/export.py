@@ -10,17 +10,24 @@ from cyclopts import Parameter
 from ..console import console
 from .common import (
     DEMO,
-    ArchFlag,
-    DataFlag,
-    NormalizationFlag,
-    RecipeFlag,
-    SetFlag,
-    TrustFlag,
     check_model_path,
+    check_out_file,
     listed,
     open_data,
     open_model_for,
     resolve,
+)
+from .flags import (
+    EXPORT,
+    ArchFlag,
+    DataFlag,
+    ModelArgument,
+    NormalizationFlag,
+    PrecisionFlag,
+    RecipeFlag,
+    SetFlag,
+    TrustFlag,
+    of_recipe,
 )
 
 if TYPE_CHECKING:
@@ -29,33 +36,29 @@ if TYPE_CHECKING:
 
 # More than eight parameters: one for each flag.
 def export(
-    model: str,
+    model: ModelArgument,
+    /,
     *,
-    out: Annotated[Path, Parameter(help="The .onnx file to write.")] = Path("model.onnx"),
+    out: Annotated[Path, Parameter(group=EXPORT, help="The .onnx file to write.")] = Path("model.onnx"),
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    opset: Annotated[int | None, Parameter(help="Version of the ONNX operator set, 18 or newer.")] = None,
-    precision: Annotated[
-        str | None, Parameter(help="Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8.")
+    opset: Annotated[
+        int | None, of_recipe(EXPORT, "export.opset", "Version of the ONNX operator set, 18 or newer.")
     ] = None,
+    precision: PrecisionFlag = None,
     arch: ArchFlag = None,
     normalization: NormalizationFlag = None,
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Write a model as one ONNX file, checked against a float64 reference on real images.
-
-    Parameters
-    ----------
-    model
-        A model file, or "demo" for the robust model that comes with the package.
-    """
+    """Write a model as one ONNX file, checked against a float64 reference on real images."""
     flags = {
         "export.opset": opset, "export.precisions": listed(precision), "data.name": data,
         "model.normalization": normalization,
     }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    check_out_file("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,9 @@ from ..console import console
 from ..errors import UsageError
 from ..recipe_docs import KeyDoc, SectionDoc, describe
 from ..recipe_docs import find as find_key
-from ..recipe_reader import find, load, shipped
+from ..recipe_reader import find, load, read, shipped, with_threat_of
+from ..runs.files import write_text
+from .common import check_out_file
 
 WIDTH = 80
 """Columns that explanations fill at most: lines of prose are hard to read across a whole screen."""
@@ -24,7 +25,10 @@ app = App(name="recipes", help="List, show or copy the shipped recipes, and expl
 
 @app.command
 def ls() -> None:
-    """List the shipped recipes with the first line of their headers."""
+    """List the shipped recipes with the first line of their headers.
+
+    Example: robust-prune recipes ls
+    """
     table = Table("recipe", "what it does", box=None)
     for name, path in shipped().items():
         table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
@@ -33,44 +37,50 @@ def ls() -> None:
 
 @app.command
 def show(
-    name: str, *, resolved: Annotated[bool, Parameter(negative="", help="Every value, defaults too.")] = False
+    name: Annotated[str, Parameter(help="A shipped recipe's name, or a file.")],
+    /,
+    *,
+    resolved: Annotated[
+        bool, Parameter(negative="", help="Print every value, defaults too.", show_default=False)
+    ] = False,
 ) -> None:
     """Print a recipe.
 
-    Parameters
-    ----------
-    name
-        A shipped recipe's name, or a file.
+    Example: robust-prune recipes show demo
     """
-    text = load(name).to_yaml() if resolved else find(name).read_text(encoding="utf-8")
+    text = with_threat_of(load(name), None).to_yaml() if resolved else read(find(name))
     console.print(text, markup=False, soft_wrap=True, end="")
 
 
 @app.command
-def cp(name: str, to: Path) -> None:
+def cp(
+    name: Annotated[str, Parameter(help="A shipped recipe's name.")],
+    to: Annotated[Path, Parameter(help="The file or folder to write to; an existing file is kept and reported.")],
+    /,
+) -> None:
     """Copy a shipped recipe to a file of your own.
 
-    Parameters
-    ----------
-    name
-        A shipped recipe's name.
-    to
-        The file to write; an existing one is kept and reported.
+    Example: robust-prune recipes cp cifar10-resnet18 mine.yaml
     """
+    text = read(find(name))
+    to = to / find(name).name if to.is_dir() else to
     if to.exists():
         raise UsageError(f"{to} exists already. Name another file.")
-    shutil.copyfile(find(name), to)
+    check_out_file("recipes cp", to)
+    write_text(to, text)
     console.print(f"{to}", markup=False)
 
 
 @app.command
-def explain(key: str | None = None) -> None:
+def explain(
+    key: Annotated[
+        str | None, Parameter(help="A key such as finetune.lr, or a section such as pruning; all of them by default.")
+    ] = None,
+    /,
+) -> None:
     """Say what a key of a recipe means: its type, limits, default and choices.
 
-    Parameters
-    ----------
-    key
-        A key such as finetune.lr, or a section such as pruning; all of them by default.
+    Example: robust-prune recipes explain finetune.lr
     """
     if key is None:
         _print(_overview())

@@ -9,24 +9,20 @@ from cyclopts import Parameter
 
 from ..console import console
 from ..errors import UsageError
-from .common import command_line
+from .common import check_out_folder, command_line
+from .flags import RUN
 
 
 def report(
-    *runs: Path,
-    out: Annotated[Path, Parameter(help="Folder that receives report.html, result.json and the tables.")] = Path(
-        "runs/report"
-    ),
+    *runs: Annotated[Path, Parameter(group=RUN, help="Run folders.", show_default=False)],
+    out: Annotated[
+        Path, Parameter(group=RUN, help="Folder that receives report.html, result.json and the tables.")
+    ] = Path("runs/report"),
 ) -> None:
-    """Write the report of a finished run again, or compare several runs in one table and one plot.
-
-    Parameters
-    ----------
-    runs
-        Run folders.
-    """
+    """Write the report of a finished run again, or compare several runs in one table and one plot."""
     if not runs:
         raise UsageError("no run given. Try: robust-prune report runs/one runs/two --out runs/both")
+    check_out_folder("--out", out)
 
     from ..report.compare import compare, load_run, run_names
     from ..report.files import write

@@ -10,32 +10,43 @@ from cyclopts import Parameter
 from ..console import console
 from .common import (
     DEMO,
+    check_model_path,
+    check_out_folder,
+    open_data,
+    open_model_for,
+    resolve,
+    with_threat_of,
+)
+from .flags import (
+    RUN,
+    SENSITIVITY,
     ArchFlag,
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
+    ModelArgument,
     NormalizationFlag,
     NormFlag,
     RecipeFlag,
     SeedFlag,
     SetFlag,
     TrustFlag,
-    check_model_path,
-    open_data,
-    open_model_for,
-    resolve,
-    with_threat_of,
+    of_recipe,
 )
 
 
 # More than eight parameters: one for each flag.
 def sensitivity(
-    model: str,
+    model: ModelArgument,
+    /,
     *,
-    estimator: Annotated[str | None, Parameter(help="How MRS is estimated: gradient, boundary or ascent.")] = None,
+    estimator: Annotated[
+        str | None,
+        of_recipe(SENSITIVITY, "sensitivity.estimator", "How MRS is estimated: gradient, boundary or ascent."),
+    ] = None,
     data: DataFlag = None,
     recipe: RecipeFlag = None,
-    out: Annotated[Path | None, Parameter(help="Folder that receives sensitivity.json.")] = None,
+    out: Annotated[Path | None, Parameter(group=RUN, help="Folder that receives sensitivity.json.")] = None,
     arch: ArchFlag = None,
     normalization: NormalizationFlag = None,
     epsilon: EpsilonFlag = None,
@@ -45,19 +56,14 @@ def sensitivity(
     trust_pickle: TrustFlag = False,
     assignments: SetFlag = None,
 ) -> None:
-    """Measure the Module Robustness Sensitivity (MRS) of each layer.
-
-    Parameters
-    ----------
-    model
-        A model file, or "demo" for the robust model that comes with the package.
-    """
+    """Measure the Module Robustness Sensitivity (MRS) of each layer."""
     flags = {
         "sensitivity.estimator": estimator, "threat.epsilon": epsilon, "threat.norm": norm, "data.name": data,
         "model.normalization": normalization, "seed": seed, "device": device,
     }  # fmt: skip
     resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
     check_model_path(model)
+    check_out_folder("--out", out)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)

@@ -1,7 +1,8 @@
 """Model files of this project: one file without pickle, from which the model is rebuilt bit for bit.
 
 A ``.safetensors`` file contains the tensors and, in its metadata, a JSON manifest: format, version, specification of
-the architecture, the changes that surgery made to it, threat model and provenance. A ``.pt`` file contains the same
+the architecture, the changes that surgery made to it, threat model, provenance, and what the model computes on one
+fixed image. A ``.pt`` file contains the same
 for tools that use ``torch.load(weights_only=True)``.
 """
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
-from ..models import registry, user_file, weight_files
+from ..models import fixed_image, registry, user_file, weight_files
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
 from ..shown import Shown
+from .fixed_image import Fingerprint
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
@@ -89,8 +91,8 @@ def save(
             batch-norm statistics, are not rounded. The loaded model has the rounded weights, so evaluate that model.
 
     Raises:
-        UsageError: the suffix is another one, `model` does not fit `spec`, or values cannot be stored in JSON or
-            float16.
+        UsageError: the suffix is another one, `model` does not fit `spec`, `threat` is no `ThreatModel`, or values
+            cannot be stored in JSON or float16.
         EnvironmentProblem: the file cannot be written.
     """
     path = Path(path)
@@ -98,12 +100,15 @@ def save(
         raise UsageError(f"a model file ends in {' or '.join(SUFFIXES)}, got {path}")
     if not isinstance(model, NormalizedClassifier):
         raise UsageError(f"only a NormalizedClassifier can be saved, got {type(model).__name__}")
+    if threat is not None and not isinstance(threat, ThreatModel):
+        raise UsageError(f"the threat of a model is a ThreatModel or None, got {threat!r}.")
     spec = registry.without_pretrained(spec)
     fresh = registry.build(spec, pretrained=False, check=False)
     changes = dict(changes) if changes is not None else describe_changes(fresh, model)
     tensors = _stored(model.state_dict(), store_dtype)
-    _fill(fresh, changes, tensors, "the model to save")
-    manifest = _manifest(spec, changes, threat, provenance, store_dtype)
+    _fill(fresh, changes, _as_loaded(tensors, store_dtype), "the model to save")
+    fingerprint = fixed_image.take(fresh, spec)
+    manifest = _manifest(spec, changes, threat, provenance, store_dtype, fingerprint)
     if path.suffix == ".pt":
         atomic_write(path, lambda part: torch.save({KEY: manifest, "state_dict": tensors}, part))
     else:
@@ -124,8 +129,8 @@ def load(
         like: for a model that was given as a Python object, the same object, built again.
 
     Raises:
-        UsageError: the file is not an artifact, is damaged, was written by a newer version, or its architecture cannot
-            be rebuilt on this machine.
+        UsageError: the file is not an artifact, is damaged, was written by a newer version, its architecture cannot be
+            rebuilt on this machine, or the rebuilt model computes something else than the saved one did.
     """
     path = Path(path)
     contents = weight_files.read(path)
@@ -157,7 +162,8 @@ def open_contents(
         changes = manifest["changes"]
         threat = from_json(ThreatModel, manifest["threat"]) if manifest["threat"] else None
         version, provenance, stored = manifest["version"], manifest["provenance"], manifest["store_dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fingerprint = from_json(Fingerprint, manifest["fingerprint"]) if manifest.get("fingerprint") else None
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
     if manifest.get("format") != FORMAT or not isinstance(version, int) or not isinstance(tensors, dict):
         raise UsageError(f"the manifest of {path} is damaged: it is not of format {FORMAT!r}")
@@ -167,9 +173,9 @@ def open_contents(
     if like is not None and spec.arch.startswith(f"{registry.OBJECT}/"):
         registry.remember(like, spec.arch)
     model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
-    if stored == "float16":
-        tensors = {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
-    _fill(model, changes, tensors, str(path))
+    _fill(model, changes, _as_loaded(tensors, stored), str(path))
+    if fingerprint is not None:
+        fixed_image.check(fingerprint, model, spec, str(path))
     return Model(model.eval(), spec, threat, provenance)
 
 
@@ -197,6 +203,7 @@ def _manifest(
     threat: ThreatModel | None,
     provenance: Mapping[str, Any] | None,
     store_dtype: str | None,
+    fingerprint: Fingerprint | None,
 ) -> str:
     value = {
         "format": FORMAT,
@@ -206,6 +213,7 @@ def _manifest(
         "threat": to_json(threat) if threat else None,
         "provenance": dict(provenance or {}),
         "store_dtype": store_dtype,
+        "fingerprint": to_json(fingerprint) if fingerprint else None,
     }
     try:
         return json.dumps(value)
@@ -227,6 +235,13 @@ def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, T
             value = half
         stored[name] = value
     return stored
+
+
+def _as_loaded(tensors: Mapping[str, Tensor], store_dtype: str | None) -> Mapping[str, Tensor]:
+    """Return stored tensors in the precision in which the model computes."""
+    if store_dtype != "float16":
+        return tensors
+    return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
 
 
 def _fill(model: nn.Module, changes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import RobustPruneError, UsageError
-from ..runs.files import file_sha256
 from ..suggest import did_you_mean
+from . import user_code
 from .spec import ModelSpec
 
 
@@ -40,19 +38,19 @@ def locate(arch: str) -> tuple[Path, str]:
 
 
 def sha256(arch: str) -> str:
-    """Return the SHA-256 of the referenced file; files that it imports are not included.
+    """Return the SHA-256 of the referenced file and of what it imports from its folder; see `user_code.read`.
 
     Raises:
-        UsageError: as `locate`.
+        UsageError: as `locate`, and as `user_code.read`.
     """
-    return file_sha256(locate(arch)[0])
+    return user_code.read(locate(arch)[0]).sha256
 
 
 def versions(*names: str) -> list[str]:
-    """Return the SHA-256 of each user's file among `names`, on whose contents results depend.
+    """Return the SHA-256 of each user's file among `names`, with what it imports, on whose contents results depend.
 
     Raises:
-        UsageError: as `locate`.
+        UsageError: as `sha256`.
     """
     return [sha256(name) for name in names if is_reference(name)]
 
@@ -64,31 +62,32 @@ def load_function(reference: str) -> Callable[..., Any]:
         UsageError: the file does not exist, cannot be run, or lacks the function.
     """
     path, name = locate(reference)
-    return _function(path, name, file_sha256(path))
+    return _function(path, name, user_code.read(path))
 
 
 def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     """Run the user's function and return its module.
 
     ``num_classes`` and ``in_chans`` are passed if the function accepts them. The file can import modules of its own
-    folder.
+    folder, also while the module runs.
 
     Args:
         spec: specification whose `arch` is the reference.
         kwargs: further keyword arguments.
 
     Raises:
-        UsageError: the file has changed since `spec` was made, cannot be run or lacks the function, or the function
-            does not accept an argument, fails or returns no module. The message names file and line.
+        UsageError: the file or what it imports has changed since `spec` was made, cannot be run or lacks the function,
+            or the function does not accept an argument, fails or returns no module. The message names file and line.
     """
     path, name = locate(spec.arch)
-    found = file_sha256(path)
-    if spec.source_sha256 and found != spec.source_sha256:
+    code = user_code.read(path)
+    if spec.source_sha256 and code.sha256 != spec.source_sha256:
+        helpers = f" (or a file that it imports: {', '.join(code.helpers)})" if code.helpers else ""
         raise UsageError(
-            f"{path} has changed: the model was made with sha256 {spec.source_sha256[:12]}…, the file now has "
-            f"{found[:12]}…. Restore that version, or give the weights as a plain state_dict with --arch."
+            f"{path}{helpers} has changed: the model was made with sha256 {spec.source_sha256[:12]}…, it is now "
+            f"{code.sha256[:12]}…. Restore that version, or give the weights as a plain state_dict with --arch."
         )
-    function = _function(path, name, found)
+    function = _function(path, name, code)
     accepted = inspect.signature(function).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     offered = {"num_classes": spec.num_classes, "in_chans": spec.input_size[0]}
@@ -96,11 +95,12 @@ def call(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     for key in kwargs:
         if key not in accepted and not anything:
             raise UsageError(f"{spec.arch} takes no argument {key!r}; it takes {', '.join(accepted) or 'none'}")
-    with _importable(path.resolve().parent):
-        try:
-            model = function(**arguments)
-        except Exception as error:  # any error of the user's code is reported as theirs
-            raise UsageError(f"{spec.arch} failed: {blame(error, spec.arch)}{_message(error)}") from error
+    try:
+        model = function(**arguments)
+    except RobustPruneError:
+        raise
+    except (Exception, SystemExit) as error:  # any error of the user's code is reported as theirs
+        raise UsageError(f"{spec.arch} failed: {blame(error, spec.arch)}{_message(error)}{code.hint(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec.arch} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -124,31 +124,26 @@ def reported(name: str) -> Iterator[None]:
 
 
 def blame(error: BaseException, arch: str) -> str:
-    """Return ``"file.py:12: "`` for the innermost line of the user's file in the traceback, else an empty string."""
+    """Return ``"file.py:12: "`` for the innermost line of the user's files in the traceback, else an empty string."""
     if not is_reference(arch):
         return ""
-    path = locate(arch)[0]
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: "
+    path = locate(arch)[0]
+    names = {str(file): file for file in user_code.read(path).files} | {str(path.resolve()): path}
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]
-    return f"{path}:{lines[-1]}: " if lines else ""
+    lines = [f"{names[frame.filename]}:{frame.lineno}: " for frame in frames if frame.filename in names]
+    return lines[-1] if lines else ""
 
 
-def _function(path: Path, name: str, digest: str) -> Callable[..., Any]:
-    module_name = f"robust_prune_user_{digest[:16]}"
-    specification = importlib.util.spec_from_file_location(module_name, path)
-    if specification is None or specification.loader is None:
-        raise UsageError(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(specification)
-    # Dataclasses and pickle look up their module by name while it runs.
-    sys.modules[module_name] = module
-    with _importable(path.resolve().parent):
-        try:
-            specification.loader.exec_module(module)
-        except Exception as error:  # see `call`
-            del sys.modules[module_name]
-            raise UsageError(f"{path} cannot be run: {blame(error, f'{path}:{name}')}{_message(error)}") from error
+def _function(path: Path, name: str, code: user_code.UserCode) -> Callable[..., Any]:
+    try:
+        module = user_code.run(code)
+    except RobustPruneError:
+        raise
+    except (Exception, SystemExit) as error:  # see `call`
+        said = f"{blame(error, f'{path}:{name}')}{_message(error)}{code.hint(error)}"
+        raise UsageError(f"{path} cannot be run: {said}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -159,12 +154,3 @@ def _function(path: Path, name: str, digest: str) -> Callable[..., Any]:
 def _message(error: BaseException) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return " ".join(f"{type(error).__name__}: {text}".split())[:300]
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

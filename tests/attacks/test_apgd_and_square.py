@@ -69,21 +69,22 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 @settings(max_examples=12, deadline=None)
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
-    epsilon=st.one_of(st.just(0.0), st.floats(1e-4, 3.0)),
+    threat=st.one_of(
+        st.builds(ThreatModel, st.just("linf"), st.one_of(st.just(0.0), st.floats(1e-4, 1.0))),
+        st.builds(ThreatModel, st.just("l2"), st.one_of(st.just(0.0), st.floats(1e-4, 3.0))),
+    ),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     count=st.integers(1, 5),
     seed=st.integers(0, 10**6),
     black=st.booleans(),
 )
 def test_points_stay_in_the_ball_and_never_do_worse_than_the_start(
-    name: str, norm: str, epsilon: float, dtype: torch.dtype, count: int, seed: int, black: bool
+    name: str, threat: ThreatModel, dtype: torch.dtype, count: int, seed: int, black: bool
 ) -> None:
     torch.manual_seed(seed)
     model = Tiny().to(dtype).eval()
     x = torch.zeros(count, 3, 8, 8, dtype=dtype) if black else torch.rand(count, 3, 8, 8, dtype=dtype)
     y = torch.randint(0, CLASSES, (count,))
-    threat = ThreatModel(norm, epsilon)
     kept = x.clone()
     with frozen_eval(model):
         points = ATTACKS[name](model, x, y, threat)

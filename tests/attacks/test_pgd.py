@@ -16,7 +16,7 @@ from robust_prune.attacks.pgd import cross_entropy_objective, default_step_size
 @settings(max_examples=25, deadline=None)
 @given(
     norm=st.sampled_from(["linf", "l2"]),
-    epsilon=st.floats(0, 2),
+    epsilon=st.floats(0, 1),
     steps=st.integers(0, 3),
     keep_best=st.booleans(),
     seed=st.integers(0, 100),

@@ -49,6 +49,34 @@ BAD = {
     "bench batch": (["bench", "model.onnx", "--batch", "0"], "--batch wants numbers from 1"),
     "old opset": (["export", "demo", "--opset", "9"], "greater than or equal to 18, got 9"),
     "train no arch": (["train", "--data", "toy.npz"], "no architecture given"),
+    "radius in 255ths": (["evaluate", "demo", "--epsilon", "8"], "got 8. Did you mean 8/255?"),
+    "sweep in 255ths": (["evaluate", "demo", "--sweep", "2/255,4"], "evaluation.sweep must be at most 1"),
+    "radius of a recipe": (["compress", "demo", "--dry-run", "--set", "threat.epsilon=8"], "Did you mean 8/255?"),
+    "radius of a training": (["train", "--arch", "cifar/resnet20", "--data", "sample", "--epsilon", "4"], "4/255?"),
+    "radius of sensitivity": (["sensitivity", "demo", "--norm", "linf", "--epsilon", "4"], "4/255?"),
+    "radius word": (["evaluate", "demo", "--epsilon", "eight"], "must be a number or a fraction such as 8/255"),
+    "l2 alone": (["evaluate", "demo", "--set", "threat.norm=l2"], "norm l2 needs a radius of its own, got none"),
+    "l2 and a recipe's radius": (
+        ["compress", "demo", "--recipe", "cifar10-resnet18", "--data", "sample", "--norm", "l2"],
+        "norm l2 needs a radius of its own",
+    ),
+    "l2 of a training": (
+        ["train", "--arch", "cifar/resnet20", "--data", "sample", "--norm", "l2", "--epsilon", "128"],
+        "must be at most 55.43 for l2",
+    ),
+    "bad tier": (["evaluate", "demo", "--tier", "empty.pt.py:tier"], "empty.pt.py"),
+    "sensitivity out": (["sensitivity", "demo", "--out", "toy.npz"], "--out: toy.npz is a file. Name a folder."),
+    "export out": (["export", "demo", "--out", "folder"], "--out folder is a folder. Name a file."),
+    "export out below a file": (["export", "demo", "--out", "toy.npz/x.onnx"], "--out: toy.npz is a file"),
+    "bench out": (["bench", "model.onnx", "--out", "folder"], "--out folder is a folder. Name a file."),
+    "report out": (["report", "folder", "--out", "toy.npz"], "--out: toy.npz is a file. Name a folder."),
+    "show a binary": (["recipes", "show", "latin.yaml"], "recipe latin.yaml is not UTF-8 text"),
+    "run a binary": (["compress", "demo", "--recipe", "latin.yaml"], "recipe latin.yaml is not UTF-8 text"),
+    "show a folder": (["recipes", "show", "folder"], "neither a file nor a shipped recipe"),
+    "show too long a name": (["recipes", "show", "x" * 5000], "neither a file nor a shipped recipe"),
+    "show l2 without radius": (["recipes", "show", "l2.yaml", "--resolved"], "norm l2 needs a radius of its own"),
+    "copy below a file": (["recipes", "cp", "demo", "toy.npz/mine.yaml"], "toy.npz is a file"),
+    "set a bad date": (["compress", "demo", "--set", "seed=2020-13-45"], "the value is not valid YAML"),
     "copy over": (["recipes", "cp", "demo", "toy.npz"], "exists already"),
 }
 
@@ -60,6 +88,8 @@ def test_bad_requests_end_in_one_line_and_leave_nothing(here, capsys, case):
     (here / "model.pt").write_text("this is no model\n")
     (here / "empty.pt").touch()
     (here / "folder").mkdir()
+    (here / "latin.yaml").write_bytes(b"# caf\xe9\nseed: 1\n")
+    (here / "l2.yaml").write_text("threat: {norm: l2}\n")
     (here / "bad.yaml").write_text("pruning: {speed: 3}\n")
     before = sorted(here.rglob("*"))
     arguments, wanted = BAD[case]
