@@ -12,6 +12,7 @@ from builders.recorded import PREPARED
 
 import robust_prune as rp
 from robust_prune import api
+from robust_prune.data.base import stratified
 from robust_prune.errors import UsageError
 from robust_prune.structure.types import Skipped
 
@@ -100,14 +101,15 @@ def test_fine_tuning_takes_the_teacher_the_threat_and_the_held_out_images(
     assert threat == rp.ThreatModel("linf", 4 / 255) and keywords["teacher"] is None
 
 
-def test_evaluation_takes_the_first_test_images_the_seed_and_the_models_threat(
+def test_evaluation_takes_a_sample_of_the_test_images_the_seed_and_the_models_threat(
     model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[str] = []
     monkeypatch.setattr(model.module, "to", lambda where: moved.append(str(where)) or model.module)
     assert rp.evaluate(model, data, seed=5, images=10, tier="apgd") == "card"
     (_, images, threat, section), keywords = asked["_evaluate"]
-    assert torch.equal(images.get(torch.arange(10))[0], data.test.get(torch.arange(10))[0]) and len(images) == 10
+    chosen = stratified(data.test, 10)
+    assert torch.equal(images.get(torch.arange(10))[0], chosen.get(torch.arange(10))[0]) and len(images) == 10
     assert (threat, section.tier, keywords["seed"]) == (TRAINED_FOR, "apgd", 5)
     assert keywords["subject"] == api.Subject(model.spec.arch, "toy", "test")
     assert moved == ["cpu", "cpu"], "the model does not come back to where it was"
