@@ -23,9 +23,10 @@ from .budget.iterative import compose, dense_widths, realised, remaining_ratio
 from .budget.latency_search import plan_for_latency
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
-from .console import console, warn
+from .console import console, warn, working
 from .data.base import DataBundle, random_subset, stratified
 from .evaluation.card import ResultCard
+from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
 from .evaluation.onnx_scores import OnnxModel
@@ -43,15 +44,17 @@ from .job import (
     Planned,
     Pruned,
     cut_names,
+    onnx_name,
     pruned_file,
     recovered_file,
+    stage_titles,
 )
 from .machine.snapshot import snapshot
 from .models import artifact, user_file
 from .recipe import Recipe, TrainSettings
 from .report.files import write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
-from .report.table import headline_table
+from .report.terminal import show_end, stored_report
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, run_key
@@ -64,9 +67,15 @@ from .training.trainer import train
 from .training.types import TrainResult
 
 BEFORE_FINETUNE_IMAGES = 500
+FILES = {
+    "report.html": "the run in one page",
+    "model.onnx": "the pruned model for ONNX Runtime",
+    "model.safetensors": "the pruned model for PyTorch and for other commands",
+}
 UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels", "latency": "the latency"}
 
 
+@working("Compressing")
 def compress(job: Compression) -> Compressed | None:
     """Run all stages of a compression, or those that an interrupted run has not completed.
 
@@ -81,6 +90,7 @@ def compress(job: Compression) -> Compressed | None:
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
     run, dense = open_run(job), job.dense.module
+    notes = [look_at_dense(job, run)]
     model: nn.Module = dense
     cuts: list[Cut] = []
     for at in cut_names(job.recipe.pruning.cuts):
@@ -90,7 +100,6 @@ def compress(job: Compression) -> Compressed | None:
         model = reopen(job, recovered_file(run, at))
         cuts.append(Cut(planned, pruned, tuned, what_was_cut(planned.plan, pruned, job, model)))
     models = {DENSE: dense.cpu().eval(), PRUNED: model.cpu().eval()}
-    notes = []
     if job.recipe.baseline.kind == "scratch":
         models[SCRATCH], note = train_from_scratch(job, run, model, cuts)
         notes.append(note)
@@ -128,7 +137,22 @@ def open_run(job: Compression) -> Run:
     )  # fmt: skip
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{key[:6]}"
-    return Run.open(folder, key, recipe, job.command)
+    return Run.open(folder, key, recipe, job.command, stage_titles(recipe))
+
+
+def look_at_dense(job: Compression, run: Run) -> str:
+    """Run the stage that attacks the dense model for seconds, print its figures, and return a warning or nothing."""
+    dense, data, recipe = job.dense, job.data, job.recipe
+
+    def make() -> DenseCheck:
+        return check_dense(
+            dense.module, data.validation, data.train, data.num_classes, recipe.threat_model, recipe.seed, job.device
+        )
+
+    found = run.stage("dense", DenseCheck, [], make)
+    console.print(found.line(), markup=False)
+    warn(found.note())
+    return found.note()
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:
@@ -181,8 +205,8 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
     recipe, spec, file = job.recipe, job.dense.spec, pruned_file(run, at)
 
     def make() -> Pruned:
-        console.print("Cutting channels and proving every group against the masked dense model")
-        surgery = apply(parent.cpu(), plan, spec.blank_image())
+        with working("Cutting channels and proving every group against the masked dense model"):
+            surgery = apply(parent.cpu(), plan, spec.blank_image())
         repair(surgery, parent, job.data.train, recipe, job.device)
         card = score_before_finetune(surgery.model, job.data, recipe)
         save(job, surgery.model, file)
@@ -275,11 +299,10 @@ def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequ
 
 def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str, OnnxArtifact]:
     """Run the stages that export a model; return its files by precision (below fp32 for the pruned model only)."""
-    path = run.folder / ("model.onnx" if label == PRUNED else f"{label}.onnx")
+    path = run.folder / onnx_name(label)
     section, identity, spec = job.recipe.export, models_hash(model), job.dense.spec
 
     def make() -> OnnxArtifact:
-        console.print(f"Exporting {path.name} and checking it against float64")
         return export_model(model, spec, job.data.train, path, section, job.recipe.seed)
 
     # The folder may have been moved since the files were written, so paths are set anew.
@@ -289,7 +312,6 @@ def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str
         return files
 
     def reduce() -> LowerPrecisions:
-        console.print(f"Exporting it in {' and '.join(section.precisions)}")
         made = export_precisions(model, job.data.train, path, section)
         return LowerPrecisions({str(precision): file for precision, file in made.items()})
 
@@ -335,7 +357,10 @@ def report(
     table: LatencyTable,
     notes: Sequence[str],
 ) -> RunReport:
-    """Write the report to the run folder, print its headline table, and return it."""
+    """Write the report to the run folder, unless it is there already, print what it says, and return it."""
+    if (stored := stored_report(run, rows)) is not None:
+        show_end(stored, run, FILES)
+        return stored
     recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
     whole = compose([cut.plan for cut in cuts], section.ratio)
     late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
@@ -343,7 +368,7 @@ def report(
         title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.metric]} removed",
         command=job.command,
         recipe=recipe.model_dump(mode="json"),
-        notes=tuple(note for note in (*job.data.cautions, whole.note, late, *notes) if note),
+        notes=tuple(note for note in (*job.data.cautions, late, *notes) if note),
         models=tuple(rows),
         profile=cuts[0].planned.profile,
         plan=whole,
@@ -355,20 +380,17 @@ def report(
         latency_protocol=table.protocol,
         noise_floor=table.noise_floor,
     )
-    examples = make_examples(
-        {label: model.to(job.device) for label, model in models.items() if label != SCRATCH},
-        job.data.test, recipe.threat_model, job.data.class_names, attacked=PRUNED, seed=recipe.seed, device=job.device,
-    )  # fmt: skip
-    write(made, run.folder, examples)
-    console.print(headline_table(made))
-    for note in made.notes:
-        warn(note)
-    files = (run.folder / name for name in ("report.html", "model.onnx", "model.safetensors"))
-    console.print("  ".join(map(str, files)), markup=False)
+    with working("Attacking a few images for the report"):
+        examples = make_examples(
+            {label: model.to(job.device) for label, model in models.items() if label != SCRATCH},
+            job.data.test, recipe.threat_model, job.data.class_names,
+            attacked=PRUNED, seed=recipe.seed, device=job.device,
+        )  # fmt: skip
+        write(made, run.folder, examples)
+    show_end(made, run, FILES)
     return made
 
 
 def say_plan(plan: PruningPlan) -> None:
-    """Print a plan and its note."""
+    """Print a plan, with its note below."""
     console.print(render_plan(plan))
-    warn(plan.note)

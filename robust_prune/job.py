@@ -14,6 +14,7 @@ from .exporters.types import OnnxArtifact
 from .machine.device import choose_device
 from .models.artifact import Model
 from .recipe import Recipe
+from .report.rows import DENSE, PRUNED, SCRATCH
 from .report.types import RunReport
 from .runs.run import Run
 from .sensitivity.profile import SensitivityProfile
@@ -124,6 +125,34 @@ class LowerPrecisions:
 def cut_names(cuts: int) -> tuple[str, ...]:
     """Return the suffix of the stage names of each cut; that of the last cut is empty."""
     return (*(f"-{cut}" for cut in range(1, cuts)), "")
+
+
+def stage_titles(recipe: Recipe) -> dict[str, str]:
+    """Return what the stages of a compression do, by their names, in the order in which they run."""
+    titles = {"dense": "Robustness of the dense model"}
+    cuts, precisions = cut_names(recipe.pruning.cuts), recipe.export.precisions
+    for number, at in enumerate(cuts, start=1):
+        which = f" (cut {number} of {len(cuts)})" if len(cuts) > 1 else ""
+        titles |= {
+            f"plan{at}": f"Sensitivity and plan{which}",
+            f"prune{at}": f"Cut and repair{which}",
+            f"finetune{at}": f"Fine-tuning{which}",
+        }
+    labels = [DENSE, PRUNED]
+    if recipe.baseline.kind == "scratch":
+        labels.append(SCRATCH)
+        titles |= {f"{SCRATCH}-length": "Speed of training from scratch", SCRATCH: "Training from scratch"}
+    for label in labels:
+        titles[f"export-{label}"] = f"Export of {onnx_name(label)}, checked against float64"
+        if label == PRUNED and precisions:
+            titles[f"export-{label}-reduced"] = f"Export in {' and '.join(precisions)}"
+    titles |= {f"evaluate-{label}": f"Evaluation of the {label} model on test images" for label in labels}
+    return titles | {"bench": "Latency"}
+
+
+def onnx_name(label: str) -> str:
+    """Return the name of the ONNX file of a model of the run; that of the pruned one is the result."""
+    return "model.onnx" if label == PRUNED else f"{label}.onnx"
 
 
 def pruned_file(run: Run, at: str) -> Path:

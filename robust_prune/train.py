@@ -11,7 +11,7 @@ from torch import nn
 
 from . import distributed
 from .budget.counting import count_macs, count_params
-from .console import console, warn
+from .console import warn, working
 from .data.base import DataBundle, stratified
 from .errors import UsageError
 from .evaluation.card import ResultCard
@@ -26,7 +26,7 @@ from .models.published import configured
 from .models.spec import ModelSpec
 from .recipe import Recipe
 from .report.files import write
-from .report.table import headline_table
+from .report.terminal import show_end, stored_report
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, run_key
@@ -34,10 +34,16 @@ from .serialization import to_json
 from .training.trainer import train
 from .training.types import TrainResult
 
+STAGES = {"train": "Training", "evaluate": "Evaluation on test images"}
+FILES = {
+    "report.html": "the run in one page",
+    "model.safetensors": "the trained model, which the other commands take",
+}
 _SECTIONS = {"seed", "data", "threat", "model", "training", "evaluation"}
 """Sections of a recipe on which training depends."""
 
 
+@working("Training a model")
 def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, command: str) -> RunReport | None:
     """Train and evaluate a model and write the report; an interrupted run is resumed.
 
@@ -60,7 +66,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     settings = recipe.model_dump(mode="json", include=_SECTIONS)
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
     key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss, recipe.evaluation.tier))
-    run, final = Run.open(folder, key, recipe, command), folder / "model.safetensors"
+    run, final = Run.open(folder, key, recipe, command, STAGES), folder / "model.safetensors"
 
     def fit() -> TrainResult:
         result = train(
@@ -73,25 +79,27 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
         return result
 
     trained = run.stage("train", TrainResult, [], fit, files=[final], shared=True)
-    warn(trained.note)
     best = artifact.load(final, trust_source=True).module
     judge = partial(_evaluate, name, best, spec, data, recipe, folder)
     card = run.stage("evaluate", ResultCard, [models_hash(best)], judge, shared=True)
     if not distributed.leave_group():
         return None
+    rows = (ModelRow("trained", card.macs or 0, card.params or 0, card=card),)
+    if (stored := stored_report(run, rows)) is not None:
+        show_end(stored, run, FILES)
+        return stored
     report = RunReport(
         title=f"{name}: adversarial training ({recipe.training.loss})",
         command=command,
         recipe=recipe.model_dump(mode="json"),
-        notes=data.cautions,
-        models=(ModelRow("trained", card.macs or 0, card.params or 0, card=card),),
+        notes=tuple(note for note in (*data.cautions, trained.note) if note),
+        models=rows,
         history=trained.history,
         environment=snapshot(),
         seconds=run.seconds,
     )
     write(report, folder)
-    console.print(headline_table(report))
-    console.print(f"{final}  {folder / 'report.html'}", markup=False)
+    show_end(report, run, FILES)
     return report
 
 

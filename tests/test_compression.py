@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 import torch
 from builders.recorded import PREPARED, recorded
 from builders.report_sample import artifact as onnx_artifact
-from builders.report_sample import epoch, latency
+from builders.report_sample import card, epoch, latency
 from builders.training_sample import make_images
 from torch import nn
 
 from robust_prune import compression
+from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable, Ratio
 from robust_prune.budget.plan import make_plan
 from robust_prune.errors import UsageError
+from robust_prune.evaluation.card import Accuracy, ExportedAccuracy, ResultCard
+from robust_prune.evaluation.dense_check import DenseCheck
 from robust_prune.exporters.types import OnnxArtifact
 from robust_prune.job import Compression, Cut, Planned, Pruned
 from robust_prune.models.artifact import Model
@@ -32,7 +36,7 @@ from robust_prune.training.types import TrainResult
 
 WORK = {
     "groups", "plan", "surgery", "held-out score", "fine-tuning", "export", "evaluation", "latency",
-    "length from scratch",
+    "length from scratch", "check of the dense model",
 }  # fmt: skip
 """What is only called where a stage is made, not taken from the folder."""
 
@@ -109,6 +113,7 @@ def _file_of(content: str) -> Callable[..., OnnxArtifact]:
 @pytest.mark.parametrize(
     ("lost", "answers", "again"),
     [
+        ("dense", {}, {"check of the dense model"}),
         ("plan", {}, {"groups", "plan"}),
         ("plan", {"plan": _plan_of(0.3)}, {"groups", "plan", "surgery", "held-out score", "fine-tuning"}),
         ("finetune", {}, {"fine-tuning"}),
@@ -117,7 +122,7 @@ def _file_of(content: str) -> Callable[..., OnnxArtifact]:
         ("evaluate-dense", {}, {"evaluation"}),
         ("bench", {}, {"latency"}),
     ],
-    ids=["plan", "another plan", "training", "other weights", "another file", "card", "table"],
+    ids=["check", "plan", "another plan", "training", "other weights", "another file", "card", "table"],
 )
 def test_what_depends_on_a_stage_is_made_anew_where_its_outcome_changed(
     lost: str, answers: dict[str, Any], again: set[str], tmp_path: Path
@@ -268,6 +273,57 @@ def test_files_of_lower_precision_have_rows_of_their_own(tmp_path: Path) -> None
     files = [Path(model.onnx.path).name for model in report.models if model.onnx]
     assert files == ["dense.onnx", "model.onnx", "model.fp16.onnx", "model.int8.onnx"]
     assert [label for label, _ in stages["latency"][0][0]] == [model.label for model in report.models]
+
+
+def test_alarms_and_notes_are_printed_once_with_the_models_to_which_they_belong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluated(*_: Any, subject: Any, exported: Any = None, **__: Any) -> ResultCard:
+        flags = {
+            "dense": ("Both.",),
+            "pruned": ("Both.", "Pruned [alone]."),
+            "pruned, before fine-tuning": ("First.", "Both."),
+        }
+        found = card(subject.model, 20, 10, 24)
+        right = ExportedAccuracy(found.clean, found.robust)
+        return replace(
+            found, split=subject.split, flags=flags[subject.model], exported=dict.fromkeys(exported or {}, right)
+        )
+
+    reported(
+        {}, tmp_path / "run", evaluation=evaluated,
+        data=lambda *_, **__: replace(PREPARED.bundle, notes=("a caution", "a caution")),
+    )  # fmt: skip
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Alarm", "Note"))]
+    assert lines == [
+        "Alarm: dense, pruned: Both.",
+        "Alarm: pruned: Pruned [alone].",
+        "Alarm: pruned, before fine-tuning: First.",
+        "Note: a caution",
+    ]
+
+
+def test_a_dense_model_without_robustness_is_said_to_be_so_before_it_is_cut_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = DenseCheck("held-out", Accuracy(18, 20), Accuracy(0, 20), 0.3, 3, ThreatModel())
+    report, _ = reported({}, tmp_path / "run", **{"check_of_the_dense_model": lambda *_: nothing})
+    text = " ".join(capsys.readouterr().out.split())
+    said = "Note: robust accuracy of the dense model is 0.0 % under Linf 8/255: there is no robustness to keep"
+    assert "Dense model on 20 held-out images: clean 90.0 %, robust 0.0 % (PGD-10, Linf 8/255) " + said in text
+    assert text.index(said) < text.index("Sensitivity and plan") and text.count(said) == 2
+    assert nothing.note() in report.notes
+
+
+@pytest.mark.parametrize(
+    ("values", "count"), [({}, 9), ({"baseline.kind": "scratch"}, 13), ({"export.precisions": ["fp16"]}, 10)]
+)
+def test_stages_are_numbered_in_order_and_none_is_missing(
+    values: dict[str, Any], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded("compress", values, tmp_path / "run")
+    stages = re.findall(r"^\[(\d+)/(\d+)\] [A-Z]", capsys.readouterr().out, re.MULTILINE)
+    assert stages == [(str(number), str(count)) for number in range(1, count + 1)]
 
 
 @pytest.mark.parametrize(("speedup", "said"), [(2.0, False), (1.6, True)])

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench import hardware
-from ..console import track
+from ..console import FOLDED, FirstThatFits, track
 from ..errors import UsageError
 from ..machine import nvml
 from ..recipe import BenchSection
@@ -198,18 +198,28 @@ def _protocol(provider: str, kinds: Sequence[str]) -> str:
     )
 
 
-def render_latency(table: LatencyTable) -> Table:
-    """Return the table for a terminal; it has the highest tail percentile for which every row has enough samples."""
+def render_latency(table: LatencyTable) -> FirstThatFits:
+    """Return the table for a terminal; it has the highest tail percentile for which every row has enough samples.
+
+    Where it does not fit, names are folded, and then images per second and the tail are left out.
+    """
+    speed, tail = ("images/s",), ("p90 ms", "p95 ms", "p99 ms")
+    return FirstThatFits(
+        _latency_table(table, (), None),
+        *(_latency_table(table, left_out, FOLDED) for left_out in ((), speed, (*speed, *tail))),
+        below=_caption(table),
+    )
+
+
+def _latency_table(table: LatencyTable, left_out: Sequence[str], widest_name: int | None) -> Table:
     view = Table(
         title="Latency (ONNX Runtime)",
-        caption=_caption(table),
-        caption_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    view.add_column("model", min_width=6)
-    columns = [(name, cell) for name, shown, cell in _columns(table) if shown]
+    view.add_column("model", min_width=6, max_width=widest_name, overflow="fold")
+    columns = [(name, cell) for name, shown, cell in _columns(table) if shown and name not in left_out]
     for name, _ in columns:
         view.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
@@ -258,7 +268,7 @@ def _caption(table: LatencyTable) -> str:
     where = sorted({f"{row.provider.removesuffix('ExecutionProvider')} {row.kind}" for row in table.rows})
     noisy = any(row.noisy for row in table.rows)
     advice = "\n* noisy: the first file differs from itself. Measure again on a quiet machine." if noisy else ""
-    return escape(f"{', '.join(where)} time{threads}. Noise floor (A/A): {'; '.join(floors)}.{_memory(table)}{advice}")
+    return f"{', '.join(where)} time{threads}. Noise floor (A/A): {'; '.join(floors)}.{_memory(table)}{advice}"
 
 
 def _memory(table: LatencyTable) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from ..shown import Shown
 
@@ -99,7 +99,7 @@ class LatencyTable(Shown):
         more = [f"{len(self.rows) - 4} more"] if len(self.rows) > 4 else []
         return ", ".join(shown + more)
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """Return a table of all rows."""
         from .latency import render_latency
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rich.table import Table
+from rich.console import RenderableType
 from torch import Tensor, nn
 
+from ..console import working
 from ..data.base import ImageSet, random_images
 from ..errors import UsageError
 from ..models.spec import ModelSpec
@@ -50,7 +51,7 @@ class Analysis(Shown):
         measured = f"; MRS by {self.profile.estimator} on {self.profile.images:,} images" if self.profile else ""
         return f"{len(self.search.groups)} groups{whole}, {self.cost.macs({}) / 1e6:,.2f} M MACs{measured}"
 
-    def table(self) -> Table | None:
+    def table(self) -> RenderableType | None:
         """Return a table of MRS by module, or None if MRS was not measured."""
         return render_table(self.profile) if self.profile else None
 
@@ -78,7 +79,8 @@ def analyse(
     """
     section, example = recipe.sensitivity, spec.blank_image()
     model.cpu()
-    search = find_groups(model, example)
+    with working("Finding groups of channels and proving each by a trial cut"):
+        search = find_groups(model, example)
     check_groups(search)
     widths = dense_widths or {}
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))

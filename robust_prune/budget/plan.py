@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ..console import FOLDED, FirstThatFits
 from ..errors import UsageError
 from ..ranking.importance import removal_order
 from ..recipe import PruningSection
@@ -20,6 +21,8 @@ from .rounding import TOLERANCE, floor_of
 from .types import PlannedGroup, PruningPlan
 
 _BAR = 12
+_OPTIONAL = ("", "kept, %", "MRS")
+"""Headings of the columns that a narrow terminal goes without; that of the bar is empty."""
 
 
 def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
@@ -62,24 +65,36 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
     )
 
 
-def render_plan(plan: PruningPlan) -> Table:
-    """Return a table with the channels of each group before and after, a bar and MRS, and totals in the footer."""
+def render_plan(plan: PruningPlan) -> FirstThatFits:
+    """Return a table with the channels of each group before and after, a bar and MRS, and totals in the footer.
+
+    Where it does not fit, the bar is left out, names are folded, and then the percentages and MRS are left out.
+    """
+    narrow = (_plan_table(plan, _OPTIONAL[:count], FOLDED) for count in (1, 2, 3))
+    wide = (_plan_table(plan, _OPTIONAL[:count], None) for count in (0, 1))
+    whole = (f"Whole: {group.name}: {group.reason}" for group in plan.skipped)
+    return FirstThatFits(*wide, *narrow, below="\n".join(part for part in (plan.note, *whole) if part))
+
+
+def _plan_table(plan: PruningPlan, left_out: Sequence[str], widest_name: int | None) -> Table:
     title = f"Plan: remove {plan.ratio:.0%} of {plan.metric} ({plan.allocation} allocation, {plan.criterion} scores)"
-    table = Table(title=title, caption=escape(plan.note) or None, show_footer=True)
+    table = Table(title=title, show_footer=True)
     left = (plan.macs_after / plan.macs_before, plan.params_after / plan.params_before)
+    share = [group.keep / group.channels for group in plan.groups]
     # Layer names differ at their ends, so a narrow terminal must fold them and not truncate them.
-    table.add_column("group", footer="MACs\nparameters", overflow="fold")
-    table.add_column("channels", justify="right", footer=_totals(plan.macs_before, plan.params_before))
-    table.add_column("kept", justify="right", footer=_totals(plan.macs_after, plan.params_after))
-    table.add_column("kept, %", justify="right", footer="\n".join(f"{share:.0%}" for share in left))
-    table.add_column("", footer="\n".join(_bar(share) for share in left), min_width=_BAR)
-    table.add_column("MRS", justify="right")
-    for group in plan.groups:
-        share = group.keep / group.channels
-        mrs = "" if group.mrs is None else f"{group.mrs:.3g}"
-        table.add_row(group.name, str(group.channels), str(group.keep), f"{share:.0%}", _bar(share), mrs)
-    for whole in plan.skipped:
-        table.add_row(escape(f"{whole.name}: {whole.reason}"), "", "whole", "", "", "", style="dim")
+    table.add_column("group", footer="MACs\nparameters", max_width=widest_name, overflow="fold")
+    columns = {
+        "channels": ([str(g.channels) for g in plan.groups], _totals(plan.macs_before, plan.params_before)),
+        "kept": ([str(g.keep) for g in plan.groups], _totals(plan.macs_after, plan.params_after)),
+        "kept, %": ([f"{s:.0%}" for s in share], "\n".join(f"{s:.0%}" for s in left)),
+        "": ([_bar(s) for s in share], "\n".join(map(_bar, left))),
+        "MRS": (["" if g.mrs is None else f"{g.mrs:.3g}" for g in plan.groups], ""),
+    }
+    shown = {heading: column for heading, column in columns.items() if heading not in left_out}
+    for heading, (_, footer) in shown.items():
+        table.add_column(heading, footer=footer, justify="right" if heading else "left", no_wrap=True)
+    for index, group in enumerate(plan.groups):
+        table.add_row(escape(group.name), *(cells[index] for cells, _ in shown.values()))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from ..shown import Shown
 from ..structure.types import Skipped
@@ -77,7 +77,7 @@ class PruningPlan(Shown):
             "lose channels"
         )
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """Return a table of the channels of each group before and after."""
         from .plan import render_plan
 

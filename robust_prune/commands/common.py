@@ -14,7 +14,7 @@ import yaml
 
 from .. import distributed, recipe_reader
 from ..catalogue import CATALOGUES
-from ..console import console, warn
+from ..console import console, warn, working
 from ..errors import EnvironmentProblem, UsageError
 from ..recipe import Recipe
 from ..recipe_reader import load
@@ -98,6 +98,7 @@ def check_model_path(model: str) -> None:
         )
 
 
+@working("Opening the data")
 def open_data(recipe: Recipe) -> DataBundle:
     """The recipe's data set.
 
@@ -126,6 +127,7 @@ def open_data(recipe: Recipe) -> DataBundle:
     return data
 
 
+@working("Opening the model")
 def open_model_for(
     model: str, data: DataBundle | None, recipe: Recipe, arch: str | None, trust_pickle: bool = False
 ) -> Model:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
-from ..console import console, warn
+from ..console import console, warn, working
 from ..recipe import RECOVERIES, Recovery
 from .common import (
     DEMO,
@@ -43,6 +43,7 @@ from .flags import (
     of_recipe,
     stated,
 )
+from .next_steps import after_compress
 
 
 # More than eight parameters: one for each flag.
@@ -145,15 +146,18 @@ def compress(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)
 
-    from ..compression import compress as run_compression
-    from ..compression import plan_only
-    from ..job import Compression
-    from ..machine.host import tune_allocator
+    with working("Loading the libraries"):
+        from ..compression import compress as run_compression
+        from ..compression import plan_only
+        from ..job import Compression
+        from ..machine.host import tune_allocator
 
     tune_allocator()
     job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
     if not dry_run:
-        run_compression(job)
+        done = run_compression(job)
+        if done is not None:
+            after_compress(done.folder, resolved, arch or resolved.model.arch)
         return
     plan_only(job)
     if resolved.pruning.cuts > 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from ..console import console, warn
+from ..console import alarm, console, warn
 from .common import (
     DEMO,
     check_functions,
@@ -136,8 +136,12 @@ def evaluate(
     for line in _details(card, bundle.class_names):
         console.print(line, markup=False)
     for flag in card.flags:
-        warn(flag)
+        alarm(flag)
     warn(SAMPLE_NOTE if bundle.sample else "")
+    if card.tier == "pgd" and threat.epsilon:
+        console.print(
+            "PGD reports some points too many; the same command with --tier aa-fast gives AutoAttack's result."
+        )
     if out is not None and state is not None:
         write_json(out, {**to_json(card), "environment": snapshot()})
         state.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from ..console import console
+from ..console import console, working
 from .common import (
     DEMO,
     check_model_path,
@@ -29,6 +29,7 @@ from .flags import (
     TrustFlag,
     of_recipe,
 )
+from .next_steps import say_next
 
 if TYPE_CHECKING:
     from ..exporters.types import OnnxArtifact
@@ -65,10 +66,15 @@ def export(
     from ..exporters.onnx import export_model
     from ..exporters.precision import export_precisions
 
-    found = export_model(loaded.module, loaded.spec, bundle.train, out, resolved.export, resolved.seed)
-    _say(found)
-    for reduced in export_precisions(loaded.module, bundle.train, out, resolved.export).values():
+    with working(f"Exporting {out.name} and checking it against float64"):
+        files = [export_model(loaded.module, loaded.spec, bundle.train, out, resolved.export, resolved.seed)]
+        _say(files[0])
+    if resolved.export.precisions:
+        with working(f"Exporting it in {' and '.join(resolved.export.precisions)}"):
+            files += export_precisions(loaded.module, bundle.train, out, resolved.export).values()
+    for reduced in files[1:]:
         _say(reduced)
+    say_next(["bench", *(file.path for file in files)])
 
 
 def _say(found: OnnxArtifact) -> None:

@@ -26,10 +26,10 @@ def report(
 
     from ..report.compare import compare, load_run, run_names
     from ..report.files import write
-    from ..report.table import headline_table
+    from ..report.terminal import show
 
     loaded = dict(zip(run_names(runs), map(load_run, runs), strict=True))
     joint = compare(loaded, command_line()) if len(loaded) > 1 else next(iter(loaded.values()))
     write(joint, out)
-    console.print(headline_table(joint))
+    show(joint)
     console.print(f"{out / 'report.html'}", markup=False)

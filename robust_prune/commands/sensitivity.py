@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..console import console
+from ..console import console, working
 from .common import (
     DEMO,
     check_model_path,
@@ -77,7 +77,8 @@ def sensitivity(
     from ..structure.groups import find_groups
 
     threat, section, where = resolved.threat_model, resolved.sensitivity, choose_device(resolved.device)
-    search = find_groups(loaded.module, loaded.spec.blank_image())
+    with working("Finding groups of channels and proving each by a trial cut"):
+        search = find_groups(loaded.module, loaded.spec.blank_image())
     loaded.module.to(where)
     adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
     profile = measure(loaded.module, adv, section, groups=search.groups, device=where)

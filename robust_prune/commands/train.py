@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..catalogue import LOSSES
+from ..console import working
 from ..errors import UsageError
 from ..recipe_reader import with_threat_of
 from .common import (
@@ -32,6 +33,7 @@ from .flags import (
     of_recipe,
     stated,
 )
+from .next_steps import after_train
 
 
 # More than eight parameters: one for each flag.
@@ -87,9 +89,12 @@ def train(
     bundle = open_data(resolved)
     resolved = with_threat_of(resolved, None, bundle.input_size)
 
-    from ..machine.host import tune_allocator
-    from ..train import train_model
+    with working("Loading the libraries"):
+        from ..machine.host import tune_allocator
+        from ..train import train_model
 
     tune_allocator()
     name = f"{chosen.rpartition('/')[2].replace(':', '-')}-{bundle.name}"
-    train_model(name, bundle, resolved, out or Path("runs") / name, command_line())
+    folder = out or Path("runs") / name
+    if train_model(name, bundle, resolved, folder, command_line()) is not None:
+        after_train(folder, resolved)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
-from ..console import console
+from ..console import console, working
 from ..data.base import ImageSet, as_floats, images_at_once, labels_of
 from ..errors import UsageError
 from ..introspect.fingerprint import buffers_hash, images_hash, models_hash
@@ -112,7 +112,8 @@ def evaluate(
         state.counters.flags = _union(state.counters.flags, flags)
         if state.counters.clean_done == 0:
             state.counters.classes = _classes(request, few)
-            state.counters.flags = _union(state.counters.flags, _first_look(request, state.counters.classes))
+            with working(f"{subject.model}: checks of its answers and gradients"):
+                state.counters.flags = _union(state.counters.flags, _first_look(request, state.counters.classes))
         if request.leads:
             clean_pass(request, state)
         if request.shared:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import logging
 import warnings
@@ -19,6 +18,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
+from ..console import others_silent
 from ..data.base import ImageSet, stratified_images
 from ..errors import QualityGateError, UsageError
 from ..models.spec import ModelSpec
@@ -159,7 +159,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), others_silent():
             warnings.simplefilter("ignore")
             yield
     finally:

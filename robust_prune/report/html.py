@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ..console import duration
 from ..report import charts, pictures, summary, table, text
 from .types import RunReport
 
@@ -32,7 +33,7 @@ def _environment() -> jinja2.Environment:
         "quantity": text.quantity,
         "file_size": text.file_size,
         "percent": text.percent,
-        "duration": text.duration,
+        "duration": duration,
         "speedup": text.speedup,
         "span": text.span,
         "decimals": text.decimals,

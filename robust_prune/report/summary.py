@@ -121,9 +121,14 @@ def _accuracy(before: ModelRow, after: ModelRow) -> str:
 
 def warnings(run: RunReport) -> list[str]:
     """Return all warnings, with the models' labels: flags of cards, noisy latencies, failed parity, missed budget."""
-    found = []
+    flagged: dict[str, list[str]] = {}
+    for label, card in [*((model.label, model.card) for model in run.models), (BEFORE_FINETUNE, run.before_finetune)]:
+        for flag in card.flags if card else ():
+            # What still holds after fine-tuning need not be said of the state before it.
+            if label != BEFORE_FINETUNE or flag not in flagged:
+                flagged.setdefault(flag, []).append(label)
+    found = [f"{', '.join(labels)}: {flag}" for flag, labels in flagged.items()]
     for model in run.models:
-        found += [f"{model.label}: {flag}" for flag in (model.card.flags if model.card else ())]
         if model.onnx and not model.onnx.parity.passed:
             found.append(f"{model.label}: the ONNX file failed its parity gate.")
         found += [
@@ -136,6 +141,7 @@ def warnings(run: RunReport) -> list[str]:
     return found
 
 
+BEFORE_FINETUNE = "pruned, before fine-tuning"
 REPAIRS = {
     "least_squares": " and the least-squares repair of the layers behind it",
     "batchnorm": " and a re-estimation of batch-norm",

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..bench.types import LatencyRow
+from ..console import FOLDED, FirstThatFits
 from ..evaluation.card import Accuracy
 from ..report import text
 from .types import ModelRow, RunReport
@@ -214,24 +216,60 @@ def _with_change(cell: Cell) -> str:
     return cell.plain + (f" ({cell.change})" if cell.change else "")
 
 
-def headline_table(run: RunReport) -> Table:
-    """Return the headline table for a terminal, with Markdown lines so that it can be pasted."""
-    table = Table(box=box.MARKDOWN, caption=caption(run), caption_justify="left", title=None)
+def headline_table(run: RunReport) -> FirstThatFits:
+    """Return the headline table for a terminal, with Markdown lines so that it can be pasted.
+
+    Where it does not fit, intervals are left out first, then sizes, and names are folded.
+    """
     if is_wide(run):
-        for position, head in enumerate(wide_heads(run, brief=True)):
-            table.add_column(head, justify="right" if position else "left", overflow="fold")
-        for row in wide_rows(run, brief=True):
-            *others, clean, robust = row
-            table.add_row(*(f"{c.value} {c.change}".strip() for c in others), clean.value, robust.plain)
-        return table
-    table.add_column("")
+        wide = (_wide_table(run, *how) for how in ((False, 3, None), (True, 2, None), (True, 2, FOLDED)))
+        narrow = (_wide_table(run, True, details, FOLDED) for details in (1, 0))
+        return FirstThatFits(*wide, *narrow, below=caption(run))
+    return FirstThatFits(*(_pair_table(run, intervals) for intervals in (2, 1, 0)), below=caption(run))
+
+
+def _pair_table(run: RunReport, intervals: int) -> Table:
+    """Return a table with a line for each figure, and all intervals (2), those of the values (1) or none (0)."""
+    table = Table(box=box.MARKDOWN)
+    table.add_column("", no_wrap=True)
     for model in run.models:
-        table.add_column(model.label, justify="right")
+        table.add_column(escape(model.label), justify="right")
     pair = len(run.models) == SIDE_BY_SIDE
     if pair:
         table.add_column("change", justify="right")
     for line in headline_lines(run):
-        table.add_row(line.short, *_plain_cells(line, pair))
+        figures = [cell.plain if intervals else cell.value for cell in line.cells]
+        change = line.cells[-1].change
+        if intervals < 2:
+            change = text.NO_DIFFERENCE if change.startswith(text.NO_DIFFERENCE) else change.partition(" [")[0]
+        table.add_row(line.short, *figures, *([change] if pair else []))
+    return table
+
+
+def _wide_table(run: RunReport, brief: bool, details: int, widest_name: int | None) -> Table:
+    """Return a table with a line for each model.
+
+    Args:
+        run: the report.
+        brief: as in `wide_rows`.
+        details: whether all intervals are shown (3), that of robust accuracy (2), none (1), or none and no size (0).
+        widest_name: columns to which names are folded, or None.
+    """
+    table = Table(box=box.MARKDOWN)
+    heads, rows = wide_heads(run, brief), wide_rows(run, brief)
+    kept = [i for i, head in enumerate(heads) if details or head not in ("MACs", "file")]
+    for i in kept:
+        name = {"max_width": widest_name} if i == 0 else {"no_wrap": True}
+        table.add_column(heads[i], justify="right" if i else "left", overflow="fold", **name)
+    for row in rows:
+        *others, clean, robust = row
+        shown = [_with_change(cell) for cell in row] if details == 3 else []
+        shown = shown or [
+            *(f"{cell.value} {cell.change}".strip() for cell in others),
+            clean.value,
+            robust.plain if details == 2 else robust.value,
+        ]
+        table.add_row(*(escape(shown[i]) for i in kept))
     return table
 
 

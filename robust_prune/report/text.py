@@ -10,6 +10,7 @@ from ..evaluation.card import Accuracy, ResultCard
 MINUS = "\u2212"
 TIMES = "\u00d7"
 NONE = "\u2013"
+NO_DIFFERENCE = "no difference"
 ATTACK_NAMES = {"apgd": "APGD", "aa-fast": "AA-fast", "standard": "AutoAttack"}
 """Short names of the tiers that run more than one attack."""
 
@@ -78,7 +79,7 @@ def speedup(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
     text = f"{ratio.value:.2f}{TIMES} {span(ratio.low, ratio.high, 2)}"
-    return f"no difference, {text}" if ratio.verdict == "no difference" else text
+    return f"{NO_DIFFERENCE}, {text}" if ratio.verdict == NO_DIFFERENCE else text
 
 
 def short_speedup(ratio: Ratio | None) -> str:
@@ -98,15 +99,6 @@ def attack_name(card: ResultCard) -> str:
 def threat_name(card: ResultCard) -> str:
     """Return the threat model, e.g. ``Linf 8/255``."""
     return str(card.threat)
-
-
-def duration(seconds: float) -> str:
-    """Return a wall time given in seconds: ``4 min 12 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def moment(iso: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from .. import __version__
 from ..bench.types import LatencyRow
@@ -90,7 +90,7 @@ class RunReport(Shown):
         """Return the title and the labels of the models."""
         return f"{self.title}: {', '.join(model.label for model in self.models)}"
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """Return the headline table."""
         from .table import headline_table
 

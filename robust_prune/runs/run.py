@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import __version__, distributed
+from ..console import console, duration, say_end, working
 from ..errors import UsageError
 from ..machine.snapshot import snapshot
 from ..recipe import Recipe
@@ -35,15 +36,21 @@ class Run:
     Attributes:
         folder: folder of the run, with a sub-folder for each stage.
         key: hash of everything on which the run depends.
+        stages: what each stage does, in words, by its name and in order; other stages are not announced.
         seconds: wall time in seconds of each stage so far, by name; for a stored result that of its computation.
+        made: names of the stages whose results were not stored.
+        begin: when the run was opened, by the monotonic clock.
     """
 
     folder: Path
     key: str
+    stages: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, folder: Path, key: str, recipe: Recipe, command: str) -> Run:
+    def open(cls, folder: Path, key: str, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None) -> Run:
         """Claim `folder` for the run with hash `key`, and write recipe, command and environment to it.
 
         Raises:
@@ -54,7 +61,7 @@ class Run:
         claim(folder, key, command)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_json(folder / "environment.json", snapshot())
-        return cls(folder, key)
+        return cls(folder, key, stages or {})
 
     def stage(
         self,
@@ -84,16 +91,37 @@ class Run:
         stored = _stored(mark, key, kind) if first and all(file.exists() for file in files) else None
         stored = distributed.broadcast(stored)
         if stored is None:
+            self._announce(name)
             begin = time.monotonic()
-            value = make() if first or shared else None
+            with working(self.stages.get(name, name)):
+                value = make() if first or shared else None
+            seconds = time.monotonic() - begin
             if first:
-                stored = {"key": key, "seconds": time.monotonic() - begin, "value": to_json(value)}
+                stored = {"key": key, "seconds": seconds, "value": to_json(value)}
                 write_json(mark, stored)
             stored = distributed.broadcast(stored)
+            self.made.append(name)
+            if name in self.stages:
+                say_end(self._place(name), seconds)
+        else:
+            self._announce(name, " (from an earlier run)")
         assert stored is not None
         self.seconds[name] = stored["seconds"]
         # A fresh result is read back from JSON too, so that a resumed run has exactly the same values.
         return from_json(kind, stored["value"])
+
+    def _announce(self, name: str, whence: str = "") -> None:
+        if name in self.stages:
+            console.print(f"{self._place(name)} {self.stages[name]}{whence}", markup=False)
+
+    def _place(self, name: str) -> str:
+        return f"[{list(self.stages).index(name) + 1}/{len(self.stages)}]"
+
+    def total(self) -> str:
+        """Return the wall time of the run so far, in words, with that of earlier runs from which it took results."""
+        now = time.monotonic() - self.begin
+        earlier = sum(seconds for name, seconds in self.seconds.items() if name not in self.made)
+        return duration(now) + (f", {duration(now + earlier)} with the stages of earlier runs" if earlier else "")
 
 
 def _stored(mark: Path, key: str, kind: type[Any]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from ..attacks.threat import ThreatModel
 from ..shown import Shown
@@ -79,7 +79,7 @@ class SensitivityProfile(Shown):
             f"{self.rho:g}, {self.images:,} images under {self.threat}"
         )
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """Return a table of MRS by module."""
         from .display import render_table
 

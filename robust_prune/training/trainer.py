@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..attacks import ThreatModel, kept_buffers, share_of_batch
-from ..console import Advance, console, track
+from ..console import Advance, console, track, working
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, TensorImages, as_floats, plain_strides, stratified
 from ..errors import QualityGateError, UsageError
@@ -100,6 +100,7 @@ class _Run:
         written = user_file.versions(settings.loss)
         self.key = digest([described, written, to_json(threat), seed, *begun_from, len(self.validation)])
 
+    @working("Choosing the fastest precision and memory layout")
     def _precision(self) -> Precision:
         if self.settings.precision == "fp32":
             return Precision(bf16=False, channels_last=False)
@@ -272,6 +273,7 @@ class _Run:
             self._forward_backward(batch)
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
+    @working("Trying whether compilation pays")
     def _compilation_pays(self) -> bool:
         wanted = self.settings.compile
         if wanted == "off" or self.accelerator.num_processes > 1 or (wanted == "auto" and self.device.type != "cuda"):
@@ -297,6 +299,7 @@ class _Run:
     def _index_device(self) -> torch.device:
         return self.device if isinstance(self.images, TensorImages) else torch.device("cpu")
 
+    @working("Held-out accuracy")
     def _score(self, model: nn.Module) -> Score:
         return score(
             model,

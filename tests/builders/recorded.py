@@ -27,7 +27,8 @@ from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.data import sources
 from robust_prune.data.base import DataBundle
-from robust_prune.evaluation.card import ExportedAccuracy, ResultCard
+from robust_prune.evaluation.card import Accuracy, ExportedAccuracy, ResultCard
+from robust_prune.evaluation.dense_check import DenseCheck
 from robust_prune.exporters.types import OnnxArtifact
 from robust_prune.introspect.fingerprint import images_hash, models_hash
 from robust_prune.models import artifact, foreign, registry
@@ -164,6 +165,9 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
     def timed(files: Any, *_: Any) -> LatencyTable:
         return LatencyTable(tuple(latency(label, 1, 2.0, None) for label, _ in files), {}, {}, "")
 
+    def checked(*arguments: Any) -> DenseCheck:
+        return DenseCheck("held-out", Accuracy(18, 20), Accuracy(9, 20), 0.3, 3, arguments[4])
+
     @contextlib.contextmanager
     def clock(*_: Any) -> Iterator[None]:
         yield
@@ -181,6 +185,7 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (analysis, "measure", "sensitivity", lambda *_, **__: given.analysis.profile),
         (analysis, "random_images", "clean images", lambda *_: clean),
         (analysis, "channel_scores", "channel scores", lambda *_, **__: given.analysis.scores),
+        (compression, "check_dense", "check of the dense model", checked),
         (compression, "make_plan", "plan", lambda *_: given.plan),
         (compression, "plan_for_latency", "plan for a latency", lambda *_: given.plan),
         (compression.CandidateClock, "open", "candidate clock", clock),

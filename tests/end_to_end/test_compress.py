@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from builders.commands import STAGES, compress, fails
 from builders.toy import QUICK, write_data, write_model
 
-from robust_prune import compression
+from robust_prune import cli, compression
 
 PLAIN_ONNX = """
 import sys
@@ -32,6 +33,21 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     compress("run")
     text = capsys.readouterr().out
     assert "dense" in text and "pruned" in text and "report.html" in text
+    assert "[1/9] Robustness of the dense model\nDense model on " in text and "[9/9] Latency\n" in text
+    assert "from an earlier run" not in text and "\nFinished in " in text
+    commands = [shlex.split(line)[1:] for line in text.partition("\nNext: ")[2].replace("\n     ", "\n").splitlines()]
+    assert [command[0] for command in commands] == ["evaluate", "bench", "report"]
+    for command in commands:
+        cli.app.parse_args(command, exit_on_error=False, print_error=False)
+        assert all(Path(word).exists() for word in command if word.startswith("run/"))
+    assert commands[0][:6] == [
+        "evaluate",
+        "run/model.safetensors",
+        "--data",
+        "toy.npz",
+        "--arch",
+        "model.py:make_model",
+    ]
     folder = here / "run"
     result = json.loads((folder / "result.json").read_text())
     dense, pruned = result["models"]
@@ -66,8 +82,15 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     # The same command again finds everything done.
     for name in STAGES:
         monkeypatch.setattr(compression, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
+    written = (folder / "report.html").stat().st_mtime_ns
     compress("run")
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]
+    assert (folder / "report.html").stat().st_mtime_ns == written
+    again = capsys.readouterr().out
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line for line in again.splitlines() if line.startswith("|")] == table
+    assert again.count("(from an earlier run)") == 9 and "[9/9] Latency (from an earlier run)" in again
+    assert "\nAlready done: nothing was computed (finished in " in again and "Finished in" not in again
 
     # So does one for its folder at another place, and the files are those there.
     folder.rename("moved")
@@ -100,7 +123,13 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     monkeypatch.setattr(compression, "train", interrupted)
     with pytest.raises(SystemExit):
         compress("run", "--cuts", "2")
+    capsys.readouterr()
     compress("run", "--cuts", "2")
+    text = capsys.readouterr().out
+    assert "[1/12] Robustness of the dense model (from an earlier run)\n" in text
+    assert "[4/12] Fine-tuning (cut 1 of 2) (from an earlier run)\n" in text
+    assert "[7/12] Fine-tuning (cut 2 of 2)\n" in text and "[12/12] Latency\n" in text
+    assert "with the stages of earlier runs." in text
     # The recovery after the first cut was kept; the models shrink from cut to cut.
     assert len(calls) == 3 and calls[0] > calls[1] == calls[2]
     result = json.loads((here / "run" / "result.json").read_text())

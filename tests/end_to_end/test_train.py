@@ -23,8 +23,13 @@ def test_train_then_sensitivity_evaluate_export_and_bench(here, capsys):
     result = json.loads((here / "base" / "result.json").read_text())
     assert len(result["history"]) == 2 and result["models"][0]["card"]["clean"]["total"] == 60
     begin = time.monotonic()
+    assert "\nFinished in " in capsys.readouterr().out
     cli.main(train)
     assert time.monotonic() - begin < 60
+    again = capsys.readouterr().out
+    assert "[2/2] Evaluation on test images (from an earlier run)" in again
+    assert "\nAlready done: nothing was computed (finished in " in again
+    assert "Next: robust-prune compress base/model.safetensors --data toy.npz --arch model.py:make_model" in again
     assert json.loads((here / "base" / "result.json").read_text())["models"] == result["models"]
 
     common = ["base/model.safetensors", "--arch", "model.py:make_model", "--data", "toy.npz"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from robust_prune.console import duration
 from robust_prune.report import (
     text,
 )
@@ -22,7 +23,13 @@ def test_small_figures_of_speech() -> None:
     assert text.file_size(None) == text.NONE
     assert text.signed(-0.04) == "0" and text.signed(-1.25, 2) == "−1.25"
     assert text.relative(5, 0) == "" and text.relative(None, 4) == "" and text.relative(5, 10) == "−50.0 %"
-    assert [text.duration(s) for s in (1.23, 59.2, 252, 7300)] == ["1.2 s", "59 s", "4 min 12 s", "2 h 1 min"]
+    assert [duration(s) for s in (1.23, 59.2, 59.7, 252, 7300)] == [
+        "1.2 s",
+        "59 s",
+        "1 min 0 s",
+        "4 min 12 s",
+        "2 h 1 min",
+    ]
     assert text.short_names(["a.b.c", "a.b.d.e"]) == {"a.b.c": "c", "a.b.d.e": "d.e"}
     assert text.short_names(["a.b", "a"]) == {"a.b": "a.b", "a": "a"}
     assert text.moment("2026-01-02T03:04:05+00:00") == "2026-01-02 03:04 UTC" and text.moment("today") == "today"
