@@ -294,7 +294,8 @@ def test_alarms_and_notes_are_printed_once_with_the_models_to_which_they_belong(
         {}, tmp_path / "run", evaluation=evaluated,
         data=lambda *_, **__: replace(PREPARED.bundle, notes=("a caution", "a caution")),
     )  # fmt: skip
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Alarm", "Note"))]
+    below = capsys.readouterr().out.partition("\nRobust: ")[2]  # notes on data are also printed where they are opened
+    lines = [line for line in below.splitlines() if line.startswith(("Alarm", "Note"))]
     assert lines == [
         "Alarm: dense, pruned: Both.",
         "Alarm: pruned: Pruned [alone].",
