@@ -23,7 +23,7 @@ from rich.text import Text
 
 from . import distributed
 
-SILENCE, LONG_SILENCE, PATIENCE = 4.0, 29.0, 300.0
+SILENCE, LONG_SILENCE, PATIENCE = 3.5, 29.0, 300.0
 """Seconds without a line after which plain output says what is being done, the same once the work has lasted
 `PATIENCE` seconds, since a log of hours would otherwise have thousands of lines, and those seconds."""
 WORTH_A_LINE = 2.0
