@@ -33,9 +33,7 @@ class Net(WideResNet):
 
 
 @torch.no_grad()
-def labelled(
-    network: nn.Module, head: nn.Linear, normalize: Callable[[Tensor], Tensor], count: int = 100
-) -> DataBundle:
+def labelled(network: nn.Module, normalize: Callable[[Tensor], Tensor], count: int = 100) -> DataBundle:
     """Photos, each labelled with what the network answers to it when it is normalized rightly."""
     sample = load_sample()
     images = sample.test.get(torch.arange(count))[0]
