@@ -29,7 +29,7 @@ from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
 from .evaluation.onnx_scores import OnnxModel
-from .exporters.onnx import export_model
+from .exporters.onnx import check_export, export_model
 from .exporters.parity import check_enough_images
 from .exporters.precision import export_precisions, reduced_path
 from .exporters.types import OnnxArtifact
@@ -46,8 +46,10 @@ from .job import (
     pruned_file,
     recovered_file,
 )
+from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, user_file
+from .preflight import Preflight, preflight
 from .recipe import Recipe, TrainSettings
 from .report.files import write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
@@ -56,6 +58,7 @@ from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, run_key
 from .serialization import to_json
+from .structure.paths import sample_images
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.affordable import affordable
@@ -80,7 +83,11 @@ def compress(job: Compression) -> Compressed | None:
     """
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
+    choose_device(job.recipe.device)
     run, dense = open_run(job), job.dense.module
+    with run.refusable(run.folder / f"{DENSE}.onnx"):
+        notes = list(try_out(job, run))
+        files = {DENSE: export(job, run, DENSE, dense)}
     model: nn.Module = dense
     cuts: list[Cut] = []
     for at in cut_names(job.recipe.pruning.cuts):
@@ -90,11 +97,10 @@ def compress(job: Compression) -> Compressed | None:
         model = reopen(job, recovered_file(run, at))
         cuts.append(Cut(planned, pruned, tuned, what_was_cut(planned.plan, pruned, job, model)))
     models = {DENSE: dense.cpu().eval(), PRUNED: model.cpu().eval()}
-    notes = []
     if job.recipe.baseline.kind == "scratch":
         models[SCRATCH], note = train_from_scratch(job, run, model, cuts)
         notes.append(note)
-    files = {label: export(job, run, label, found) for label, found in models.items()}
+    files |= {label: export(job, run, label, found) for label, found in models.items() if label != DENSE}
     cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
     if not distributed.leave_group():
         return None
@@ -104,7 +110,19 @@ def compress(job: Compression) -> Compressed | None:
 
 
 def plan_only(job: Compression) -> PruningPlan:
-    """Measure sensitivity and print and return the plan of the (first) cut; no files are written."""
+    """Measure sensitivity and print and return the plan of the (first) cut; no files are written.
+
+    The model is tried as in `compress`, also by an export.
+
+    Raises:
+        UsageError: the model is refused, or a setting does not fit.
+    """
+    dense, recipe = job.dense, job.recipe
+    check_enough_images(job.data.train, job.data.name)
+    choose_device(recipe.device)
+    for note in preflight(dense.module, job.data.train, dense.spec.num_classes, recipe.seed).notes:
+        warn(note)
+    check_export(dense.module, dense.spec, job.data.train, recipe.export, recipe.seed)
     plan = next_cut(job, job.dense.module, ()).plan
     say_plan(plan)
     return plan
@@ -129,6 +147,16 @@ def open_run(job: Compression) -> Run:
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{key[:6]}"
     return Run.open(folder, key, recipe, job.command)
+
+
+def try_out(job: Compression, run: Run) -> tuple[str, ...]:
+    """Run the stage that tries the dense model on a few images; print and return what it found."""
+    dense = job.dense
+    make = partial(preflight, dense.module, job.data.train, dense.spec.num_classes, job.recipe.seed)
+    notes = run.stage("preflight", Preflight, [], make).notes
+    for note in notes:
+        warn(note)
+    return notes
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:
@@ -167,10 +195,11 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
 def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted: float) -> PruningPlan:
     """Return the plan whose measured latency is nearest to `wanted`, in (0, 1), times that of the dense model."""
     dense, spec, recipe = job.dense.module, job.dense.spec, job.recipe
+    seen = sample_images(job.data.train, recipe.seed)
     with CandidateClock.open(dense, spec, job.data.train, recipe) as clock:
 
         def measure(plan: PruningPlan) -> float:
-            return clock.kept(apply(model.cpu(), plan, spec.blank_image()).model)
+            return clock.kept(apply(model.cpu(), plan, spec.blank_image(), seen).model)
 
         present = 1.0 if model is dense else clock.kept(model)
         return plan_for_latency(analysis, recipe.pruning, wanted, present, measure, conditions(recipe.bench))
@@ -182,7 +211,7 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
 
     def make() -> Pruned:
         console.print("Cutting channels and proving every group against the masked dense model")
-        surgery = apply(parent.cpu(), plan, spec.blank_image())
+        surgery = apply(parent.cpu(), plan, spec.blank_image(), sample_images(job.data.train, recipe.seed))
         repair(surgery, parent, job.data.train, recipe, job.device)
         card = score_before_finetune(surgery.model, job.data, recipe)
         save(job, surgery.model, file)

@@ -201,6 +201,7 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (compression, "run_section", "latency", timed),
         (compression, "make_examples", "examples", lambda *_, **__: []),
         (artifact, "save", "artifact", artifact.save),
+        (training, "check_export", "trial export", lambda *_: None),
         (training, "train", "training", lambda *_, **__: tuned),
         (training, "evaluate", "evaluation of what was trained", evaluated),
         (training, "choose_device", "device of training", lambda _: "cpu"),
