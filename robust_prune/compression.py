@@ -120,7 +120,7 @@ def plan_only(job: Compression) -> PruningPlan:
     dense, recipe = job.dense, job.recipe
     check_enough_images(job.data.train, job.data.name)
     choose_device(recipe.device)
-    for note in preflight(dense.module, job.data.train, dense.spec.num_classes, recipe.seed).notes:
+    for note in _tried(job).notes:
         warn(note)
     check_export(dense.module, dense.spec, job.data.train, recipe.export, recipe.seed)
     plan = next_cut(job, job.dense.module, ()).plan
@@ -151,12 +151,15 @@ def open_run(job: Compression) -> Run:
 
 def try_out(job: Compression, run: Run) -> tuple[str, ...]:
     """Run the stage that tries the dense model on a few images; print and return what it found."""
-    dense = job.dense
-    make = partial(preflight, dense.module, job.data.train, dense.spec.num_classes, job.recipe.seed)
-    notes = run.stage("preflight", Preflight, [], make).notes
+    notes = run.stage("preflight", Preflight, [], partial(_tried, job)).notes
     for note in notes:
         warn(note)
     return notes
+
+
+def _tried(job: Compression) -> Preflight:
+    dense, recipe, batch = job.dense, job.recipe, job.recipe.finetune.batch_size // distributed.count()
+    return preflight(dense.module, job.data.train, dense.spec.num_classes, recipe.seed, batch_size=max(1, batch))
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:

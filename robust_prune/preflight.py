@@ -37,7 +37,9 @@ class Preflight:
     notes: tuple[str, ...]
 
 
-def preflight(model: nn.Module, images: ImageSet, classes: int, seed: int, *, cut: bool = True) -> Preflight:
+def preflight(
+    model: nn.Module, images: ImageSet, classes: int, seed: int, *, batch_size: int = IMAGES, cut: bool = True
+) -> Preflight:
     """Try a model on up to 16 random training images: forward and backward, in eval mode and in train mode.
 
     Args:
@@ -45,6 +47,7 @@ def preflight(model: nn.Module, images: ImageSet, classes: int, seed: int, *, cu
         images: training images.
         classes: number of classes, K.
         seed: random seed that draws the images.
+        batch_size: number of images in a step of training; up to 16 are tried.
         cut: whether layers are to be cut, for which their weights must be plain parameters.
 
     Raises:
@@ -66,7 +69,7 @@ def preflight(model: nn.Module, images: ImageSet, classes: int, seed: int, *, cu
     x, y = random_images(images, images_at_once(images, IMAGES), seed)
     with seeded(seed):
         _check_eval(tried, x, y, classes)
-        _check_training(tried, x, y, classes)
+        _check_training(tried, x[:batch_size], y[:batch_size], classes)
         return Preflight(_notes(tried, sample_images(images, seed)))
 
 
@@ -137,7 +140,8 @@ def _check_gradient(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> N
 
 
 def _check_training(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> None:
-    logits = _logits(model, Pass(x, training=True), "in train mode", classes)
+    where = "in train mode" + (" on one image" if len(x) == 1 else "")
+    logits = _logits(model, Pass(x, training=True), where, classes)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -185,6 +189,8 @@ def _remedy(error: Exception, where: str) -> str:
         return "forward must take the images alone; wrap the model so that it does."
     if "use_reentrant" in str(error):
         return "Pass use_reentrant=False to torch.utils.checkpoint."
+    if "one image" in where:
+        return "The batch size of training leaves one image for each step, and batch norm needs more. Raise batch_size."
     if "train" in where:
         return (
             "Fine-tuning runs it in train mode: mend this, or give the model without the part that only training runs."

@@ -115,7 +115,8 @@ def _built(data: DataBundle, recipe: Recipe) -> tuple[ModelSpec, NormalizedClass
 
 def _try_out(model: nn.Module, spec: ModelSpec, data: DataBundle, recipe: Recipe) -> Preflight:
     """Try the model; what only a later compression would refuse becomes a note."""
-    found = preflight(model, data.train, spec.num_classes, recipe.seed, cut=False)
+    batch = max(1, recipe.training.batch_size // distributed.count())
+    found = preflight(model, data.train, spec.num_classes, recipe.seed, batch_size=batch, cut=False)
     try:
         check_layers(model)
         check_enough_images(data.train, data.name)

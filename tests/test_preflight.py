@@ -229,3 +229,11 @@ def test_masked_layers_may_be_trained_but_not_cut() -> None:
     preflight(model, IMAGES, 3, 0, cut=False)
     with pytest.raises(UsageError, match=r"layer body\.0 .* re-parametrises its weight"):
         preflight(model, IMAGES, 3, 0)
+
+
+def test_a_batch_size_that_batch_norm_cannot_train_on_is_refused() -> None:
+    model = Plain()
+    model.head = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    preflight(model, IMAGES, 3, 0, batch_size=2)
+    with pytest.raises(UsageError, match=r"in train mode on one image, at head\.1 \(BatchNorm1d\).* Raise batch_size"):
+        preflight(model, IMAGES, 3, 0, batch_size=1)

@@ -175,6 +175,7 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (foreign, "open_model", "model", lambda *_, **__: given.dense),
         (registry, "make_spec", "architecture", registry.make_spec),
         (job, "choose_device", "device", lambda _: "cpu"),
+        (compression, "choose_device", "device", lambda _: "cpu"),
         (analysis, "find_groups", "groups", lambda *_: given.analysis.search),
         (analysis, "cost_model", "cost", lambda *_: given.analysis.cost),
         (analysis, "make_adversarial_set", "adversarial set", lambda *_, **__: given.adv),
