@@ -34,6 +34,7 @@ from .budget.analysis import analyse as _analyse
 from .budget.plan import make_plan
 from .budget.types import PruningPlan
 from .compression import compress as _compress
+from .console import warn
 from .data.arrays import DataSource
 from .data.arrays import as_data as load_data
 from .data.base import DataBundle, stratified
@@ -49,9 +50,11 @@ from .models import artifact
 from .models.artifact import Model
 from .models.foreign import check_data, open_model
 from .models.python_module import as_model
+from .preflight import preflight
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
 from .recipe_reader import check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe
+from .structure.paths import sample_images
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.trainer import train
@@ -114,11 +117,14 @@ def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, 
         settings: values of the recipe, with ``__`` in place of the dot, e.g. ``sensitivity__images=256``.
 
     Raises:
-        UsageError: the model has no group that can be cut, or a setting is wrong.
+        UsageError: the model fails on training images in one of its modes, is refused for another reason that the
+            message names, or has no group that can be cut; or a setting is wrong.
     """
     bundle = load_data(data)
     opened = _model(model, bundle)
     resolved = _recipe(recipe, settings, opened, None)
+    for note in preflight(opened.module, bundle.train, bundle.num_classes, resolved.seed).notes:
+        warn(note)
     return _analyse(opened.module, opened.spec, bundle.train, resolved, choose_device(resolved.device))
 
 
@@ -171,7 +177,7 @@ def prune(model: ModelSource, plan: PruningPlan, data: DataSource, **settings: A
     bundle = load_data(data)
     opened = _model(model, bundle)
     recipe = _recipe(None, settings, opened, None)
-    surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image())
+    surgery = apply(opened.module.cpu(), plan, opened.spec.blank_image(), sample_images(bundle.train, recipe.seed))
     if surgery.rolled_back and not surgery.applied:
         first = surgery.rolled_back[0]
         raise UsageError(

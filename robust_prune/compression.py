@@ -30,7 +30,7 @@ from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
 from .evaluation.onnx_scores import OnnxModel
-from .exporters.onnx import export_model
+from .exporters.onnx import check_export, export_model
 from .exporters.parity import check_enough_images
 from .exporters.precision import export_precisions, reduced_path
 from .exporters.types import OnnxArtifact
@@ -49,8 +49,10 @@ from .job import (
     recovered_file,
     stage_titles,
 )
+from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, user_file
+from .preflight import Preflight, preflight
 from .recipe import Recipe, TrainSettings
 from .report.files import write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
@@ -59,6 +61,7 @@ from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, run_key
 from .serialization import to_json
+from .structure.paths import sample_images
 from .surgery.apply import apply
 from .surgery.repair import repair
 from .training.affordable import affordable
@@ -89,8 +92,12 @@ def compress(job: Compression) -> Compressed | None:
     """
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
+    choose_device(job.recipe.device)
     run, dense = open_run(job), job.dense.module
-    notes = [look_at_dense(job, run)]
+    with run.refusable(run.folder / f"{DENSE}.onnx"):
+        notes = list(try_out(job, run))
+        files = {DENSE: export(job, run, DENSE, dense)}
+    notes.append(look_at_dense(job, run))
     model: nn.Module = dense
     cuts: list[Cut] = []
     for at in cut_names(job.recipe.pruning.cuts):
@@ -103,7 +110,7 @@ def compress(job: Compression) -> Compressed | None:
     if job.recipe.baseline.kind == "scratch":
         models[SCRATCH], note = train_from_scratch(job, run, model, cuts)
         notes.append(note)
-    files = {label: export(job, run, label, found) for label, found in models.items()}
+    files |= {label: export(job, run, label, found) for label, found in models.items() if label != DENSE}
     cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
     if not distributed.leave_group():
         return None
@@ -113,7 +120,19 @@ def compress(job: Compression) -> Compressed | None:
 
 
 def plan_only(job: Compression) -> PruningPlan:
-    """Measure sensitivity and print and return the plan of the (first) cut; no files are written."""
+    """Measure sensitivity and print and return the plan of the (first) cut; no files are written.
+
+    The model is tried as in `compress`, also by an export.
+
+    Raises:
+        UsageError: the model is refused, or a setting does not fit.
+    """
+    dense, recipe = job.dense, job.recipe
+    check_enough_images(job.data.train, job.data.name)
+    choose_device(recipe.device)
+    for note in _tried(job).notes:
+        warn(note)
+    check_export(dense.module, dense.spec, job.data.train, recipe.export, recipe.seed)
     plan = next_cut(job, job.dense.module, ()).plan
     say_plan(plan)
     return plan
@@ -155,6 +174,19 @@ def look_at_dense(job: Compression, run: Run) -> str:
     return found.note()
 
 
+def try_out(job: Compression, run: Run) -> tuple[str, ...]:
+    """Run the stage that tries the dense model on a few images; print and return what it found."""
+    notes = run.stage("preflight", Preflight, [], partial(_tried, job)).notes
+    for note in notes:
+        warn(note)
+    return notes
+
+
+def _tried(job: Compression) -> Preflight:
+    dense, recipe, batch = job.dense, job.recipe, job.recipe.finetune.batch_size // distributed.count()
+    return preflight(dense.module, job.data.train, dense.spec.num_classes, recipe.seed, batch_size=max(1, batch))
+
+
 def reopen(job: Compression, file: Path) -> nn.Module:
     """Load a model that this run has written."""
     return artifact.load(file, arch=job.arch, trust_source=True).module
@@ -191,10 +223,11 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
 def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted: float) -> PruningPlan:
     """Return the plan whose measured latency is nearest to `wanted`, in (0, 1), times that of the dense model."""
     dense, spec, recipe = job.dense.module, job.dense.spec, job.recipe
+    seen = sample_images(job.data.train, recipe.seed)
     with CandidateClock.open(dense, spec, job.data.train, recipe) as clock:
 
         def measure(plan: PruningPlan) -> float:
-            return clock.kept(apply(model.cpu(), plan, spec.blank_image()).model)
+            return clock.kept(apply(model.cpu(), plan, spec.blank_image(), seen).model)
 
         present = 1.0 if model is dense else clock.kept(model)
         return plan_for_latency(analysis, recipe.pruning, wanted, present, measure, conditions(recipe.bench))
@@ -206,7 +239,7 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
 
     def make() -> Pruned:
         with working("Cutting channels and proving every group against the masked dense model"):
-            surgery = apply(parent.cpu(), plan, spec.blank_image())
+            surgery = apply(parent.cpu(), plan, spec.blank_image(), sample_images(job.data.train, recipe.seed))
         repair(surgery, parent, job.data.train, recipe, job.device)
         card = score_before_finetune(surgery.model, job.data, recipe)
         save(job, surgery.model, file)

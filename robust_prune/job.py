@@ -129,7 +129,11 @@ def cut_names(cuts: int) -> tuple[str, ...]:
 
 def stage_titles(recipe: Recipe) -> dict[str, str]:
     """Return what the stages of a compression do, by their names, in the order in which they run."""
-    titles = {"dense": "Robustness of the dense model"}
+    titles = {
+        "preflight": "Trial of the model on a few images",
+        f"export-{DENSE}": f"Export of {onnx_name(DENSE)}, checked against float64",
+        "dense": "Robustness of the dense model",
+    }
     cuts, precisions = cut_names(recipe.pruning.cuts), recipe.export.precisions
     for number, at in enumerate(cuts, start=1):
         which = f" (cut {number} of {len(cuts)})" if len(cuts) > 1 else ""
@@ -142,7 +146,7 @@ def stage_titles(recipe: Recipe) -> dict[str, str]:
     if recipe.baseline.kind == "scratch":
         labels.append(SCRATCH)
         titles |= {f"{SCRATCH}-length": "Speed of training from scratch", SCRATCH: "Training from scratch"}
-    for label in labels:
+    for label in labels[1:]:
         titles[f"export-{label}"] = f"Export of {onnx_name(label)}, checked against float64"
         if label == PRUNED and precisions:
             titles[f"export-{label}-reduced"] = f"Export in {' and '.join(precisions)}"

@@ -13,10 +13,13 @@ from . import distributed
 from .budget.counting import count_macs, count_params
 from .console import warn, working
 from .data.base import DataBundle, stratified
-from .errors import UsageError
+from .errors import RobustPruneError, UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
+from .exporters.onnx import check_export
+from .exporters.parity import check_enough_images
 from .introspect.fingerprint import images_hash, models_hash
+from .introspect.obstacles import check_layers
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, registry, user_file
@@ -24,6 +27,7 @@ from .models.normalization import AUTO, NormalizedClassifier, no_normalization, 
 from .models.normalization_choice import normalizes_inside
 from .models.published import configured
 from .models.spec import ModelSpec
+from .preflight import Preflight, preflight
 from .recipe import Recipe
 from .report.files import write
 from .report.terminal import show_end, stored_report
@@ -34,7 +38,11 @@ from .serialization import to_json
 from .training.trainer import train
 from .training.types import TrainResult
 
-STAGES = {"train": "Training", "evaluate": "Evaluation on test images"}
+STAGES = {
+    "preflight": "Trial of the model on a few images",
+    "train": "Training",
+    "evaluate": "Evaluation on test images",
+}
 FILES = {
     "report.html": "the run in one page",
     "model.safetensors": "the trained model, which the other commands take",
@@ -67,6 +75,10 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
     key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss, recipe.evaluation.tier))
     run, final = Run.open(folder, key, recipe, command, STAGES), folder / "model.safetensors"
+    with run.refusable():
+        notes = run.stage("preflight", Preflight, [], partial(_try_out, model, spec, data, recipe)).notes
+    for note in notes:
+        warn(note)
 
     def fit() -> TrainResult:
         result = train(
@@ -92,7 +104,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
         title=f"{name}: adversarial training ({recipe.training.loss})",
         command=command,
         recipe=recipe.model_dump(mode="json"),
-        notes=tuple(note for note in (*data.cautions, trained.note) if note),
+        notes=tuple(note for note in (*data.cautions, *notes, trained.note) if note),
         models=rows,
         history=trained.history,
         environment=snapshot(),
@@ -111,6 +123,19 @@ def _built(data: DataBundle, recipe: Recipe) -> tuple[ModelSpec, NormalizedClass
     none = no_normalization(data.input_size[0])
     warn("the network normalizes the images itself, so nothing is put before it; --normalization data would do so.")
     return replace(spec, mean=none.mean, std=none.std), NormalizedClassifier(model.backbone, none.mean, none.std)
+
+
+def _try_out(model: nn.Module, spec: ModelSpec, data: DataBundle, recipe: Recipe) -> Preflight:
+    """Try the model; what only a later compression would refuse becomes a note."""
+    batch = max(1, recipe.training.batch_size // distributed.count())
+    found = preflight(model, data.train, spec.num_classes, recipe.seed, batch_size=batch, cut=False)
+    try:
+        check_layers(model)
+        check_enough_images(data.train, data.name)
+        check_export(model, spec, data.train, recipe.export, recipe.seed)
+    except RobustPruneError as error:
+        return Preflight((*found.notes, f"The trained model will not be compressible or exportable as it is: {error}"))
+    return found
 
 
 def _spec(data: DataBundle, recipe: Recipe) -> ModelSpec:

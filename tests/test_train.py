@@ -106,6 +106,6 @@ def test_the_file_and_the_report_hold_what_was_trained(tmp_path: Path) -> None:
     assert row.params == sum(parameter.numel() for parameter in model.module.parameters()) and row.macs > row.params
     assert row.card is not None and (row.card.macs, row.card.params) == (row.macs, row.params)
     assert report.notes == ("a caution",) and [record.train_loss for record in report.history] == [0.9]
-    assert set(report.seconds) == {"train", "evaluate"} and report.command == "command"
+    assert set(report.seconds) == {"preflight", "train", "evaluate"} and report.command == "command"
     arguments, _ = found.first["evaluation of what was trained"]
     assert arguments[0] != found.first["training"][0][0], "what was evaluated are the weights before training"

@@ -20,6 +20,7 @@ from ..sensitivity.estimators import measure
 from ..sensitivity.profile import SensitivityProfile
 from ..shown import Shown
 from ..structure.groups import GroupSearch, find_groups
+from ..structure.paths import sample_images
 from .cost import CostModel, cost_model
 
 
@@ -80,7 +81,7 @@ def analyse(
     section, example = recipe.sensitivity, spec.blank_image()
     model.cpu()
     with working("Finding groups of channels and proving each by a trial cut"):
-        search = find_groups(model, example)
+        search = find_groups(model, example, sample_images(images, recipe.seed))
     check_groups(search)
     widths = dense_widths or {}
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..console import console, working
+from ..console import console, warn, working
 from .common import (
     DEMO,
     check_model_path,
@@ -69,16 +69,21 @@ def sensitivity(
     resolved = with_threat_of(loaded, resolved)
 
     from ..machine.device import choose_device
+    from ..preflight import preflight
     from ..runs.files import write_json
     from ..sensitivity.adversarial_set import make_adversarial_set
     from ..sensitivity.display import render_table
     from ..sensitivity.estimators import measure
     from ..serialization import to_json
     from ..structure.groups import find_groups
+    from ..structure.paths import sample_images
 
     threat, section, where = resolved.threat_model, resolved.sensitivity, choose_device(resolved.device)
+    for note in preflight(loaded.module, bundle.train, bundle.num_classes, resolved.seed).notes:
+        warn(note)
+    seen = sample_images(bundle.train, resolved.seed)
     with working("Finding groups of channels and proving each by a trial cut"):
-        search = find_groups(loaded.module, loaded.spec.blank_image())
+        search = find_groups(loaded.module, loaded.spec.blank_image(), seen)
     loaded.module.to(where)
     adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
     profile = measure(loaded.module, adv, section, groups=search.groups, device=where)

@@ -30,6 +30,10 @@ LARGE_RADIUS, LARGE_STEPS, LARGE_SHARE = 0.5, 10, 0.1
 BLACK_BOX_BROKEN = 1
 PGD_GAP_POINTS, PGD_GAP_IMAGES = 6.0, 100
 MONOTONE_POINTS = 1.0
+NO_GRADIENT = (
+    "the model's outputs have no gradient with respect to the images, so a gradient attack cannot judge it. "
+    "Take no_grad, detach and rounding out of its forward."
+)
 BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers depend on what it saw before."
 
 
@@ -116,22 +120,36 @@ def _phrase(normalization: Normalization) -> str:
 @torch.no_grad()
 def composition_flags(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
     """Return a warning if logits change between passes or batches by more than 1 % of their standard deviation."""
-    spread = logits.std().item()
-    if not torch.isfinite(logits).all() or spread == 0:
-        return []
-    again = model(x).float()
-    jitter = (again - logits).abs().max().item() / spread
-    if jitter > BATCH_TOLERANCE:
-        return [f"Two passes over the same images differ by {100 * jitter:.1f} % of the logits' spread (limit 1 %)."]
-    count = min(ALONE_IMAGES, len(x))
-    alone = torch.cat([model(x[i : i + 1]).float() for i in range(count)])
-    drift = (alone - logits[:count]).abs().max().item() / spread
+    by_chance = jitter(model, x, logits)
+    if by_chance > BATCH_TOLERANCE:
+        return [f"Two passes over the same images differ by {100 * by_chance:.1f} % of the logits' spread (limit 1 %)."]
+    drift = batch_drift(model, x, logits)
     if drift > BATCH_TOLERANCE:
         return [
             "An image's logits depend on the batch it is in: "
             f"they move by {100 * drift:.1f} % of their spread (limit 1 %)."
         ]
     return []
+
+
+@torch.no_grad()
+def jitter(model: nn.Module, x: Tensor, logits: Tensor) -> float:
+    """Return the largest change of `logits` [N, K] in a second pass over `x`, relative to their standard deviation."""
+    return _change(model(x), logits, logits)
+
+
+@torch.no_grad()
+def batch_drift(model: nn.Module, x: Tensor, logits: Tensor) -> float:
+    """Return the largest change of the `logits` [N, K] of up to 8 images that are run alone, as `jitter`."""
+    count = min(ALONE_IMAGES, len(x))
+    return _change(torch.cat([model(x[i : i + 1]) for i in range(count)]), logits[:count], logits)
+
+
+def _change(found: Tensor, before: Tensor, logits: Tensor) -> float:
+    spread = logits.std().item()
+    if not torch.isfinite(logits).all() or spread == 0:
+        return 0.0
+    return (found.float() - before).abs().max().item() / spread
 
 
 def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
@@ -145,10 +163,7 @@ def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
         loss = F.cross_entropy(model(images).float(), y, reduction="sum")
         gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
-        raise UsageError(
-            "the model's outputs have no gradient with respect to the images, so a gradient attack cannot judge it. "
-            "Take no_grad, detach and rounding out of its forward."
-        )
+        raise UsageError(NO_GRADIENT)
     usable = gradient.isfinite() & (gradient != 0)
     blank = (usable.flatten(1).float().mean(dim=1) < BLANK_SHARE).float().mean().item()
     if blank > ZERO_SHARE:

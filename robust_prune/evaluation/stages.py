@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, get_args
 
 from ..catalogue import TIERS
 from ..errors import UsageError
@@ -49,13 +49,17 @@ def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
     """Return the attacks of a tier for a model with `classes` classes, in order.
 
     Raises:
-        UsageError: the tier is unknown, needs more classes, or does not return a tuple of stages.
+        UsageError: the tier is unknown, needs more classes, or does not return a tuple of stages of known kinds.
     """
     function = TIERS.load(tier)
     with user_file.reported(tier):
         found = function(classes)
     if not isinstance(found, tuple) or not found or not all(isinstance(stage, Stage) for stage in found):
         raise UsageError(f"tier {tier!r} must return a tuple of stages, got {found!r}")
+    for stage in found:
+        if stage.kind not in get_args(Kind):
+            known = ", ".join(get_args(Kind))
+            raise UsageError(f"tier {tier!r} has a stage of the unknown kind {stage.kind!r}. Known kinds: {known}.")
     return found
 
 

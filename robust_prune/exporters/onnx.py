@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..models.spec import ModelSpec
 from ..recipe import ExportSection
 from ..runs.files import atomic_write, file_sha256
 from ..serialization import to_json
+from . import refusal
 from .parity import check_images, check_parity, eval_copy, logits_of
 from .types import MANIFEST_KEY, OnnxArtifact, Parity
 
@@ -55,6 +57,16 @@ def export_model(
     few, _ = stratified_images(images, PARITY_IMAGES)
     manifest = {"model": to_json(spec), "seed": seed}
     return export_onnx(model, path, few, manifest=manifest, opset=section.opset, class_names=spec.class_names)
+
+
+def check_export(model: nn.Module, spec: ModelSpec, images: ImageSet, section: ExportSection, seed: int) -> None:
+    """Run `export_model` without keeping the file.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `export_onnx`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(model, spec, images, Path(folder) / "model.onnx", section, seed)
 
 
 def export_onnx(
@@ -183,8 +195,8 @@ def _trace(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
     except Exception as error:
         if opset > MIN_OPSET:
             raise UsageError(f"the exporter cannot write this model at opset {opset}. Try {MIN_OPSET}.") from error
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        with quiet():
+            reason = refusal.reason(model, example, error)
         raise UsageError(f"torch's ONNX exporter refuses the model with a dynamic batch: {reason}") from error
     assert program is not None  # None comes only from the old, TorchScript exporter
     written = program.model.opset_imports.get("")

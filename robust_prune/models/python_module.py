@@ -8,10 +8,12 @@ from torch import nn
 from ..data.base import DataBundle
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
+from ..introspect.obstacles import check_tensors
 from . import registry
 from .artifact import Model
 from .normalization import NormalizedClassifier, no_normalization, parse
 from .normalization_choice import Choice, choose
+from .wrappers import unwrap
 
 
 def as_model(module: nn.Module, data: DataBundle, normalization: str | None = None) -> Model:
@@ -24,9 +26,12 @@ def as_model(module: nn.Module, data: DataBundle, normalization: str | None = No
             it. By default none, since a module takes [0, 1] images or normalizes them itself, which is measured too.
 
     Raises:
-        UsageError: the module has no parameters, does not run on such images, has another number of logits, or is
-            more accurate on training images with another normalization and none was named.
+        UsageError: the module has no parameters or some that are not float32 numbers in memory, cannot be copied, does
+            not run on such images, has another number of logits, or is more accurate on training images with another
+            normalization and none was named.
     """
+    module = unwrap(module)
+    check_tensors(module, lazy=True)
     parameter = next(module.parameters(), None)
     if parameter is None:
         raise UsageError(f"{type(module).__name__} has no parameters; there is nothing to prune.")
@@ -38,6 +43,7 @@ def as_model(module: nn.Module, data: DataBundle, normalization: str | None = No
     except Exception as error:  # a module may raise any error on images of another size
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{type(module).__name__} cannot run on {size} images of {data.name}: {said}") from error
+    check_tensors(module)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, data.num_classes):
         raise UsageError(

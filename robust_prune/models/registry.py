@@ -14,10 +14,12 @@ from ..errors import EnvironmentProblem, RobustPruneError, UsageError
 from ..introspect.copies import copied
 from ..introspect.fingerprint import models_hash
 from ..introspect.modes import eval_mode, kept_modes
+from ..introspect.obstacles import check_tensors
 from ..models import cifar, robustbench, user_file
 from ..suggest import did_you_mean
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
+from .wrappers import unwrap
 
 SOURCES = ("timm", "torchvision", "cifar", "robustbench")
 OBJECT = "object"
@@ -159,7 +161,8 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
     wanted = wanted if pretrained is None else pretrained
     source, _, name = spec.arch.partition("/")
     if user_file.is_reference(spec.arch):
-        backbone = _without_weights(spec, wanted, user_file.call(spec, kwargs))
+        backbone = _without_weights(spec, wanted, unwrap(user_file.call(spec, kwargs)))
+        check_tensors(backbone, lazy=True)
     elif source == OBJECT:
         check_arch(spec.arch)
         backbone = _without_weights(spec, wanted, copied(_OBJECTS[name]))
@@ -179,6 +182,7 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
     model = NormalizedClassifier(backbone, spec.mean, spec.std)
     if check or user_file.is_reference(spec.arch):
         check_output(model, spec)
+        check_tensors(model)
     return model.train()
 
 

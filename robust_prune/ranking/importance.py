@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..catalogue import CRITERIA
 from ..errors import UsageError
+from ..introspect.fingerprint import models_hash
 from ..models import user_file
 from ..models.wrappers import unwrap
 from ..sensitivity.adversarial_set import AdversarialSet
@@ -47,14 +48,18 @@ def channel_scores(
 
     Raises:
         UsageError: the criterion is unknown, images that it needs are missing, its scores are missing, NaN, infinite
-            or of another number, a group has no layer that it can read, or `batch_size` is below 1.
+            or of another number, a user's criterion changed the model, a group has no layer that it can read, or
+            `batch_size` is below 1.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     asked = Scoring(unwrap(model), groups, adv, clean, batch_size, seed, torch.device(device))
     function = CRITERIA.load(criterion)
+    before = models_hash(asked.model) if user_file.is_reference(criterion) else ""
     with user_file.reported(criterion):
         raw = function(asked)
+    if before and models_hash(asked.model) != before:
+        raise UsageError(f"criterion {criterion!r} changed the model's weights or buffers. Let it work on a copy.")
     return {group.name: _normalised(group, criterion, _of(group, criterion, raw)) for group in groups}
 
 

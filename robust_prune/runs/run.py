@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import __version__, distributed
 from ..console import console, duration, say_end, working
-from ..errors import UsageError
+from ..errors import RobustPruneError, UsageError
 from ..machine.snapshot import snapshot
 from ..recipe import Recipe
 from ..serialization import from_json, to_json
@@ -23,6 +25,7 @@ T = TypeVar("T")
 FORMAT = 2
 """Format of run folders; folders of another format cannot be resumed."""
 
+_CLAIM = ("environment.json", "recipe.yaml", "run.json")
 _WRITTEN = (
     "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
     "result.md",
@@ -40,6 +43,7 @@ class Run:
         seconds: wall time in seconds of each stage so far, by name; for a stored result that of its computation.
         made: names of the stages whose results were not stored.
         begin: when the run was opened, by the monotonic clock.
+        fresh: whether this process claimed the folder first.
     """
 
     folder: Path
@@ -48,6 +52,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
+    fresh: bool = False
 
     @classmethod
     def open(cls, folder: Path, key: str, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None) -> Run:
@@ -58,10 +63,32 @@ class Run:
                 overwritten, or it is a file.
             EnvironmentProblem: the folder cannot be written.
         """
+        fresh = not (folder / "run.json").exists()
         claim(folder, key, command)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_json(folder / "environment.json", snapshot())
-        return cls(folder, key, stages or {})
+        return cls(folder, key, stages or {}, fresh=fresh)
+
+    @contextmanager
+    def refusable(self, *files: Path) -> Iterator[None]:
+        """Leave no trace of the run if what it was given is refused inside the ``with`` block.
+
+        The folder would otherwise refuse the same command once the model or the data are mended.
+
+        Args:
+            files: files that the stages inside the block write to the folder, beside their own folders.
+        """
+        before = set(self.seconds)
+        try:
+            yield
+        except RobustPruneError:
+            if self.fresh and distributed.is_first():
+                stages = [self.folder / name for name in set(self.seconds) - before]
+                for path in (*stages, *files, *(self.folder / name for name in _CLAIM)):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
+            raise
 
     def stage(
         self,

@@ -114,12 +114,13 @@ def _loss_and_slope(
     slope = torch.zeros_like(delta) if need_slope else None
     moved = (target.weight.detach() + delta).requires_grad_(need_slope)
     for x, y, recording in recordings.batches():
-        with exchanged(target, moved) as weight, torch.set_grad_enabled(need_slope), loss.autocast():
-            value = cross_entropy_sum(recordings.replay(target.weight, x, recording), y)
-        if (
-            slope is not None and value.requires_grad
-        ):  # else this batch takes a path through the model that does not use the weight
-            (part,) = torch.autograd.grad(value, weight, allow_unused=True)
-            slope += 0 if part is None else part
+        # The backward pass is inside as well, since checkpointed layers run forward again in it.
+        with exchanged(target, moved) as weight:
+            with torch.set_grad_enabled(need_slope), loss.autocast():
+                value = cross_entropy_sum(recordings.replay(target.weight, x, recording), y)
+            # Without a gradient, this batch takes a path through the model that does not use the weight.
+            if slope is not None and value.requires_grad:
+                (part,) = torch.autograd.grad(value, weight, allow_unused=True)
+                slope += 0 if part is None else part
         total += finite(value.item(), f"while ascending on {target.name!r}")
     return total / len(loss.adv), slope

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +62,15 @@ class BoundedGraph(DependencyGraph):
         self._in_channel_pruning_fn = {p.prune_in_channels for p in pruners}
         self._out_channel_pruning_fn = {p.prune_out_channels for p in pruners}
 
-    def build(self, model: nn.Module, example: Tensor) -> BoundedGraph:
+    def build(
+        self, model: nn.Module, example: Tensor, more: Callable[[nn.Module], list[Tensor]] = lambda model: []
+    ) -> BoundedGraph:
         """Trace `model` on one image [1, C, H, W]; it is in eval mode and every parameter requires gradients.
+
+        Args:
+            model: the model.
+            example: the image.
+            more: makes further passes, whose operations are traced too, and returns their logits.
 
         Returns:
             The graph itself.
@@ -80,7 +87,7 @@ class BoundedGraph(DependencyGraph):
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self.module2node = self._trace(model, example, lambda m, x: m(x), output_transform=None)
+                self.module2node = self._trace(model, example, lambda m, x: [m(x), *more(m)], output_transform=None)
                 self._build_dependency(self.module2node)
             except Exception as error:
                 raise UsageError(

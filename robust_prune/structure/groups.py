@@ -36,7 +36,7 @@ class GroupSearch:
     skipped: tuple[Skipped, ...]
 
 
-def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
+def find_groups(model: nn.Module, example: Tensor, images: Tensor | None = None) -> GroupSearch:
     """Find every group of channels of `model` that can be cut, and prove each on a copy.
 
     A group is proved if the model with some of its channels removed equals the dense model with the same channels set
@@ -44,21 +44,30 @@ def find_groups(model: nn.Module, example: Tensor) -> GroupSearch:
     fails, the set is halved until the failing groups are known. Layers without a proved group are searched again by
     perturbing values (`tracing`). Layers that compute the logits are never cut.
 
+    Branches that only training runs, or that only some of `images` take, are traced and proved as well; a layer that
+    the logits of noise in eval mode do not depend on is not cut itself.
+
     Args:
         model: a classifier that maps images [N, C, H, W] to logits [N, K]; it is not changed. Wrappers (DataParallel,
             torch.compile) are removed first, and names are those of the inner model.
         example: one image [1, C, H, W] of the model's input size; only its shape and device matter.
+        images: real images [N, C, H, W] in [0, 1], of several kinds; random images by default.
 
     Raises:
-        UsageError: `example` has another shape, the model does not run on it or cannot be traced, or a weight is
-            re-parametrised.
+        UsageError: `example` has another shape, the model does not run on it in both modes or cannot be traced, or a
+            weight is re-parametrised.
     """
     check_example(example)
-    trial = Trial(unwrap(model), example)
+    trial = Trial(unwrap(model), example, images)
+    search = _search(trial)
+    return _search(trial) if trial.restarted() else search
+
+
+def _search(trial: Trial) -> GroupSearch:
     candidates, skipped = find_candidates(trial)
     without_gradient = trial.without_gradient(candidates)
     skipped += [
-        Skipped(name, "the logits do not depend on it, so that a cut cannot be checked")
+        Skipped(name, trial.paths.reasons.get(name, "the logits do not depend on it, so that a cut cannot be checked"))
         for name in sorted(without_gradient)
     ]
     ledger = Ledger(trial)
@@ -85,7 +94,7 @@ def check_example(example: Tensor) -> None:
 def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
     """Return the groups of the trial's dense reference found in its graph, not yet proved, and the skipped layers."""
     model = trial.dense
-    graph = BoundedGraph().build(model, trial.images[:1])
+    graph = BoundedGraph().build(model, trial.images[:1], trial.more_passes)
     blocks = find_attention(model, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     candidates: list[Candidate] = []

@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..errors import UsageError
 from ..introspect.copies import copied
+from ..introspect.obstacles import check_layers
 
 _CONV = nn.modules.conv._ConvNd
 _NORM = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -20,15 +20,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of `model`, whose weights must be plain parameters.
 
     Raises:
-        UsageError: a weight is re-parametrised (weight norm, spectral norm) and cannot be cut.
+        UsageError: as `check_layers`, or the model cannot be copied.
     """
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
-            raise UsageError(
-                f"pruning needs plain weights, but {name or 'the model'} re-parametrises its weight (weight or "
-                "spectral norm). Remove it: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), "
-                "or torch.nn.utils.remove_weight_norm(module) for the older form."
-            )
+    check_layers(model)
     return copied(model)
 
 

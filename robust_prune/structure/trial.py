@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..introspect.copies import copied
 from .attention import Adaptation, Attention
+from .comparison import compared, exchanged
 from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
 from .masking import masked
-from .reference import first_line, images_like, make_reference, relative_error
+from .paths import Pass, paths_of, used_names
+from .reference import first_line, images_like, make_reference
 from .types import ChannelGroup, Skipped
 
-# Largest relative difference due to rounding; a wrong channel changes the logits by percents.
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _MOST_REPAIRS = 64
 _SUSPECT = 2  # number of failures of a kind of layer after which the others of this kind are cut alone
 
@@ -96,23 +96,62 @@ class Trial:
     Args:
         model: a classifier; it is not changed.
         example: one image [1, C, H, W].
+        images: real images [N, C, H, W] in [0, 1], on which branches are found that other images do not take; random
+            images by default.
 
     Attributes:
         dense: the dense reference.
         dtype: data type of both models: float64, or float32 where the model needs it.
         small: the cut copy.
         images: random images [2, C, H, W] on which the two are compared.
+        paths: passes that show every part of the model with its own weights.
 
     Raises:
-        UsageError: as `make_reference`.
+        UsageError: as `make_reference`, or the model does not run in train mode.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, images: Tensor | None = None) -> None:
         self.dense, self.dtype = make_reference(model, example)
-        self.small = copy.deepcopy(self.dense)
-        self.cutter = Cutter(self.small)
         self.images = images_like(example, self.dtype)
+        self._own = copied(model)
+        self.paths = paths_of(self._own, example, images, used_names(self.dense, self.images))
+        usual = Pass(self.images)
+        self._unseen = [step.to(self.dtype) for step in self.paths.passes if step not in self.paths.hidden]
+        self._compared = [usual, *(step.to(self.dtype) for step in self.paths.hidden)]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.small = copied(self.dense)
+        self.cutter = Cutter(self.small)
         self._removed: dict[Place, set[int]] = {}
+        self._exact = [step for step in self._compared if self._repeats(step)]
+
+    def restarted(self) -> bool:
+        """Run the cut copy in train mode and on real images; if it fails, begin again, comparing on these as well."""
+        try:
+            for step in self._unseen:
+                with torch.no_grad():
+                    step.run(self.small)
+        except Exception:
+            self._compared, self._unseen = [*self._compared, *self._unseen], []
+            self._begin()
+            return True
+        return False
+
+    def more_passes(self, model: nn.Module) -> list[Tensor]:
+        """Return the logits of passes over hidden parts of `model`, which is `dense`, with the user's own weights."""
+        if not self.paths.hidden:
+            return []
+        with exchanged(model, self._own, self.dtype):
+            return [step.to(self.dtype).run(model) for step in self.paths.hidden]
+
+    def _repeats(self, step: Pass) -> bool:
+        """Return whether a pass gives finite logits that do not depend on random numbers."""
+        if step is self._compared[0]:
+            return True
+        with torch.no_grad():
+            first, second = step.run(self.dense), step.again().run(self.dense)
+        return bool(torch.equal(first, second) and torch.isfinite(first).all())
 
     def attempt(self, cuts: list[Cut]) -> Outcome:
         """Make `cuts` on the copy together, and undo them unless the copy then equals the masked reference."""
@@ -122,8 +161,8 @@ class Trial:
             for cut in cuts:
                 for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
                     removed.setdefault(place, set()).update(positions)
-            with masked(self.dense, removed):
-                wanted = self._run(self.dense)
+            with masked(self.dense, removed), torch.no_grad():
+                wanted = [step.run(self.dense) for step in self._compared]
             outcome = self._cut_and_repair(cuts, wanted)
         except Exception as error:
             outcome = Outcome(f"{type(error).__name__}: {first_line(error)}")
@@ -145,11 +184,7 @@ class Trial:
         moved = {n for n, g in zip(layers, gradients, strict=True) if g is not None and bool(g.any())}
         return {c.group.name for c in candidates if not moved & set(c.group.producers)}
 
-    def _run(self, model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return model(self.images)
-
-    def _cut_and_repair(self, cuts: list[Cut], wanted: Tensor) -> Outcome:
+    def _cut_and_repair(self, cuts: list[Cut], wanted: list[Tensor]) -> Outcome:
         before = _sizes(self.small, cuts)
         for cut in cuts:
             self.cutter.cut(cut.candidate.group, cut.removed)
@@ -177,17 +212,16 @@ class Trial:
             self.cutter.restore(saved)
         return first or Outcome("there is no way to cut it")
 
-    def _compare(self, wanted: Tensor) -> tuple[str, float]:
-        try:
-            found = self._run(self.small)
-        except Exception as error:
-            return f"the cut model fails: {type(error).__name__}: {first_line(error)}", float("inf")
-        difference = relative_error(found, wanted)
-        if difference <= TOLERANCE[self.dtype]:
-            return "", difference
-        if found.shape != wanted.shape:
-            return f"the cut model returns {tuple(found.shape)} instead of {tuple(wanted.shape)}", difference
-        return f"the cut model differs from the masked dense model by {difference:.1e} (relative)", difference
+    def _compare(self, wanted: list[Tensor]) -> tuple[str, float]:
+        worst = 0.0
+        for step, logits in zip(self._compared, wanted, strict=True):
+            with torch.no_grad():
+                reason, error = compared(self.small, step, logits, self.dtype, exact=step in self._exact)
+            if reason:
+                where = "" if step is self._compared[0] else f" {step.where}"
+                return f"the cut model{where} {reason}", error
+            worst = max(worst, error)
+        return "", worst
 
 
 class Ledger:
@@ -197,7 +231,7 @@ class Ledger:
         done: cuts that are proved and in place.
         failed: groups that were rolled back, with the reasons.
         lost: the cuts of `failed`, in the same order.
-        edits: repairs of stale attributes.
+        edits: repairs of stale attributes, by the name of the group whose cut needs them.
         adaptations: adaptation of each attention block, by the name of its first producer.
         error: largest relative error of a proof.
     """
@@ -208,7 +242,7 @@ class Ledger:
         self.failed: list[Skipped] = []
         self.lost: list[Cut] = []
         self._failures: Counter[str] = Counter()
-        self.edits: list[Edit] = []
+        self.edits: dict[str, tuple[Edit, ...]] = {}
         self.adaptations: dict[str, Adaptation] = {}
         self.error = 0.0
 
@@ -243,7 +277,8 @@ class Ledger:
             self._failures[_kind(cuts[0])] += 1
             return
         self.done += cuts
-        self.edits += outcome.edits
+        if outcome.edits:  # made only for a cut that is tried alone
+            self.edits[cuts[0].candidate.group.name] = outcome.edits
         self.adaptations |= outcome.adaptations
         self.error = max(self.error, outcome.error)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ..budget.types import PlannedGroup, PruningPlan
-from ..errors import QualityGateError
 from ..models.wrappers import unwrap
-from ..structure.cutting import Cutter, Place, gone_positions
+from ..structure.cutting import Place
 from ..structure.groups import bundled, check_example, find_candidates, find_traced
-from ..structure.masking import masked
-from ..structure.reference import copy_model, first_line, images_like, precise_copy, relative_error
-from ..structure.trial import TOLERANCE, Candidate, Cut, Ledger, Trial, apply_edits
+from ..structure.trial import Candidate, Cut, Ledger, Trial
 from ..structure.types import ChannelGroup, Skipped
+from .whole import prove_whole, removed_places
 
 
 @dataclass(frozen=True)
@@ -41,25 +37,28 @@ class Surgery:
     removed: Mapping[Place, frozenset[int]] = field(default_factory=dict)
 
 
-def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
+def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor | None = None) -> Surgery:
     """Remove the channels named by `plan` from a copy of `model`.
 
     Groups are first cut in a reference with random weights and compared with the masked reference: all at once and, if
     that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back; the others are
-    cut. The same cuts are then made in a copy of the model, which is compared with the masked model and run backward.
+    cut. The same cuts are then made in a copy of the model, which is compared with the masked model and run backward,
+    in eval mode and in train mode; a group that spoils this is rolled back too.
 
     Args:
         model: the dense model; it is not changed.
         plan: channels to remove, with the group names that `find_groups` gives for this model.
         example: one image [1, C, H, W]; only its shape and device matter.
+        images: real images [N, C, H, W] in [0, 1], of several kinds; random images by default.
 
     Raises:
-        UsageError: the model does not run on `example` or cannot be traced, or a weight is re-parametrised.
-        QualityGateError: the pruned model differs from the masked dense model although each cut was proved.
+        UsageError: the model does not run on `example` in both modes or cannot be traced, or a weight is
+            re-parametrised.
+        QualityGateError: the model's logits or gradients are not finite, so that no cut can be proved.
     """
     check_example(example)
     base = unwrap(model)
-    trial = Trial(base, example)
+    trial = Trial(base, example, images)
     known = _candidates(trial, plan)
     cuts: list[Cut] = []
     skipped: list[Skipped] = []
@@ -73,18 +72,19 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor) -> Surgery:
             cuts.append(Cut(known[planned.name], planned.removed))
     ledger = Ledger(trial)
     ledger.commit(cuts)
-    small = copy_model(base)
-    _replay(small, ledger)
-    removed = _removed(ledger)
-    parity = max(ledger.error, _whole_parity(base, small, removed, example))
-    done = {c.candidate.group.name for c in ledger.done}
+    if trial.restarted():
+        ledger = Ledger(trial)
+        ledger.commit(cuts)
+    proved = prove_whole(base, ledger, trial.paths.passes, example)
+    done = [cut.candidate.group.name for cut in proved.cuts]
+    edits = (edit for name in done for edit in ledger.edits.get(name, ()))
     return Surgery(
-        small,
+        proved.small,
         tuple(p for p in plan.groups if p.name in done),
-        (*skipped, *ledger.failed),
-        parity,
-        tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in ledger.edits),
-        removed,
+        (*skipped, *ledger.failed, *proved.left_out),
+        max(ledger.error, proved.error),
+        tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in edits),
+        removed_places(proved.cuts),
     )
 
 
@@ -120,51 +120,3 @@ def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
     if len(counts) != 1:
         return f"each of its {group.blocks} blocks must lose the same number of channels"
     return ""
-
-
-def _replay(small: nn.Module, ledger: Ledger) -> None:
-    """Make the proved cuts, attention adaptations and attribute repairs in `small`."""
-    cutter = Cutter(small)
-    for cut in ledger.done:
-        cutter.cut(cut.candidate.group, cut.removed)
-        for attention in cut.candidate.attention:
-            attention.adapt(small, cut.keep, ledger.adaptations[attention.producers[0]])
-    apply_edits(small, tuple(ledger.edits))
-
-
-def _removed(ledger: Ledger) -> dict[Place, frozenset[int]]:
-    removed: dict[Place, set[int]] = {}
-    for cut in ledger.done:
-        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
-            removed.setdefault(place, set()).update(positions)
-    return {place: frozenset(positions) for place, positions in removed.items() if positions}
-
-
-def _whole_parity(base: nn.Module, small: nn.Module, removed: Mapping[Place, frozenset[int]], example: Tensor) -> float:
-    """Return the relative error of the pruned model against the masked one, both with the model's own weights.
-
-    Raises:
-        QualityGateError: they differ, or the pruned model cannot be run forward and backward.
-    """
-    dense, dtype = precise_copy(base, example)
-    exact = copy_model(small).to(dtype).eval()
-    images = images_like(example, dtype).requires_grad_()
-    with torch.no_grad(), masked(dense, removed):
-        wanted = dense(images)
-    try:
-        found = exact(images)
-        (gradient,) = torch.autograd.grad(found.square().sum(), images)
-    except Exception as error:
-        raise QualityGateError(
-            f"the pruned model cannot be run forward and backward: {type(error).__name__}: {first_line(error)}. "
-            "Please report the architecture."
-        ) from error
-    difference = relative_error(found.detach(), wanted)
-    if not difference <= TOLERANCE[dtype] or not bool(torch.isfinite(gradient).all()):
-        if not bool(torch.isfinite(wanted).all()):
-            warnings.warn("the dense model's own logits are not finite, so that nothing can be compared", stacklevel=3)
-        raise QualityGateError(
-            f"the pruned model differs from the masked dense model by {difference:.1e} (relative; allowed "
-            f"{TOLERANCE[dtype]:.0e}). It was not kept. Please report the architecture."
-        )
-    return difference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from .. import distributed
 from ..attacks import ThreatModel
 from ..data.base import ImageSet, stratified
+from ..introspect.copies import copied
 from ..recipe import TrainSettings
 from .trainer import train
 
@@ -47,7 +47,7 @@ def affordable(
     """
     few = stratified(images, TIMED_STEPS * settings.batch_size)
     timed = settings.model_copy(update={"epochs": 1, "validation_images": 0, "compile": "off", "trackers": ()})
-    took = train(copy.deepcopy(model), few, stratified(images, 0), threat, timed, device=device, teacher=teacher)
+    took = train(copied(model), few, stratified(images, 0), threat, timed, device=device, teacher=teacher)
     seen = max(settings.batch_size, int(len(few) * seconds / took.history[0].seconds))
     epochs = math.ceil(seen / len(images))
     return distributed.broadcast((epochs, min(len(images), max(settings.batch_size, seen // epochs))))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from ..data.base import ImageSet, Subset, TensorImages
+from ..introspect.copies import copied
 from .precision import Precision
 
 
 def frozen_copy(teacher: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
     """Return a frozen copy of the teacher in eval mode on `device`, in the memory format of `precision`."""
-    placed = copy.deepcopy(teacher).eval().requires_grad_(False).to(device)
+    placed = copied(teacher).eval().requires_grad_(False).to(device)
     precision.arrange(placed)
     return placed
 

@@ -19,6 +19,7 @@ from ..console import Advance, console, track, working
 from ..data.augment import crop_and_flip
 from ..data.base import ImageSet, TensorImages, as_floats, plain_strides, stratified
 from ..errors import QualityGateError, UsageError
+from ..introspect.copies import copied
 from ..introspect.fingerprint import images_hash, models_hash
 from ..models import user_file
 from ..models.layout import tf32
@@ -90,7 +91,9 @@ class _Run:
         self.average: nn.Module | None = None
         if settings.ema_decay > 0:
             # Without the ramp, a decay near 1 keeps the averaged weights at chance for most of a short run.
-            self.ema = ModelEmaV3(model, settings.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
+            self.ema = ModelEmaV3(
+                copied(model), settings.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0
+            )
             self.average = self.ema.module
         self.state = RunState()
         self.history: list[EpochRecord] = []
@@ -388,12 +391,16 @@ def train(
     Raises:
         QualityGateError: the loss becomes NaN or infinite in a distributed run, or before an epoch is better than the
             start; otherwise training ends with a note.
-        UsageError: there are fewer than two training images, a batch has less than one image for each process, the loss
-            is unknown or fails, or distillation has no teacher.
+        UsageError: there are fewer than two training images, all parameters are frozen, a batch has less than one image
+            for each process, the loss is unknown or fails, or distillation has no teacher.
         EnvironmentProblem: the package of a tracker is not installed.
     """
     if len(train_images) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train_images)}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "all parameters of the model are frozen; there is nothing to train. Call requires_grad_(True)."
+        )
     accelerator = make_accelerator(settings, device, checkpoint.parent if checkpoint else Path())
     if settings.distillation and teacher is None:
         raise UsageError("distillation needs the dense parent, which only compress has. Set distillation to 0.")

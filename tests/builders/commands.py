@@ -7,7 +7,7 @@ import pytest
 from builders.toy import QUICK
 from robust_prune import cli
 
-STAGES = ("analyse", "apply", "train", "export_model", "evaluate", "run_section")
+STAGES = ("preflight", "analyse", "apply", "train", "export_model", "evaluate", "run_section")
 """What the stages of `compress` call to do their work."""
 
 

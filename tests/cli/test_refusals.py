@@ -123,6 +123,32 @@ def test_too_few_images_to_check_an_export_on_are_refused_before_any_work(here, 
     assert not (here / "run").exists()
 
 
+SIDE_HEAD = """
+class Side(Net):
+    def forward(self, x):
+        out = super().forward(x)
+        return (out, out) if self.training else out
+
+def with_side(num_classes=3):
+    return Side(num_classes)
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_model_that_training_would_refuse_is_refused_before_any_work(here, capsys, more):
+    write_data(here / "toy.npz")
+    code, weights = write_model(here)
+    code.write_text(code.read_text() + SIDE_HEAD)
+    asked = ["compress", str(weights), "--arch", "model.py:with_side", "--data", "toy.npz", "--out", "run", *more]
+    status, message = fails(capsys, *asked)
+    assert status == 2 and message.startswith("error: in train mode the model returns a tuple of 2 values")
+    assert message.count("\n") == 1 and not (here / "run").exists()
+    status, message = fails(
+        capsys, "train", "--arch", "model.py:with_side", "--data", "toy.npz", "--out", "run", "--epochs", "1"
+    )
+    assert status == 2 and "in train mode" in message and not (here / "run").exists()
+
+
 def test_an_unknown_recovery_is_refused(here, capsys):
     code, message = fails(capsys, "compress", "demo", "--recovery", "fast")
     assert code == 2 and "recovery" in message and "quick" in message

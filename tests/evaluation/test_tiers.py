@@ -235,3 +235,12 @@ def test_every_tier_says_what_it_runs(tier: str) -> None:
 def test_there_are_no_more_targets_than_other_classes() -> None:
     assert [stage.rank for stage in stages_of("aa-fast", 5) if stage.kind == "apgd-t"] == [1, 2, 3, 4]
     assert [stage.rank for stage in stages_of("apgd", 10) if stage.kind == "apgd-t"] == [1, 2, 3]
+
+
+def test_a_stage_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    tier = tmp_path / "tier.py"
+    tier.write_text(
+        "from robust_prune.evaluation.stages import Stage\n\ndef mine(classes):\n    return (Stage('x', 'cw'),)\n"
+    )
+    with pytest.raises(UsageError, match=r"unknown kind 'cw'\. Known kinds: pgd, apgd-ce"):
+        stages_of(f"{tier}:mine", 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +357,13 @@ def test_removal_order_keeps_blocks_equal(case: tuple[int, list[float]]) -> None
 def test_removal_order_needs_one_score_a_channel() -> None:
     with pytest.raises(UsageError, match="has 4 channels, got scores of"):
         removal_order(FIRST, torch.ones(3))
+
+
+def test_a_criterion_that_changes_the_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import torch\n\ndef ones(asked):\n    for p in asked.model.parameters():\n        p.data.zero_()\n"
+        "    return {g.name: torch.ones(g.channels) for g in asked.groups}\n"
+    )
+    with pytest.raises(UsageError, match="changed the model's weights"):
+        channel_scores(model, GROUPS, f"{mine}:ones")

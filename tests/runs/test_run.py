@@ -110,3 +110,31 @@ def test_an_opened_folder_holds_the_recipe_the_machine_and_the_command_and_is_ke
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"file is a file\. Name a folder"):
         Run.open(tmp_path / "file", "key", recipe, "robust-prune compress")
+
+
+def test_a_refused_run_leaves_no_trace_but_a_resumed_one_stays(tmp_path):
+    folder = tmp_path / "run"
+
+    def begin(error=None):
+        run = Run.open(folder, "key", load("demo"), "robust-prune")
+        with run.refusable(folder / "dense.onnx"):
+            run.stage("preflight", Length, [], lambda: Length(5, 1))
+            (folder / "dense.onnx").touch()
+            if error:
+                raise error
+
+    with pytest.raises(UsageError, match="no"):
+        begin(UsageError("no"))
+    assert not folder.exists()
+    with pytest.raises(KeyError):
+        begin(KeyError())
+    assert (folder / "run.json").exists()
+    with pytest.raises(UsageError, match="later"):
+        begin(UsageError("later"))
+    assert (folder / "run.json").exists() and (folder / "preflight" / "stage.json").exists()
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "notes.txt").touch()
+    with pytest.raises(UsageError), Run.open(other, "key", load("demo"), "robust-prune").refusable():
+        raise UsageError("no")
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]

@@ -1,0 +1,116 @@
+"""Proof of all cuts together on the model's own weights, in both modes; cuts that spoil it are left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QualityGateError
+from ..structure.comparison import compared
+from ..structure.cutting import Cutter, Place, gone_positions
+from ..structure.masking import masked
+from ..structure.paths import Pass
+from ..structure.reference import copy_model, images_like, precise_copy
+from ..structure.trial import Cut, Ledger, apply_edits
+from ..structure.types import Skipped
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A cut model, the cuts in it, those left out with the reasons, and the largest relative error."""
+
+    small: nn.Module
+    cuts: tuple[Cut, ...]
+    left_out: tuple[Skipped, ...]
+    error: float
+
+
+def prove_whole(base: nn.Module, ledger: Ledger, passes: Sequence[Pass], example: Tensor) -> Proved:
+    """Make the cuts of `ledger` in a copy of `base` and compare it with the masked `base`, forward and backward.
+
+    If they differ, or the cut model fails, the cuts are halved until those that spoil it are known, and left out.
+
+    Args:
+        base: the dense model; it is not changed.
+        ledger: cuts that were each proved on random weights.
+        passes: passes of the dense model that show every part of it.
+        example: one image [1, C, H, W]; only its shape and device matter.
+
+    Raises:
+        QualityGateError: the model without any cut cannot be compared with itself.
+    """
+    proof = _Proof(base, ledger, passes, example)
+    good: list[Cut] = []
+    left_out: list[Skipped] = []
+    small, reason, error = proof.of(ledger.done)
+    if not reason:
+        return Proved(small, tuple(ledger.done), (), error)
+    small, nothing, error = proof.of([])
+    if nothing:
+        raise QualityGateError(f"the pruned model cannot be compared with the dense model: the dense model {nothing}.")
+    parts = [list(ledger.done)]
+    while parts:
+        part = parts.pop()
+        tried, reason, found = proof.of([*good, *part])
+        if not reason:
+            good, small, error = [*good, *part], tried, found
+        elif len(part) > 1:
+            parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+        else:
+            left_out.append(Skipped(part[0].candidate.group.name, f"the cut model {reason}"))
+    return Proved(small, tuple(good), tuple(left_out), error)
+
+
+def removed_places(cuts: Sequence[Cut]) -> dict[Place, frozenset[int]]:
+    """Return the positions of the dense model that the cuts remove, for each place."""
+    removed: dict[Place, set[int]] = {}
+    for cut in cuts:
+        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
+            removed.setdefault(place, set()).update(positions)
+    return {place: frozenset(positions) for place, positions in removed.items() if positions}
+
+
+class _Proof:
+    def __init__(self, base: nn.Module, ledger: Ledger, passes: Sequence[Pass], example: Tensor) -> None:
+        self.base, self.ledger = base, ledger
+        self.dense, self.dtype = precise_copy(base, example)
+        self.passes = [Pass(images_like(example, self.dtype)), *(step.to(self.dtype) for step in passes)]
+        self.exact = [not step.training or self._repeats(step) for step in self.passes]
+
+    def _repeats(self, step: Pass) -> bool:
+        with torch.no_grad():
+            return torch.equal(step.run(self.dense), step.again().run(self.dense))
+
+    def of(self, cuts: Sequence[Cut]) -> tuple[nn.Module, str, float]:
+        """Return the model with the cuts, what is wrong with it or an empty string, and the largest relative error."""
+        small = copy_model(self.base)
+        _replay(small, cuts, self.ledger)
+        exact = copy_model(small).to(self.dtype).eval()
+        worst = 0.0
+        for step, comparable in zip(self.passes, self.exact, strict=True):
+            with torch.no_grad(), masked(self.dense, removed_places(cuts)):
+                wanted = step.run(self.dense)
+            if not bool(torch.isfinite(wanted).all()):
+                warnings.warn(
+                    "the dense model's own logits are not finite, so that nothing can be compared", stacklevel=4
+                )
+            reason, error = compared(exact, step, wanted, self.dtype, exact=comparable, backward=True)
+            if reason:
+                return small, reason if step is self.passes[0] else f"{step.where} {reason}", error
+            worst = max(worst, error)
+        return small, "", worst
+
+
+def _replay(small: nn.Module, cuts: Sequence[Cut], ledger: Ledger) -> None:
+    """Make the cuts in `small`, with the attention adaptations and attribute repairs that `ledger` found for them."""
+    cutter = Cutter(small)
+    for cut in cuts:
+        cutter.cut(cut.candidate.group, cut.removed)
+        for attention in cut.candidate.attention:
+            attention.adapt(small, cut.keep, ledger.adaptations[attention.producers[0]])
+    for cut in cuts:
+        apply_edits(small, ledger.edits.get(cut.candidate.group.name, ()))
