@@ -317,7 +317,7 @@ def test_a_dense_model_without_robustness_is_said_to_be_so_before_it_is_cut_and_
 
 
 @pytest.mark.parametrize(
-    ("values", "count"), [({}, 9), ({"baseline.kind": "scratch"}, 13), ({"export.precisions": ["fp16"]}, 10)]
+    ("values", "count"), [({}, 10), ({"baseline.kind": "scratch"}, 14), ({"export.precisions": ["fp16"]}, 11)]
 )
 def test_stages_are_numbered_in_order_and_none_is_missing(
     values: dict[str, Any], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
