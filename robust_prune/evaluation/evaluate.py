@@ -16,7 +16,7 @@ from ..console import console, working
 from ..data.base import ImageSet, as_floats, images_at_once, labels_of
 from ..errors import UsageError
 from ..introspect.fingerprint import buffers_hash, images_hash, models_hash
-from ..models.layout import fastest_layout, has_fast_bf16, tf32
+from ..models.layout import fastest_layout, runs_in_bf16, tf32
 from ..recipe import EvaluationSection
 from .card import Accuracy, ClassAccuracy, ExportedAccuracy, ResultCard
 from .flags import (
@@ -104,7 +104,7 @@ def evaluate(
         request = Request(
             model=model, images=images, threat=threat, name=subject.model, section=section,
             batch_size=section.batch_size or images_at_once(images, DEFAULT_BATCH),
-            seed=seed, device=device, precision=_precision(section, device), exported=exported or {},
+            seed=seed, device=device, precision=_precision(section, model, few), exported=exported or {},
             state_path=state_path, layout=fastest_layout(model, few), shared=shared and distributed.count() > 1,
         )  # fmt: skip
         state = _begin(request) if request.leads else EvalState.fresh("", len(images))
@@ -127,9 +127,9 @@ def evaluate(
     return _result(request, state, subject)
 
 
-def _precision(section: EvaluationSection, device: torch.device) -> Precision:
+def _precision(section: EvaluationSection, model: nn.Module, few: Tensor) -> Precision:
     if section.precision == "auto":
-        return "bf16" if has_fast_bf16(device) else "fp32"
+        return "bf16" if runs_in_bf16(model, few) else "fp32"
     return section.precision
 
 

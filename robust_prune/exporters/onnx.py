@@ -172,6 +172,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
+        # torch.export prints the graph of a model that it refuses to the standard error.
         with warnings.catch_warnings(), others_silent(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

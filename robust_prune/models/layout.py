@@ -40,6 +40,26 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
+def runs_in_bf16(model: nn.Module, images: Tensor) -> bool:
+    """Return whether the hardware supports bf16 and `model` runs in it, forward and backward to the images.
+
+    Args:
+        model: in eval mode.
+        images: a few images [N, C, H, W], on the model's device.
+    """
+    if not has_fast_bf16(images.device):
+        return False
+    try:
+        with torch.enable_grad():
+            x = images.detach().clone().requires_grad_()
+            with torch.autocast(images.device.type, torch.bfloat16):
+                logits = model(x)
+            torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
+    except RuntimeError:  # some operations are not written for bf16
+        return False
+    return True
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 on GPUs inside the block, and restore the settings on exit.

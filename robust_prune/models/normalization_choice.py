@@ -141,10 +141,11 @@ def _left(scores: Sequence[Score]) -> list[Score]:
 
 
 def _affordable(network: nn.Module, data: DataBundle, candidates: int) -> int:
-    # Operations instead of seconds, so that a busy machine makes no other choice.
+    # Operations instead of seconds, so that a busy machine makes no other choice. With gradients, since without them
+    # the counter fails in nn.MultiheadAttention.
     images, _ = stratified_images(data.train, 1)
     parameter = next(network.parameters(), torch.zeros(()))
-    with eval_mode(network), torch.no_grad(), _seeded(), FlopCounterMode(display=False) as counter:
+    with eval_mode(network), torch.enable_grad(), _seeded(), FlopCounterMode(display=False) as counter:
         network(images.to(parameter.device, parameter.dtype))
     return min(MOST_IMAGES, len(data.train), int(OPERATIONS / (max(counter.get_total_flops(), 1) * candidates)))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.layout import has_fast_bf16, weights_dtype
+from ..models.layout import runs_in_bf16, weights_dtype
 from .adversarial_set import AdversarialSet
 from .replay import Trace, record, replay
 from .targets import Target, exchanged
@@ -74,9 +74,10 @@ class RobustLoss:
         return replace(self, adv=replace(self.adv, images=self.adv.images[chosen], labels=self.adv.labels[chosen]))
 
     def fast(self) -> RobustLoss:
-        """Return the loss computed in bf16 where the hardware supports it and the weights are float32."""
+        """Return the loss computed in bf16 where hardware and model support it and the weights are float32."""
         single = weights_dtype(self.model) == torch.float32
-        return replace(self, bf16=single and has_fast_bf16(self.device))
+        few = self.adv.images[:1].to(self.device)
+        return replace(self, bf16=single and runs_in_bf16(self.model, few))
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of forward passes."""

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..introspect.modes import eval_mode
+from ..attacks import kept_buffers
+from ..introspect.modes import eval_mode, kept_modes
+from ..introspect.randomness import seeded
 from ..models.layout import has_fast_bf16
 
 
@@ -69,6 +71,8 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
                 if candidate in failed:
                     continue
                 try:
+                    if not attempt:
+                        _train_once(model, images, candidate)
                     seconds = _seconds(model, images, candidate)
                 except RuntimeError:  # models that call `view` on their features fail in channels_last
                     if candidate == candidates[0]:
@@ -78,6 +82,16 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
                 if attempt:
                     times[candidate] = min(times[candidate], seconds)
     return min((c for c in candidates if c not in failed), key=lambda candidate: times[candidate])
+
+
+def _train_once(model: nn.Module, images: Tensor, precision: Precision) -> None:
+    """Run a pass in train mode, which may take branches that eval mode does not, without a trace."""
+    precision.arrange(model)
+    x = images.contiguous(memory_format=precision.memory_format)
+    with kept_modes(model), kept_buffers(model), seeded(0), torch.no_grad():
+        model.train()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision.bf16):
+            model(x)
 
 
 def _seconds(model: nn.Module, images: Tensor, precision: Precision) -> float:

@@ -102,7 +102,7 @@ def test_an_attack_with_no_room_is_named_so(trained: Tiny, images: TensorImages)
 def test_gradients_are_bf16_where_the_hardware_is_fast_at_it(
     trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(module, "runs_in_bf16", lambda model, images: fast)
     assert ("bf16 gradients" in evaluated(trained, images, THREAT, steps=1, precision="auto").attack) == fast
 
 

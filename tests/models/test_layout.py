@@ -1,0 +1,43 @@
+"""Precisions and memory formats are used only where the model runs in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders.branches import Plain
+from torch import Tensor
+
+from robust_prune.models import layout
+from robust_prune.models.layout import runs_in_bf16
+from robust_prune.training import precision
+from robust_prune.training.precision import choose_precision
+
+
+class NoBf16(Plain):
+    """Holds an operation that is not written for bf16."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("\"deformable_im2col\" not implemented for 'BFloat16'")
+        return x
+
+
+class ViewInTraining(Plain):
+    def between(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1).view(x.shape) if self.training else x
+
+
+def test_bf16_is_left_out_where_the_model_fails_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "has_fast_bf16", lambda device: True)
+    images = torch.rand(2, 3, 8, 8)
+    assert runs_in_bf16(Plain().eval(), images) and not runs_in_bf16(NoBf16().eval(), images)
+    monkeypatch.setattr(layout, "has_fast_bf16", lambda device: False)
+    assert not runs_in_bf16(Plain().eval(), images)
+
+
+def test_a_format_in_which_only_training_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    model = ViewInTraining()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not choose_precision(model, torch.rand(4, 3, 8, 8), repeats=1).channels_last
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and model.training
