@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from . import radius
+from .console import warn
 from .errors import UsageError
 from .recipe import Recipe, Section, ThreatSection
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 LONGEST_NAME = 4096
 """Characters of a path, beyond which systems raise an error instead of saying that there is no such file."""
+RENAMED = {
+    "pruning.of": "pruning.metric", "pruning.align": "pruning.round_to", "pruning.steps": "pruning.cuts",
+    "pruning.compensation": "pruning.repair", "pruning.compensation_images": "pruning.repair_images",
+}  # fmt: skip
+"""Keys by their names in 0.1, which recipes of that time may have."""
+
 SomeSection = TypeVar("SomeSection", bound=Section)
 
 
@@ -122,7 +129,10 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")
-    changes = {key: new for key, new in (overrides or {}).items() if new is not None}
+    changes = {_present(key): new for key, new in (overrides or {}).items() if new is not None}
+    for section, keys in value.items():
+        if isinstance(keys, dict):
+            value[section] = {_present(f"{section}.{key}").partition(".")[2]: new for key, new in keys.items()}
     _forget_radius_of_another_norm(value, changes)
     for key, new in changes.items():
         _put(value, key, new)
@@ -149,6 +159,13 @@ def _forget_radius_of_another_norm(value: dict[str, Any], changes: Mapping[str, 
     norm = changes.get("threat.norm")
     if norm is not None and isinstance(threat, dict) and norm != threat.get("norm", "linf"):
         threat.pop("epsilon", None)
+
+
+def _present(key: str) -> str:
+    """Return the present name of a dotted key, with a note if it had another one in 0.1."""
+    if key in RENAMED:
+        warn(f"the recipe key {key} is called {RENAMED[key]} now.")
+    return RENAMED.get(key, key)
 
 
 def _put(value: dict[str, Any], dotted: str, new: Any) -> None:

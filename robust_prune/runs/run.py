@@ -193,7 +193,7 @@ def claim(folder: Path, key: str, command: str) -> None:
         raise UsageError(f"{mark} is damaged. Name another folder with --out, or remove {folder}.")
     if stored["key"] != key:
         raise UsageError(
-            f"{folder} holds a run with another model, data, recipe or version. "
+            f"{folder} holds a run with another model, code, data, recipe or version. "
             "Name another folder with --out, or remove it."
         )
     write_json(mark, {"format": FORMAT, "key": key, "command": command})

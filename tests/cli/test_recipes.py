@@ -113,3 +113,11 @@ def test_sections_from_python_are_refused_in_the_same_words():
     with pytest.raises(UsageError, match=r"^unknown recipe key finetune\.epoch\. Did you mean epochs\?$"):
         make_section(FinetuneSettings, epoch=3)
     assert make_section(EvaluationSection, steps=3) == EvaluationSection(steps=3)
+
+
+def test_keys_by_their_former_names_are_taken_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.yaml").write_text("pruning: {of: params, compensation: none}\n")
+    found = load(str(tmp_path / "old.yaml"), {"pruning.compensation_images": 64})
+    assert (found.pruning.metric, found.pruning.repair, found.pruning.repair_images) == ("params", "none", 64)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Note: the recipe key pruning.of is called pruning.metric now." in said and said.count("Note:") == 3

@@ -105,7 +105,7 @@ def test_an_opened_folder_holds_the_recipe_the_machine_and_the_command_and_is_ke
     assert read_json(tmp_path / "run" / "environment.json")["robust_prune"] == __version__
     assert read_json(tmp_path / "run" / "run.json")["command"] == "robust-prune compress"
     Run.open(tmp_path / "run", "key", recipe, "the same again")
-    with pytest.raises(UsageError, match=r"run holds a run with another model, data, recipe or version"):
+    with pytest.raises(UsageError, match=r"run holds a run with another model, code, data, recipe or version"):
         Run.open(tmp_path / "run", "other", recipe, "robust-prune compress")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"file is a file\. Name a folder"):
