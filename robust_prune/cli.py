@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -137,6 +138,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         problems.print(f"error: {_one_line(_said(error))}", markup=False)
         sys.exit(getattr(error, "exit_code", 2))
+    except OSError as error:
+        if debug or error.errno != errno.ENAMETOOLONG:
+            raise
+        problems.print("error: a file name is too long. Give a shorter one.", markup=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         problems.print("interrupted; run the same command again to go on from here", markup=False)
         sys.exit(130)

@@ -54,7 +54,7 @@ class DataSection(Section):
     validation: int | None = Field(None, ge=1)
     """Number of training images held out for model selection and never used for training; a tenth, at most 1000, by
     default."""
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=1, le=4096)
     """Height and width in pixels to which images of a folder or of Hugging Face data are resized; their common size, or
     224, by default. Grey images stay grey."""
     class_order: Literal["text", "natural"] = "text"

@@ -132,6 +132,7 @@ def open_model_for(
     model: str, data: DataBundle | None, recipe: Recipe, arch: str | None, trust_pickle: bool = False
 ) -> Model:
     """The model behind a name or path, held against the data it is to be used with."""
+    from ..introspect.obstacles import check_scripted
     from ..models.foreign import open_model
 
     # A recipe's architecture is for files that hold only weights; the demo brings its own.
@@ -141,6 +142,7 @@ def open_model_for(
         model, arch=known, kwargs=section.kwargs, normalization=section.normalization, trust_pickle=trust_pickle,
         data=data,
     )  # fmt: skip
+    check_scripted(loaded.module)
     for note in loaded.provenance.get("notes", ()):
         console.print(note, markup=False)
     return loaded

@@ -21,6 +21,7 @@ from .splits import file_keys, split_off
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 PARTS = ("train", "val", "valid", "validation", "test")
+_LIKE_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 ClassOrder = Literal["text", "natural"]
 
 _NO_DATA = frozenset({"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"})
@@ -156,6 +157,8 @@ def _class_names(folder: Path, order: ClassOrder) -> tuple[str, ...]:
         forms = "Expected train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg."
         hint = next((f"Did you mean {folder / name}?" for name in names if (folder / name / "train").is_dir()), forms)
         raise UsageError(f"{folder} has {len(names)} class folders; at least 2 are needed. {hint}")
+    if {name.lower() for name in names} <= _LIKE_SPLITS and not set(names) <= set(PARTS):
+        raise UsageError(f"{folder} has {' and '.join(names)}, which look like splits. Call them train and test.")
     if set(names) <= set(PARTS):
         raise UsageError(f"{folder} has {' and '.join(names)} but no train. Expected train/<class>/*.jpg beside them.")
     for name in names:

@@ -99,7 +99,7 @@ def _at(path: Path, size: tuple[int, int] | None, class_order: ClassOrder, seed:
         return hugging_face.load_hugging_face(path, image_size=size, seed=seed), False
     if path.is_dir():
         return load_folder(path, image_size=size, class_order=class_order, seed=seed), is_tiny_imagenet(path)
-    if path.is_file() and path.suffix != ".npz":
+    if path.is_file() and path.suffix.lower() != ".npz":
         raise UsageError(
             f"data {path} is a {path.suffix or 'nameless'} file. "
             "Give an .npz or .parquet file, a folder or a known name."

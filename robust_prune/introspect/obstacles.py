@@ -61,6 +61,20 @@ def check_tensors(model: nn.Module, *, lazy: bool = False) -> None:
             )
 
 
+def check_scripted(model: nn.Module) -> None:
+    """Check that hooks see every layer, which all commands need, if only to count operations.
+
+    Raises:
+        UsageError: a layer is scripted or traced; the message names it and the remedy.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{_label(name, module)} is scripted or traced by torch.jit, so that its layers can be neither watched "
+                "nor cut. Build it from plain torch modules, without torch.jit; the weights' names stay the same."
+            )
+
+
 def check_layers(model: nn.Module) -> None:
     """Check that every layer's weight is a plain parameter, and that hooks see every layer.
 
@@ -68,13 +82,9 @@ def check_layers(model: nn.Module) -> None:
         UsageError: a layer is scripted, compiled, wrapped, masked or re-parametrised; the message names it and the
             remedy.
     """
+    check_scripted(model)
     for name, module in model.named_modules():
         label = _label(name, module)
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(
-                f"{label} is scripted or traced by torch.jit, so that its layers can be neither watched nor cut. Build "
-                "it from plain torch modules, without torch.jit; the weights' names stay the same."
-            )
         if isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None:
             raise UsageError(
                 f"{label} is compiled by torch.compile, so that its layers can be neither watched nor cut. Give the "

@@ -71,6 +71,8 @@ def open_model(
         if arch is not None:
             raise UsageError(f"{name} names a published model, whose architecture is known. Leave --arch out.")
         return published.open_published(name, data, kwargs, normalization)
+    if not path.exists() and name.partition("/")[0] == "cifar":
+        raise UsageError(f"{name} is an architecture without weights. Give a file of weights, and --arch {name}.")
     contents = weight_files.read(path, trust_pickle=trust_pickle)
     if artifact.is_artifact(contents):
         loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source)
@@ -207,9 +209,9 @@ def _normalization(
     if given is not None:
         return Choice(given, "as asked for")
     if fitted.mean:
-        return Choice(Normalization("stored", fitted.mean, fitted.std), "a layer of the checkpoint")
-    if stored[0]:
-        return Choice(Normalization("stored", *stored), "the settings in the checkpoint")
+        return choose(network, data, Normalization("stored", fitted.mean, fitted.std), "a layer of the checkpoint")
+    if stored[0] and not normalizes_inside(network, channels):
+        return choose(network, data, Normalization("stored", *stored), "the settings in the checkpoint")
     if normalizes_inside(network, channels):
         return choose(network, data, no_normalization(channels), "the network has a mean and a deviation itself")
     configured = published.configured(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ _UNUSED = ("sub_block1",)
 
 _TRAINING_ONLY = ("aux", "aux1", "aux2", "AuxLogits")
 _OTHERS = ("loss", "criterion", "metric", "acc", "teacher", "ema", "momentum", "queue", "swa")
+MASK_KEYS = ("mask", "masks")
 _SHOWN = 3
 
 
@@ -42,9 +44,25 @@ def fold_masks(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> t
         zeros, count = zeros + int((mask == 0).sum()), count + mask.numel()
     if not count:
         return found, []
-    return found, [
-        f"masks of torch.nn.utils.prune were multiplied into the weights ({100 * zeros / count:.0f} % are 0)"
-    ]
+    return found, [f"masks were multiplied into the weights ({100 * zeros / count:.0f} % are 0)"]
+
+
+def separate_masks(value: Any) -> dict[str, Tensor]:
+    """Return masks of 0 and 1 that a file keeps beside its weights, under ``mask`` or ``masks``, by name of weight."""
+    stored = [value[key] for key in MASK_KEYS if isinstance(value, Mapping) and isinstance(value.get(key), Mapping)]
+    masks = {str(name): mask for part in stored for name, mask in part.items() if isinstance(mask, Tensor)}
+    plain = all(bool(((mask == 0) | (mask == 1)).all()) for mask in masks.values())
+    return masks if plain else {}
+
+
+def masked(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with the pairs that `fold_masks` folds, for those of which there is a separate mask."""
+    found = dict(tensors)
+    for name, mask in masks.items():
+        key = next((k for k in (name, f"module.{name}", name.removeprefix("module.")) if k in tensors), None)
+        if key is not None and tensors[key].shape == mask.shape:
+            found[f"{key}_orig"], found[f"{key}_mask"] = found.pop(key), mask
+    return found
 
 
 def unused_tensors(network: nn.Module, spec: ModelSpec) -> set[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .spec import ModelSpec
 
 _SHOWN = 3
+_STATISTICS = ("mean", "std", "mu", "sigma", "_mean", "_std")
 _SCORES = ("popup_scores", "scores", "mask_scores")
 _MASKS = ("_mask", "_orig")
 _REPARAMETRIZED = ("_g", "_v", "_u", "original", "original0", "original1")
@@ -49,6 +51,19 @@ def problem(
     return f"{'; '.join(problems)}. {_meaning(wanted, found, missing, unexpected, different, spec)}"
 
 
+def unusable(stored: Tensor, target: Tensor) -> str:
+    """Return why a tensor of a file cannot be a weight, or an empty string."""
+    if stored.is_quantized:
+        return "quantized"
+    if stored.is_meta:
+        return "without values (on the meta device)"
+    if stored.layout != torch.strided:
+        return "sparse"
+    if target.is_floating_point() and not stored.is_floating_point():
+        return f"of type {str(stored.dtype).removeprefix('torch.')}, where the model has floats"
+    return ""
+
+
 def _meaning(
     wanted: Mapping[str, Tensor],
     found: Mapping[str, Tensor],
@@ -64,12 +79,18 @@ def _meaning(
             "weights the mask keeps. In the code that made it, set each weight to weight * mask and save it without "
             "the scores."
         )
-    if any(name.endswith(_MASKS) for name in unexpected):
+    spectral = any(name.endswith("weight_u") for name in unexpected)
+    if any(name.endswith(_MASKS) for name in unexpected) and not spectral:
         return "The weights are masked. Call torch.nn.utils.prune.remove on each layer and save them again."
     if missing and any(name.rpartition(".")[2].removeprefix("weight").endswith(_REPARAMETRIZED) for name in unexpected):
         return (
             "The weights are reparametrized (weight or spectral norm). Remove it (torch.nn.utils.remove_weight_norm, "
             "remove_spectral_norm or parametrize.remove_parametrizations) and save them again."
+        )
+    if missing and all(name.rpartition(".")[2] in _STATISTICS for name in missing):
+        return (
+            "They are the statistics of the network's own normalization: add them to the file, or register them with "
+            "persistent=False."
         )
     if len(missing) * 2 > len(wanted):
         return "Is --arch right?"

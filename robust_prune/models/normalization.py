@@ -18,6 +18,7 @@ FORMS = "auto, none, data, imagenet, or MEAN/STD such as 0.5/0.5 or 0.49,0.48,0.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIMILAR_MEAN, _SIMILAR_STD = 0.06, 0.25
 _SAMPLING_MEAN, _SAMPLING_STD = 0.02, 0.05
+_NOISE_MEAN, _NOISE_STD = 0.3, 0.5
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,11 @@ def _of_data(data: DataBundle) -> Normalization:
     """
     found = Normalization("data", data.mean, data.std)
     published = Normalization("data", CIFAR10_MEAN, CIFAR10_STD)
-    same_channels = data.input_size[0] == len(CIFAR10_MEAN)
-    return published if same_channels and found.similar(published, _SAMPLING_MEAN, _SAMPLING_STD) else found
+    if data.input_size[0] != len(CIFAR10_MEAN):
+        return found
+    noise = len(data.train) ** -0.5 if len(data.train) else 0.0  # of the statistics of few images
+    near = max(_SAMPLING_MEAN, _NOISE_MEAN * noise), max(_SAMPLING_STD, _NOISE_STD * noise)
+    return published if found.similar(published, *near) else found
 
 
 def parse(text: str, data: DataBundle) -> Normalization | None:
@@ -100,6 +104,8 @@ def parse(text: str, data: DataBundle) -> Normalization | None:
     Raises:
         UsageError: the form is another one, or the numbers do not fit the channels of the images.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"normalization is a text, {FORMS}; got {type(text).__name__}")
     if text == AUTO:
         return None
     channels = data.input_size[0]

@@ -27,7 +27,7 @@ OPERATIONS = 1e12
 BATCH = 64
 _LEAD, _SAFE_LEAD = 2.0, 3.0
 _ABOVE_CHANCE, _UNTRAINED_LOSS = 3.0, 0.95
-_CLEAR_GAP, _SMALL_GAP = 0.8, 0.2
+_CLEAR_GAP, _SMALL_GAP, _LARGE_GAP, _FAR = 0.5, 0.2, 0.5, 10.0
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -39,8 +39,8 @@ class Score:
         normalization: the normalization.
         right: whether each image is classified correctly, bool [N].
         loss: mean cross-entropy divided by that of a constant answer; 1 for a network that was not trained.
-        gap: mean distance of batch-norm inputs from the stored running statistics; None without batch-norm layers that
-            were trained.
+        gap: distance of the inputs of the first batch-norm layer from its running statistics, 0 for equal ones; None
+            without batch-norm layers that were trained.
     """
 
     normalization: Normalization
@@ -88,7 +88,8 @@ def choose(network: nn.Module, data: DataBundle, expected: Normalization | None 
 
     Candidates are scored on training images. One of them is chosen if no other is as accurate within the noise of the
     images; otherwise the `expected` one, or the one with which the inputs of batch-norm layers best fit their running
-    statistics, or, among nearly equal ones, that of the data.
+    statistics, or, among nearly equal ones, that of the data. Where the inputs of the first batch-norm layer fit with
+    one candidate and are far off with all others, that one is chosen, also for weights that were damaged by a mask.
 
     Args:
         network: maps normalized images [N, C, H, W] to logits [N, K]; its state is not changed.
@@ -97,7 +98,7 @@ def choose(network: nn.Module, data: DataBundle, expected: Normalization | None 
         why: reason of the expectation, for the sentence.
 
     Raises:
-        UsageError: several normalizations that differ are equally accurate.
+        UsageError: several normalizations that differ are equally accurate, or none fits.
     """
     candidates = list(common_normalizations(data))
     if expected is not None:
@@ -136,7 +137,7 @@ def _left(scores: Sequence[Score]) -> list[Score]:
     """Return the candidates between which the first images do not decide."""
     best = max(scores, key=lambda s: s.count)
     left = [s for s in scores if not is_behind(s.right, best.right, _SAFE_LEAD)]
-    clear = _clearly_fitting(left)
+    clear = _decisive(scores) or _clearly_fitting(left)
     return [clear] if clear is not None and (clear.gap or 0.0) < _SMALL_GAP else left
 
 
@@ -164,25 +165,30 @@ def _seeded() -> Iterator[None]:
 def _scored(network: nn.Module, candidate: Normalization, images: Tensor, labels: Tensor) -> Score:
     with _gaps(network) as gaps:
         logits = [network(candidate(batch)).float().cpu() for batch in images.split(BATCH)]
-    finite = [gap for gap in gaps if gap == gap]
     answers = torch.cat(logits)
     loss = F.cross_entropy(answers, labels).item() / math.log(answers.shape[1])
-    return Score(candidate, answers.argmax(dim=1) == labels, loss, sum(finite) / len(finite) if finite else None)
+    return Score(candidate, answers.argmax(dim=1) == labels, loss, sum(gaps) / len(gaps) if gaps else None)
 
 
 @contextmanager
 def _gaps(network: nn.Module) -> Iterator[list[float]]:
-    """Collect, at each call of a trained batch-norm layer, the distance of its input from its running statistics."""
+    """Collect the distance of the input of the first trained batch-norm layer from its running statistics."""
     found: list[float] = []
+    first: list[nn.Module] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        first.append(module)
+        if module is not first[0]:
+            return
         x = inputs[0].detach().float()
         dims = [0, *range(2, x.ndim)]
         assert isinstance(module, _BATCH_NORMS) and module.running_mean is not None and module.running_var is not None
         mean, var = module.running_mean.float(), module.running_var.float() + module.eps
         shift = (x.mean(dims) - mean).square() / var
         stretch = ((x.var(dims) + module.eps) / var).log().square()
-        found.append((shift + stretch).mean().item())
+        alive = x.var(dims) > 0  # a masked channel is constant
+        if bool(alive.any()):
+            found.append((shift + stretch)[alive].mean().item())
 
     layers = [m for m in network.modules() if isinstance(m, _BATCH_NORMS) and _trained(m)]
     handles = [layer.register_forward_pre_hook(look) for layer in layers]
@@ -212,17 +218,19 @@ def decide(
     """
     figures = figures or _figures(scores)
     best = max(scores, key=lambda s: s.count)
-    tied = [s for s in scores if not is_behind(s.right, best.right)]
+    fitting = _decisive(scores)
+    tied = [fitting] if fitting else [s for s in scores if not is_behind(s.right, best.right)]
     undecided = not (len(tied) == 1 or _clearly_fitting(tied) or _no_difference(tied))
+    _check_fit(tied, scores, expected, figures)
     untrained = best.loss > _UNTRAINED_LOSS and (undecided or expected is not None)
     if untrained or not _above_chance(best, chance):
-        fitting = _clearly_fitting(scores)
-        taken = expected or (fitting or _of_data_first(scores)).normalization
+        taken = expected or (fitting or _clearly_fitting(scores) or _of_data_first(scores)).normalization
         return Choice(
             taken,
             f"not decided by {figures}; the model answers like one that is not trained, or its classes are others",
         )
-    if expected is not None and any(s.normalization == expected for s in tied):
+    close = fitting is not None and expected is not None and expected.similar(fitting.normalization)
+    if expected is not None and (close or any(s.normalization == expected for s in tied)):
         return Choice(expected, f"{why}; {figures}")
     if not undecided:
         taken = (tied[0] if len(tied) == 1 else _clearly_fitting(tied) or _of_data_first(tied)).normalization
@@ -233,6 +241,30 @@ def decide(
         f"the normalization of these weights is not known, and {names} are equally accurate on {figures}. Say which "
         f"one they were trained with: --normalization {FORMS.replace(f'{AUTO}, ', '')}."
     )
+
+
+def _check_fit(tied: Sequence[Score], scores: Sequence[Score], expected: Normalization | None, figures: str) -> None:
+    """Refuse to choose where the first batch-norm layer says that its inputs were others with every candidate."""
+    if expected is None and all(s.gap is not None and s.gap > _LARGE_GAP for s in (*tied, *scores)):
+        raise UsageError(
+            f"the normalization of these weights is not known, and with none of the usual ones the inputs of the first "
+            f"batch-norm layer are like those of the training ({figures}). Say which one they were trained with: "
+            f"--normalization {FORMS.replace(f'{AUTO}, ', '')}."
+        )
+
+
+def _decisive(scores: Sequence[Score]) -> Score | None:
+    """Return the candidate whose batch-norm inputs fit while those of all that differ from it are far off."""
+    known = [s for s in scores if s.gap is not None]
+    first = min(known, key=lambda s: s.gap or 0.0, default=None)
+    if first is None or (first.gap or 0.0) > _SMALL_GAP:
+        return None
+    others = [s.gap or 0.0 for s in known if not s.normalization.similar(first.normalization)]
+    if not others or min(others) <= max(_LARGE_GAP, _FAR * (first.gap or 0.0)):
+        return None
+    # Between similar ones a little less distance decides nothing: attacked and cropped images shift the statistics.
+    near = [s for s in known if (s.gap or 0.0) * _CLEAR_GAP <= (first.gap or 0.0)]
+    return _of_data_first(near) if first in near else first
 
 
 def _above_chance(best: Score, chance: float) -> bool:

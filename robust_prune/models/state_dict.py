@@ -20,8 +20,9 @@ STD_NAMES = ("std", "sigma", "_std", "stds", "sds", "new_std", "image_std", "pix
 """Names of the statistics of normalization layers."""
 
 _SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "pretrained_cfg")
-_MAX_PREFIX_DEPTH = 4
-_MAX_NESTING = 4
+_MAX_PREFIX_DEPTH, _MAX_NESTING = 8, 6
+_LARGEST_STD = 10.0
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ def find_weights(value: Any, what: str) -> tuple[FoundWeights, ...]:
     Raises:
         UsageError: there are no weights.
     """
-    if not isinstance(value, nn.Module | Mapping):
+    if not isinstance(value, nn.Module | Mapping | list | tuple):
         raise UsageError(f"{what} holds a {type(value).__name__}, not weights. Save model.state_dict() instead.")
-    found = sorted(_sets(value, ()), key=lambda weights: _rank(weights.where))
+    masks = leftovers.separate_masks(value)
+    found = [
+        replace(weights, tensors=leftovers.masked(weights.tensors, masks))
+        for weights in sorted(_sets(value, ()), key=lambda weights: _rank(weights.where))
+        if not masks or weights.where not in leftovers.MASK_KEYS
+    ]
     if not found:
         keys = ", ".join(map(str, list(value)[:5])) if isinstance(value, Mapping) else ""
         raise UsageError(f"{what} holds no weights: found the keys {keys or 'none'}. Expected a state_dict.")
@@ -86,6 +92,9 @@ def _sets(value: Any, path: tuple[str, ...]) -> Iterator[FoundWeights]:
     if isinstance(value, nn.Module):
         inner = _unwrap(value)
         yield FoundWeights(_clean(inner.state_dict()), where or "pickled module", inner)
+    elif isinstance(value, list | tuple) and len(path) < _MAX_NESTING:
+        for index, inner in enumerate(value[:_MAX_NESTING]):
+            yield from _sets(inner, (*path, str(index)))
     elif isinstance(value, Mapping) and len(path) < _MAX_NESTING:
         tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, Tensor)}
         if tensors:
@@ -172,6 +181,9 @@ def _fit(
         # Old checkpoints lack the batch counter of batch-norm, which is used only without momentum.
         if name.endswith("num_batches_tracked") and name not in inside:
             inside[name] = tensor.clone()
+    odd = next((n for n in inside if misfit.unusable(inside[n], wanted[n])), None)
+    if odd is not None:
+        raise UsageError(f"{what}: tensor {odd} is {misfit.unusable(inside[odd], wanted[odd])}. Save real floats.")
     missing = [name for name in wanted if name not in inside]
     if missing and network is not None and len(missing) < len(wanted) // 2:
         unused = leftovers.unused_tensors(network, spec)
@@ -226,7 +238,7 @@ def _in_unit_range(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tup
     """Return the statistics for [0, 1] images, also if they are those of 0 to 255; nothing if they are neither."""
     if min(std) <= 0 or min(mean) < -1 or max(mean) > 255:
         return (), ()
-    unit = 255.0 if max(mean) > 1 else 1.0
+    unit = 255.0 if max(mean) > 1 or min(std) > _LARGEST_STD else 1.0
     return tuple(v / unit for v in mean), tuple(v / unit for v in std)
 
 
@@ -243,7 +255,13 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
+    return {_unwrapped(key): tensor for key, tensor in tensors.items()}
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
 
 
 def _best_prefixes(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tuple[list[str], int]:

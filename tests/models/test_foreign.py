@@ -156,6 +156,29 @@ def test_masks_are_multiplied_into_the_weights(tmp_path: Path, donor: nn.Module)
     assert any("multiplied into the weights (50 % are 0)" in note for note in loaded.provenance["notes"])
 
 
+def test_masks_beside_the_weights_are_multiplied_too(tmp_path: Path, donor: nn.Module) -> None:
+    mask = (torch.rand(4, 3, 3, 3) > 0.5).float()
+    torch.save({"state_dict": donor.state_dict(), "masks": {"conv1.weight": mask}}, tmp_path / "m.pt")
+    loaded = open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+    assert torch.equal(loaded.module.backbone.conv1.weight, donor.conv1.weight * mask)
+    assert any("multiplied into the weights" in note for note in loaded.provenance["notes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: (t * 10).to(torch.int8), "conv1.weight is of type int8, where the model has floats"),
+        (lambda t: t.to_sparse(), "conv1.weight is sparse"),
+        (lambda t: t.to(torch.complex64), "conv1.weight is of type complex64"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, donor: nn.Module, change: Any, words: str) -> None:
+    state = dict(donor.state_dict())
+    torch.save(state | {"conv1.weight": change(state["conv1.weight"])}, tmp_path / "m.pt")
+    with pytest.raises(UsageError, match=words):
+        open_model(tmp_path / "m.pt", arch=SMALL, data=data_of())
+
+
 def test_settings_of_the_training_script_name_the_normalization(tmp_path: Path, donor: nn.Module) -> None:
     settings = argparse.Namespace(lr=0.1, mean=(123.0, 117.0, 104.0), std=[58.0, 57.0, 57.5])
     torch.save({"state_dict": donor.state_dict(), "args": settings, "best": np.float64(0.5)}, tmp_path / "m.pt")

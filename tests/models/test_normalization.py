@@ -199,6 +199,29 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.parametrize("stored", ["metric", "settings"])
+def test_a_stored_normalization_that_does_not_fit_is_not_applied(tmp_path: Path, stored: str) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    weights = {"state_dict": {"model.centres": LEVELS / 255}}
+    if stored == "metric":
+        weights["state_dict"] |= {"metric.mean": torch.full((3,), 0.9), "metric.std": torch.full((3,), 0.05)}
+    torch.save(
+        weights | ({"args": {"mean": [0.9] * 3, "std": [0.05] * 3}} if stored == "settings" else {}), tmp_path / "w.pt"
+    )
+    loaded = open_model(tmp_path / "w.pt", arch=f"{tmp_path / 'net.py'}:Net", data=levels())
+    assert loaded.spec.mean == (0, 0, 0) and "not stored" in loaded.provenance["notes"][0]
+
+
+def test_where_no_usual_normalization_fits_it_is_asked_for() -> None:
+    data, norm = levels(), nn.BatchNorm2d(3)
+    odd = (data.train.get(torch.arange(120))[0].float() / 255 - 0.3) / 0.02
+    norm.running_mean, norm.running_var = odd.mean((0, 2, 3)), odd.var((0, 2, 3))
+    network = Brightness(0.3, 0.02, batchnorm=True)
+    network.norm = norm
+    with pytest.raises(UsageError, match="with none of the usual ones the inputs of the first batch-norm layer"):
+        choose(network, data)
+
+
 def test_weights_of_plain_images_are_not_normalized_by_the_data(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(MODEL)
     torch.save({"centres": LEVELS / 255}, tmp_path / "w.pt")
