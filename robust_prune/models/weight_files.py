@@ -18,6 +18,12 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UsageError
 from ..suggest import did_you_mean
 
+_OTHERS = {
+    ".onnx": "an ONNX file",
+    ".npz": "a file of arrays",
+    ".engine": "a TensorRT engine",
+    ".tflite": "a TFLite file",
+}
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
 _PICKLED = (
     "holds pickled Python objects, and opening it would run code from the file. Save a plain state_dict "
@@ -74,6 +80,10 @@ def read(path: Path, *, trust_pickle: bool = False) -> Contents:
             contains pickled objects without `trust_pickle`.
     """
     head = _head(path)
+    if path.suffix.lower() in _OTHERS:
+        raise UsageError(f"{path} is {_OTHERS[path.suffix.lower()]}. Give the PyTorch weights that it was made from.")
+    if head.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path} is a pointer of Git LFS, not the file itself. Run git lfs pull in its folder.")
     if _is_safetensors(head):
         return _read_safetensors(path)
     if head.startswith(b"PK") or head.startswith(b"\x80"):

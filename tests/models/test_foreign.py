@@ -156,6 +156,20 @@ def test_masks_are_multiplied_into_the_weights(tmp_path: Path, donor: nn.Module)
     assert any("multiplied into the weights (50 % are 0)" in note for note in loaded.provenance["notes"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m.onnx", b"\x08\x08", "is an ONNX file. Give the PyTorch weights"),
+        ("m.npz", b"PK\x03\x04", "is a file of arrays. Give the PyTorch weights"),
+        ("m.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Run git lfs pull"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        open_model(tmp_path / name, arch=SMALL, data=data_of())
+
+
 def test_masks_beside_the_weights_are_multiplied_too(tmp_path: Path, donor: nn.Module) -> None:
     mask = (torch.rand(4, 3, 3, 3) > 0.5).float()
     torch.save({"state_dict": donor.state_dict(), "masks": {"conv1.weight": mask}}, tmp_path / "m.pt")
