@@ -14,6 +14,7 @@ from ..errors import UsageError
 from .objectives import (
     DLR_CLASSES,
     TARGETED_DLR_CLASSES,
+    Watch,
     cross_entropy,
     dlr,
     misclassified,
@@ -48,6 +49,7 @@ def apgd(
     restarts: int = 1,
     generator: torch.Generator | None = None,
     judge: Judge | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Return adversarial images found by APGD with the hyperparameters of the paper.
 
@@ -68,6 +70,7 @@ def apgd(
         generator: random number generator of the restarts.
         judge: model in full precision that confirms each misclassification by `model`, images to logits [N, K]; by
             default `model` decides alone.
+        watch: is told every iterate, for instance to ask another model; it has no effect on the attack.
 
     Returns:
         Images [N, C, H, W] in the epsilon-ball around `x` and in [0, 1]: the misclassified iterate where the attack
@@ -89,12 +92,18 @@ def apgd(
         if len(rows) == 0:
             break
         goal = None if target is None else target[rows]
-        found = _one_run(model, x[rows], y[rows], goal, threat, loss, steps, generator, judge)
+        seen = None if watch is None else _of_rows(watch, rows)
+        found = _one_run(model, x[rows], y[rows], goal, threat, loss, steps, generator, judge, seen)
         better = found.fallen | (found.value > values[rows])
         points[rows[better]] = found.point[better]
         values[rows[better]] = found.value[better]
         standing[rows] = ~found.fallen
     return points
+
+
+def _of_rows(watch: Watch, rows: Tensor) -> Watch:
+    """Return `watch` for positions in a part of the batch, which is at `rows` of the whole."""
+    return lambda points, among: watch(points, rows[among])
 
 
 @dataclass
@@ -156,8 +165,11 @@ def _one_run(
     steps: int,
     generator: torch.Generator | None,
     judge: Judge | None,
+    watch: Watch | None,
 ) -> _Outcome:
-    def look(here: Tensor, y: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def look(here: Tensor, y: Tensor, goal: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if watch is not None:
+            watch(here, row)
         wrong = torch.zeros_like(y, dtype=torch.bool)
 
         def objective(logits: Tensor) -> Tensor:
@@ -174,10 +186,11 @@ def _one_run(
 
     goal = y if target is None else target
     here = project(random_start(x, threat, generator), x, threat)
-    slope, value, fallen = look(here, y, goal)
+    row = torch.arange(len(x), device=x.device)
+    slope, value, fallen = look(here, y, goal, row)
     step = torch.full((len(x), *[1] * (x.ndim - 1)), FIRST_STEP * threat.epsilon, dtype=x.dtype, device=x.device)
     state = _Climb(
-        torch.arange(len(x), device=x.device), x, y, goal, here, here, slope, value, here, slope, value, step,
+        row, x, y, goal, here, here, slope, value, here, slope, value, step,
         torch.zeros_like(value), value, torch.ones_like(fallen), fallen,
     )  # fmt: skip
     result = _Outcome(here.clone(), value.clone(), fallen.clone())
@@ -190,7 +203,7 @@ def _one_run(
         ahead = project(ascent_step(state.here, state.slope, state.step, threat), state.x, threat)
         ahead = state.here + momentum * (ahead - state.here) + (1 - momentum) * (state.here - state.before)
         ahead = project(ahead, state.x, threat)
-        slope, value, wrong = look(ahead, state.y, state.target)
+        slope, value, wrong = look(ahead, state.y, state.target, state.row)
         state.rises = state.rises + (value > state.value)
         state.before, state.here, state.slope, state.value = state.here, ahead, slope, value
         _note(state, result, wrong)

@@ -11,6 +11,9 @@ from torch import Tensor
 Objective = Callable[[Tensor], Tensor]
 """Maps logits [N, K] to per-sample values [N]; an attack maximises their sum."""
 
+Watch = Callable[[Tensor, Tensor], None]
+"""Is told every iterate of an attack: points [M, C, H, W] and their positions in the batch (int64 [M])."""
+
 DLR_CLASSES, TARGETED_DLR_CLASSES = 3, 4
 """Fewest classes for which the DLR and the targeted DLR loss are defined."""
 _TINY = 1e-12

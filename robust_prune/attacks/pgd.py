@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .objectives import Objective, cross_entropy
+from .objectives import Objective, Watch, cross_entropy
 from .projections import ascent_step, project, random_start
 from .threat import ThreatModel
 
@@ -55,6 +55,8 @@ def pgd(
     generator: torch.Generator | None = None,
     objective: Objective | None = None,
     keep_best: bool = True,
+    start: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Return adversarial images that maximise `objective` within the threat model.
 
@@ -75,6 +77,8 @@ def pgd(
         objective: maps logits [N, K] to values [N]; by default the cross-entropy to `y`.
         keep_best: return for each image the iterate with the highest objective rather than the last one, so that the
             objective never ends below its value at the starting point.
+        start: points [N, C, H, W] at which every restart begins, in place of random ones.
+        watch: is told every iterate, for instance to ask another model; it has no effect on the attack.
 
     Returns:
         Images [N, C, H, W] in the epsilon-ball around `x` and in [0, 1].
@@ -83,14 +87,21 @@ def pgd(
     step = default_step_size(threat, steps) if step_size is None else step_size
     best = x.detach().clone()
     best_value = torch.full((len(x),), -torch.inf, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
-        x_adv = random_start(x, threat, generator) if start_random else x.detach().clone()
-        x_adv = project(x_adv, x, threat)
+        begin = start
+        if begin is None:
+            begin = random_start(x, threat, generator) if start_random else x
+        x_adv = project(begin.detach(), x, threat)
         for _ in range(steps):
+            if watch is not None:
+                watch(x_adv, rows)
             gradient, values = input_gradient(model, x_adv, objective)
             if keep_best:
                 best, best_value = _better(best, best_value, x_adv, values)
             x_adv = project(ascent_step(x_adv.detach(), gradient, step, threat), x, threat)
+        if watch is not None:
+            watch(x_adv, rows)
         if not keep_best:
             best = x_adv
             continue

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..attacks import ThreatModel, frozen_eval, kept_buffers
+from ..attacks.projections import random_start
 from ..console import console, working
 from ..data.base import ImageSet, as_floats, images_at_once, labels_of
 from ..errors import UsageError
+from ..introspect.copies import copied
 from ..introspect.fingerprint import buffers_hash, images_hash, models_hash
 from ..models.layout import fastest_layout, runs_in_bf16, tf32
 from ..recipe import EvaluationSection
 from .card import Accuracy, ClassAccuracy, ExportedAccuracy, ResultCard
+from .files import ExportedModel, differs
 from .flags import (
     BUFFERS_MOVED,
     CHECK_IMAGES,
@@ -26,10 +29,13 @@ from .flags import (
     black_box_flags,
     exported_flags,
     gap_flags,
+    learned_flags,
     mode_flags,
     sweep_flags,
+    usual_scale,
 )
-from .passes import BLACK_BOX, ExportedModel, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
+from .gradient_test import gradient_flags
+from .passes import BLACK_BOX, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
 from .stages import attack_line, stages_of
 from .state import EvalState, load_state
@@ -110,10 +116,9 @@ def evaluate(
         state = _begin(request) if request.leads else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
+        untouched = None if state.counters.checked_again else copied(model)
         if state.counters.clean_done == 0:
-            state.counters.classes = _classes(request, few)
-            with working(f"{subject.model}: checks of its answers and gradients"):
-                state.counters.flags = _union(state.counters.flags, _first_look(request, state.counters.classes))
+            _first_look(request, state, few)
         if request.leads:
             clean_pass(request, state)
         if request.shared:
@@ -124,6 +129,8 @@ def evaluate(
             sweep_pass(request, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
+        elif untouched is not None and request.leads:
+            _last_look(request, state, untouched)
     return _result(request, state, subject)
 
 
@@ -167,11 +174,35 @@ def _classes(request: Request, few: Tensor) -> int:
     return int(logits.shape[1])
 
 
-def _first_look(request: Request, classes: int) -> list[str]:
-    x, y = request.get(request.spread(min(CHECK_IMAGES, request.batch_size)))
-    check_labels(y, classes)
-    with tf32(False):
-        return behaviour_flags(request.model, x, y)
+def _first_look(request: Request, state: EvalState, few: Tensor) -> None:
+    """Note the number of classes, the scale of the logits, which files compute something else, and first warnings."""
+    counters = state.counters
+    counters.classes = _classes(request, few)
+    x, y = _few_images(request)
+    check_labels(y, counters.classes)
+    with working(f"{request.name}: checks of its answers and gradients"), tf32(False):
+        counters.flags = _union(counters.flags, behaviour_flags(request.model, x, y))
+        with torch.no_grad():
+            logits = request.model(x).float()
+        counters.scale = usual_scale(logits)
+        counters.exported_differs = [differs(logits, file.logits(x.cpu())) for file in request.exported.values()]
+
+
+def _last_look(request: Request, state: EvalState, untouched: nn.Module) -> None:
+    """Repeat the checks that a model which remembers its questions could have passed at first."""
+    x, y = _few_images(request)
+    with working(f"{request.name}: the same checks after the attacks"), tf32(False), frozen_eval(untouched):
+        start = random_start(x, request.threat, torch.Generator().manual_seed(request.seed))
+        found = learned_flags(request.model, untouched, torch.cat([x, start]))
+        found += [f"After the attacks: {flag}" for flag in gradient_flags(request.model, x, y)]
+        known = state.counters.flags
+        state.counters.flags = _union(known, [flag for flag in found if flag.split(": ", 1)[-1] not in known])
+    state.counters.checked_again = True
+    request.save(state)
+
+
+def _few_images(request: Request) -> tuple[Tensor, Tensor]:
+    return request.get(request.spread(min(CHECK_IMAGES, request.batch_size)))
 
 
 def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
@@ -191,10 +222,10 @@ def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
         flags += exported_flags(
             name, counters.exported_mismatch[index], total, robust.correct, exported[name].robust.correct
         )
-        if counters.exported_black_box:
-            flags += black_box_flags(f"the {name} file's torch model", *counters.exported_black_box[index])
+        if name in counters.exported_black_box and not counters.exported_differs[index]:
+            flags += black_box_flags(f"the {name} file's torch model", *counters.exported_black_box[name])
     stages = stages_of(request.section.tier, counters.classes)
-    attack = attack_line(stages, request.section.steps, request.section.restarts)
+    attack = attack_line(stages, request.section.steps, request.section.restarts, counters.classes)
     if request.threat.epsilon == 0:
         attack = "none: epsilon is 0"
     elif request.precision == "bf16" and stages[0].kind != "ensemble":

@@ -6,27 +6,23 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel, pgd
-from ..attacks.projections import ascent_step
 from ..errors import UsageError
 from ..introspect.fingerprint import buffers_hash
 from ..models.normalization import Normalization, NormalizedClassifier, published_normalizations
+from .gradient_test import gradient_flags
 
 CHECK_IMAGES = 64
 ALONE_IMAGES = 8
 BATCH_TOLERANCE = 0.01
-ZERO_SHARE = 0.01
-BLANK_SHARE = 0.5
-PROBABILITY_SLACK = 1e-3
+FEWEST_DISTINCT, SAME_SHARE = 16, 0.01
+LEAST_MARGIN, USUAL_MARGIN, LARGEST_MARGIN = 0.01, 5.0, 100.0
 EXPORTED_CLEAN_SHARE = 0.005
 EXPORTED_ROBUST_POINTS = 1.0
 RANGE_GAIN, RANGE_NOISE = 0.1, 3.0
-DOWNHILL_SHARE = 0.1
-DOWNHILL_STEP = 1 / 255
-LARGE_RADIUS, LARGE_STEPS, LARGE_SHARE = 0.5, 10, 0.1
+LARGE_RADIUS, LARGE_STEPS, LARGE_IMAGES, LARGE_SHARE = 0.5, 10, 32, 0.1
 BLACK_BOX_BROKEN = 1
 PGD_GAP_POINTS, PGD_GAP_IMAGES = 6.0, 100
 MONOTONE_POINTS = 1.0
@@ -35,6 +31,11 @@ NO_GRADIENT = (
     "Take no_grad, detach and rounding out of its forward."
 )
 BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers depend on what it saw before."
+
+LEARNED = (
+    "After the attacks the model answers differently from a copy made before (by {drift:.1f} % of the logits' spread, "
+    "limit 1 %): it remembers what it was asked."
+)
 
 
 def mode_flags(model: nn.Module) -> list[str]:
@@ -57,15 +58,18 @@ def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
         UsageError: the outputs have no gradient with respect to the images.
     """
     x, y = x[:CHECK_IMAGES], y[:CHECK_IMAGES]
+    if no_gradient(model, x):
+        raise UsageError(NO_GRADIENT)
     before = buffers_hash(model)
     with torch.no_grad():
         logits = model(x).float()
-    flags = non_finite_flag(logits) + probability_flag(logits)
+    flags = non_finite_flag(logits) + probability_flag(logits) + label_flag(logits) + scale_flag(logits)
     if any(module.training for module in model.modules()):
         flags.append("The model puts itself back into training mode while it runs.")
     flags += composition_flags(model, x, logits)
     if buffers_hash(model) != before:
         flags.append(BUFFERS_MOVED)
+    flags += attended_flag(model, x, logits)
     return flags + input_range_flags(model, x, y) + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
 
 
@@ -76,11 +80,77 @@ def non_finite_flag(logits: Tensor) -> list[str]:
 
 
 def probability_flag(logits: Tensor) -> list[str]:
-    """Return a warning if outputs [N, K] look like probabilities, on which the loss would apply a second softmax."""
-    inside = bool(((logits >= 0) & (logits <= 1)).all())
-    if inside and bool(((logits.sum(dim=1) - 1).abs() <= PROBABILITY_SLACK).all()):
-        return ["The outputs look like probabilities (in [0, 1], rows sum to 1 within 0.001); the attack needs logits."]
+    """Return a warning if outputs [N, K] are all in [0, 1], such as probabilities, whose gradients saturate."""
+    if bool(((logits >= 0) & (logits <= 1)).all()):
+        return ["All outputs are in [0, 1], like probabilities or sigmoids: the attacks need logits."]
     return []
+
+
+def label_flag(logits: Tensor) -> list[str]:
+    """Return a warning if the outputs [N, K] of all images are nearly the same but for their order."""
+    ordered = logits[torch.isfinite(logits).all(dim=1)].sort(dim=1).values
+    if len(ordered) < FEWEST_DISTINCT or ordered.shape[1] < 2:
+        return []
+    spread, scale = ordered.std(dim=0).max().item(), (ordered.amax() - ordered.amin()).item()
+    if spread < SAME_SHARE * scale:
+        return [
+            f"The sorted outputs of {len(ordered)} images are the same to {100 * SAME_SHARE:.0f} %: the model returns "
+            "little more than a label, and attacks see little of what it computes."
+        ]
+    return []
+
+
+def usual_scale(logits: Tensor) -> float:
+    """Return the factor that brings the median margin between the two largest logits [N, K] to 5, or 1 if it is usual.
+
+    The cross-entropy of much larger logits is zero, that of much smaller ones is the same for all images; either has
+    hardly a gradient. Published models have medians of about 1 to 15.
+    """
+    if logits.shape[1] < 2:
+        return 1.0
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    apart = (first - second)[torch.isfinite(first - second)]
+    median = apart.median().item() if len(apart) else 0.0
+    return 1.0 if median == 0 or LEAST_MARGIN <= median <= LARGEST_MARGIN else USUAL_MARGIN / median
+
+
+def scale_flag(logits: Tensor) -> list[str]:
+    """Return a warning if logits [N, K] are attacked on another scale; see `usual_scale`."""
+    factor = usual_scale(logits)
+    if factor == 1:
+        return []
+    return [
+        f"The two largest logits are {USUAL_MARGIN / factor:.2g} apart (median; usual are {LEAST_MARGIN:g} to "
+        f"{LARGEST_MARGIN:g}), a scale that hides the cross-entropy's gradient: attacks saw the logits times "
+        f"{factor:.2g}."
+    ]
+
+
+def attended_flag(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
+    """Return a warning if logits [N, K] differ for images that require gradients, as those of an attack do."""
+    with torch.enable_grad():
+        found = model(x.detach().clone().requires_grad_(True)).detach()
+    drift = _change(found, logits, logits)
+    if drift > BATCH_TOLERANCE:
+        return [
+            f"Logits move by {100 * drift:.1f} % of their spread (limit 1 %) where images require gradients: the model "
+            "answers an attack differently."
+        ]
+    return []
+
+
+def learned_flags(model: nn.Module, untouched: nn.Module, x: Tensor) -> list[str]:
+    """Return a warning if the model answers differently from a copy that was made before the attacks.
+
+    Args:
+        model: the model after the attacks.
+        untouched: the copy.
+        x: attacked images [N, C, H, W].
+    """
+    with torch.no_grad():
+        logits = untouched(x).float()
+        drift = _change(model(x), logits, logits)
+    return [LEARNED.format(drift=100 * drift)] if drift > BATCH_TOLERANCE else []
 
 
 @torch.no_grad()
@@ -152,39 +222,17 @@ def _change(found: Tensor, before: Tensor, logits: Tensor) -> float:
     return (found.float() - before).abs().max().item() / spread
 
 
-def gradient_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
-    """Return a warning if input gradients vanish on more than 1 % of images or point downhill on more than 10 %.
-
-    Raises:
-        UsageError: the outputs have no gradient with respect to the images, so no gradient attack can run.
-    """
-    images = x.detach().clone().requires_grad_(True)
+def no_gradient(model: nn.Module, x: Tensor) -> bool:
+    """Return whether the outputs have no gradient with respect to the images [N, C, H, W]."""
+    images = x[:1].detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        loss = F.cross_entropy(model(images).float(), y, reduction="sum")
-        gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
-    if gradient is None:
-        raise UsageError(NO_GRADIENT)
-    usable = gradient.isfinite() & (gradient != 0)
-    blank = (usable.flatten(1).float().mean(dim=1) < BLANK_SHARE).float().mean().item()
-    if blank > ZERO_SHARE:
-        return [
-            f"On {100 * blank:.1f} % of images (limit 1 %) most of the input gradient is zero or not finite: "
-            "the model may hide its gradients, and stronger attacks may find it weaker."
-        ]
-    with torch.no_grad():
-        before = F.cross_entropy(model(x).float(), y, reduction="none")
-        ahead = ascent_step(x, gradient, DOWNHILL_STEP, ThreatModel("linf", DOWNHILL_STEP)).clamp(0, 1)
-        downhill = (F.cross_entropy(model(ahead).float(), y, reduction="none") < before).float().mean().item()
-    if downhill > DOWNHILL_SHARE:
-        return [
-            f"On {100 * downhill:.1f} % of images (limit 10 %) a step along the input gradient lowers the loss: the "
-            "gradient does not belong to the outputs, and attacks that follow it find nothing."
-        ]
-    return []
+        total = model(images).float().sum()
+        return not total.requires_grad or torch.autograd.grad(total, images, allow_unused=True)[0] is None
 
 
 def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     """Return a warning if more than 10 % of images survive PGD at Linf 0.5, where every image can become grey."""
+    x, y = x[:LARGE_IMAGES], y[:LARGE_IMAGES]
     threat = ThreatModel("linf", LARGE_RADIUS)
     with torch.no_grad():
         right = model(x).argmax(dim=1) == y

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,8 +26,9 @@ from ..models.layout import tf32
 from ..recipe import EvaluationSection
 from ..runs.files import digest
 from ..serialization import to_json
+from .files import ExportedModel, FileVerdicts
 from .flags import CHECK_IMAGES
-from .scoring import CountedModel, Precision, check_points, score
+from .scoring import CountedModel, Precision, Rescaled, check_points, score
 from .stages import PGD, Stage, stages_of
 from .state import EvalState, Flags
 from .worst_case import Attacker, start_seed, worst_points
@@ -37,23 +37,6 @@ BLACK_BOX_QUERIES = 500
 SWEEP_IMAGES = 256
 BLACK_BOX = "square"
 """Name of the black-box check after all stages in the breakdown; the ensemble's own Square is a stage."""
-
-
-class ExportedModel(Protocol):
-    """Interface of an exported form of the model, such as its ONNX file, that is scored on the same images."""
-
-    @property
-    def key(self) -> str:
-        """Hash of the file, so that stored results of another file are not used."""
-        ...
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Return the logits [N, K] (float32, on the CPU) of float32 images [N, C, H, W] in [0, 1]."""
-        ...
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Return the predicted classes [N] (int64, on the CPU) of such images; -1 where a logit is not finite."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +86,10 @@ class Request:
     def stages(self, state: EvalState) -> tuple[Stage, ...]:
         """Return the attacks in order; none if epsilon is 0."""
         return stages_of(self.section.tier, state.counters.classes) if self.threat.epsilon else ()
+
+    def attacked(self, state: EvalState) -> nn.Module:
+        """Return the model as attacks see it: with logits on a usual scale."""
+        return self.model if state.counters.scale == 1 else Rescaled(self.model, state.counters.scale)
 
     def save(self, state: EvalState) -> None:
         """Write the state to `state_path`, if it is set."""
@@ -167,7 +154,7 @@ def attack_pass(request: Request, state: EvalState) -> None:
     counters = state.counters
     stages = request.stages(state)
     attacker = Attacker(
-        request.model,
+        request.attacked(state),
         request.threat,
         counters.classes,
         request.section.steps,
@@ -205,41 +192,58 @@ def _attack_batch(
 ) -> None:
     x, y = request.get(indices)
     rows = indices.numpy()
+    watching = [i for i, differs in enumerate(state.counters.exported_differs) if differs]
+    files = FileVerdicts(
+        [list(request.exported.values())[i] for i in watching],
+        y,
+        torch.from_numpy(state.exported_robust[watching][:, rows]),
+    )
     attack = _divided if request.shared else _attacked
-    right, worst, (forwards, backwards) = attack(attacker, stage, x, y, start)
-    survives = right.cpu().numpy()
+    found = attack(attacker, stage, x, y, start, files)
+    survives = found.right.numpy()
     state.robust[rows] = survives
     state.fell[rows[~survives]] = index
-    state.counters.forwards += forwards
-    state.counters.backwards += backwards
+    state.counters.forwards += found.forwards
+    state.counters.backwards += found.backwards
     if request.leads:
-        _score_exported(request, state, rows, worst, y)
+        for position, i in enumerate(watching):
+            state.exported_robust[i, rows] &= found.standing[position].numpy()
+        _score_exported(request, state, rows, found.worst, y)
 
 
-def _attacked(
-    attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Return which images survive, their worst points, and the numbers of forward and backward passes."""
-    right, worst, counted = attacker.run(stage, x, y, start)
-    return right, worst, (counted.forwards, counted.backwards)
+@dataclass(frozen=True)
+class _Attacked:
+    """What a stage did to a batch: which images survive, their worst points, on which images each watching file stands
+    (bool [F, N]), and the numbers of forward and backward passes; tensors are on the CPU."""
+
+    right: Tensor
+    worst: Tensor
+    standing: Tensor
+    forwards: int
+    backwards: int
 
 
-def _divided(
-    attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _attacked(attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int, files: FileVerdicts) -> _Attacked:
+    right, worst, counted = attacker.run(stage, x, y, start, files if files.files else None)
+    return _Attacked(right.cpu(), worst.cpu(), files.standing, counted.forwards, counted.backwards)
+
+
+def _divided(attacker: Attacker, stage: Stage, x: Tensor, y: Tensor, start: int, files: FileVerdicts) -> _Attacked:
     """Do the same, with the batch divided among all processes."""
     count = distributed.count()
     share = slice(distributed.index(), None, count)
     mine = None
     if len(y[share]):
-        right, worst, passes = _attacked(attacker, stage, x[share], y[share], start)
-        mine = right.cpu(), worst.cpu(), passes
-    right, worst, forwards, backwards = torch.ones(len(y), dtype=torch.bool), x.cpu().clone(), 0, 0
+        part = FileVerdicts(files.files, y[share], files.standing[:, share])
+        mine = _attacked(attacker, stage, x[share], y[share], start, part)
+    right, worst, standing = torch.ones(len(y), dtype=torch.bool), x.cpu().clone(), files.standing.clone()
+    forwards = backwards = 0
     for position, found in enumerate(distributed.all_gather(mine)):
         if found is not None:
-            right[position::count], worst[position::count] = found[0], found[1]
-            forwards, backwards = forwards + found[2][0], backwards + found[2][1]
-    return right, worst, (forwards, backwards)
+            right[position::count], worst[position::count] = found.right, found.worst
+            standing[:, position::count] = found.standing
+            forwards, backwards = forwards + found.forwards, backwards + found.backwards
+    return _Attacked(right, worst, standing, forwards, backwards)
 
 
 def _score_exported(request: Request, state: EvalState, rows: NDArray[np.int64], points: Tensor, y: Tensor) -> None:
@@ -248,11 +252,16 @@ def _score_exported(request: Request, state: EvalState, rows: NDArray[np.int64],
 
 
 def black_box_pass(request: Request, state: EvalState) -> None:
-    """Attack up to 64 survivors of the model and of each exported form with Square, to detect masked gradients."""
-    if request.stages(state) in ((), (PGD,)):
+    """Attack up to 64 survivors of the model and of its exported forms with Square.
+
+    For the model and forms that compute the same it is a test for masked gradients, made in tiers above ``pgd``. A form
+    that computes something else, such as an int8 file, is attacked in every tier, since no gradient is its own.
+    """
+    stages = request.stages(state)
+    if not stages:
         return
-    counters = state.counters
-    if counters.black_box is None:
+    counters, gradients_alone = state.counters, stages == (PGD,)
+    if counters.black_box is None and not gradients_alone:
         counted = CountedModel(request.model)
 
         def exact(images: Tensor) -> Tensor:
@@ -268,13 +277,13 @@ def black_box_pass(request: Request, state: EvalState) -> None:
             counters.forwards += counted.forwards
             counters.black_box = [len(rows), int(fallen.sum())]
     for index, (name, file) in enumerate(request.exported.items()):
-        if index < len(counters.exported_black_box):
+        if name in counters.exported_black_box or (gradients_alone and not counters.exported_differs[index]):
             continue
         label = f"{request.name}: Square on its file ({name})"
         with _timed(request, state):
             rows, _, _, fallen = _black_box(request, state.exported_robust[index], file.logits, label)
             state.exported_robust[index, rows[fallen]] = False
-            counters.exported_black_box.append([len(rows), int(fallen.sum())])
+            counters.exported_black_box[name] = [len(rows), int(fallen.sum())]
 
 
 def _black_box(
@@ -313,7 +322,7 @@ def sweep_pass(request: Request, state: EvalState) -> None:
                 for start in range(0, len(active), request.batch_size):
                     x, y = request.get(active[start : start + request.batch_size])
                     survives, _, counted = worst_points(
-                        request.model, x, y, threat,
+                        request.attacked(state), x, y, threat,
                         steps=request.section.steps, restarts=1, seed=request.seed, batch=start,
                         precision=request.precision,
                     )  # fmt: skip

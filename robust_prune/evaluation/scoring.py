@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,6 +19,23 @@ Precision = Literal["fp32", "bf16"]
 LINF_SLACK = 1e-6
 L2_SLACK = 1e-5
 WRONG_BONUS = 1e4
+
+
+class Rescaled(nn.Module):
+    """Answers with the logits of a model times a positive factor, which changes no prediction.
+
+    Args:
+        model: maps images [N, C, H, W] to logits [N, K].
+        factor: the factor, > 0.
+    """
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled logits [N, K] in float32."""
+        return self.factor * self.model(x).float()
 
 
 class CountedModel(nn.Module):
@@ -58,24 +76,24 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class WorstPoint:
-    """Attack objective: cross-entropy plus a large constant for misclassified points.
+    """Attack objective that adds a large constant for misclassified points to another objective.
 
     The constant has no gradient, so the ascent is plain PGD. With `keep_best` the attack returns a misclassified
     iterate if it found one.
 
     Args:
         y: labels [N].
+        objective: maps logits [N, K] and labels [N] to values [N], such as the cross-entropy or the margin.
     """
 
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
+    def __init__(self, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.y, self.objective = y, objective
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective [N] of logits [N, K]."""
         wrong = (classify(logits.detach()) != self.y).float()
-        loss = F.cross_entropy(logits, self.y, reduction="none")
-        # NaN compares false with every loss, so a point where the model breaks down would never count as the best.
-        return loss.nan_to_num(nan=0.0) + WRONG_BONUS * wrong
+        # NaN compares false with every value, so a point where the model breaks down would never count as the best.
+        return self.objective(logits, self.y).nan_to_num(nan=0.0) + WRONG_BONUS * wrong
 
 
 def check_points(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> None:

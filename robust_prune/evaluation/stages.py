@@ -13,6 +13,8 @@ from ..models import user_file
 
 Kind = Literal["pgd", "apgd-ce", "apgd-t", "ensemble"]
 APGD_STEPS = 100
+STANDARD_TARGETS = 9
+"""Number of target classes of AutoAttack's targeted APGD."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,26 @@ def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
     return found
 
 
-def attack_line(stages: Sequence[Stage], steps: int, restarts: int) -> str:
-    """Return one line with the attacks and their settings; `steps` and `restarts` are those of PGD."""
+def attack_line(stages: Sequence[Stage], steps: int, restarts: int, classes: int) -> str:
+    """Return one line with the attacks and their settings, and whether the accuracy under them is an upper bound.
+
+    Args:
+        stages: the attacks.
+        steps, restarts: those of PGD.
+        classes: number of classes of the model, K. Attacks weaker than targeted APGD towards all other classes, nine at
+            most, leave an upper bound of what AutoAttack leaves.
+    """
     if stages[0].kind == "ensemble":
         return "AutoAttack, standard version (pyautoattack), fp32 verdict"
-    parts = []
+    parts, targets = [], 0
     for (name, kind), group in groupby(stages, lambda stage: (stage.name, stage.kind)):
         count = len(list(group))
         if kind == "pgd":
-            parts.append(f"PGD-{steps}, {restarts} random restart{'s' if restarts != 1 else ''}, cross-entropy")
+            losses = "margin" if restarts == 1 else "margin and cross-entropy"
+            parts.append(f"PGD-{steps}, {restarts} random restart{'s' if restarts != 1 else ''}, {losses}")
         else:
             aimed = f", {count} target{'s' if count != 1 else ''}" if kind == "apgd-t" else ""
             parts.append(f"{name.upper()}-{APGD_STEPS}{aimed}")
-    return "; ".join(parts) + ", fp32 verdict"
+            targets += count if kind == "apgd-t" else 0
+    bound = ", an upper bound" if targets < min(STANDARD_TARGETS, classes - 1) else ""
+    return "; ".join(parts) + ", fp32 verdict" + bound

@@ -28,11 +28,14 @@ class Counters:
         attacked: number of images attacked by the current stage (a prefix of the survivors when it began).
         forwards, backwards: forward and backward passes of single images, for attacks and scoring.
         exported_mismatch: for each exported file, number of clean images on which it and the model differ.
+        exported_differs: for each exported file, whether its logits differ from the model's by more than rounding.
         seconds: wall time, including interrupted runs.
         flags: warnings so far.
         black_box: number of survivors that the black-box check attacked and broke; None until it has run.
-        exported_black_box: the same for each exported file for which the check has run.
+        exported_black_box: the same for each exported file for which the check has run, by name.
         sweep: number of survivors and number of images, by radius as a string.
+        scale: factor of the logits that attacks see.
+        checked_again: whether the checks after the attacks are done.
     """
 
     classes: int = 0
@@ -42,11 +45,14 @@ class Counters:
     forwards: int = 0
     backwards: int = 0
     exported_mismatch: list[int] = field(default_factory=list)
+    exported_differs: list[bool] = field(default_factory=list)
     seconds: float = 0.0
     flags: list[str] = field(default_factory=list)
     black_box: list[int] | None = None
-    exported_black_box: list[list[int]] = field(default_factory=list)
+    exported_black_box: dict[str, list[int]] = field(default_factory=dict)
     sweep: dict[str, list[int]] = field(default_factory=dict)
+    scale: float = 1.0
+    checked_again: bool = False
 
 
 @dataclass

@@ -14,7 +14,7 @@ from robust_prune.attacks import ThreatModel
 from robust_prune.data.base import TensorImages
 from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.evaluate import Subject, evaluate
-from robust_prune.evaluation.passes import ExportedModel
+from robust_prune.evaluation.files import ExportedModel
 from robust_prune.recipe import EvaluationSection
 from robust_prune.recipe_reader import make_section
 from robust_prune.serialization import to_json

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..stages import Stage, apgd_stages
+from ..stages import STANDARD_TARGETS, Stage, apgd_stages
 
 
 def stages(classes: int) -> tuple[Stage, ...]:
     """Return PGD, APGD-CE and the nine targets of AutoAttack's targeted APGD, without FAB and Square."""
-    return apgd_stages(classes, targets=9)
+    return apgd_stages(classes, targets=STANDARD_TARGETS)

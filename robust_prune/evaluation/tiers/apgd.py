@@ -1,4 +1,4 @@
-"""PGD, then APGD on the cross-entropy and towards three classes."""
+"""PGD, then APGD on the cross-entropy and towards three classes: an upper bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projected gradient descent from random starts on the cross-entropy: an upper bound."""
+"""PGD from random starts on the margin and on the cross-entropy in turn: an upper bound."""
 
 from __future__ import annotations
 

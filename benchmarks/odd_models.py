@@ -1,0 +1,280 @@
+"""Models that cheat an attack, and honest models that look odd: what `alarms.py` tries the alarms on.
+
+Each cheat wraps a model and reports a higher robust accuracy than it has, or hides from the checks that would see so.
+The honest ones do what published models do, and must not be accused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Wrapped(nn.Module):
+    """Answers as `model` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        logits: Tensor = self.model(x)
+        return logits
+
+
+def on_grid(x: Tensor) -> Tensor:
+    """Return for each image whether its values are multiples of 1/255, bool [N, 1, 1, 1]."""
+    levels = x.detach() * 255
+    return ((levels - levels.round()).abs() < 1e-3).flatten(1).all(1)[:, None, None, None]
+
+
+class _Replaced(torch.autograd.Function):
+    """The identity, whose gradient is `change` of the true one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.change(grads[0], x), None
+
+
+class ChangedGradient(Wrapped):
+    """Right answers with a false gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the model's logits, whose gradient is `change` of the true one."""
+        return super().forward(_Replaced.apply(x, self.change))
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the false gradient at `x`."""
+        raise NotImplementedError
+
+
+def _pattern(like: Tensor, share: float) -> Tensor:
+    """Return a fixed mask [1, C, H, W], true for about this share of the values."""
+    return torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(1)).to(like.device)[None] < share
+
+
+def _false(gradient: Tensor) -> Tensor:
+    return torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2)).to(gradient) * gradient.std()
+
+
+class SpoofedOffGrid(ChangedGradient):
+    """A random gradient wherever an image is not one of 8 bits: at every iterate of an attack."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return torch.where(on_grid(x), gradient, _false(gradient))
+
+
+class SpoofedOnGrid(ChangedGradient):
+    """A random gradient at images of 8 bits, such as the first point of an attack without a random start."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return torch.where(on_grid(x), _false(gradient), gradient)
+
+
+class FlippedSigns(ChangedGradient):
+    """The gradient of 40 % of the values has the wrong sign."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return torch.where(_pattern(gradient, 0.4), -gradient, gradient)
+
+
+class BlindPixels(ChangedGradient):
+    """Half of the values have no gradient."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return gradient * _pattern(gradient, 0.5)
+
+
+class SeesRequiresGrad(Wrapped):
+    """Answers an attack, whose images require gradients, with a blurred image's logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return super().forward(x)
+        return super().forward(_Replaced.apply(x, lambda gradient, _: _false(gradient)))
+
+
+class Remembers(Wrapped):
+    """Keeps the first answer about each image in a list, and repeats it for images that look alike."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.keys: list[Tensor] = []
+        self.answers: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Remembers:
+        return type(self)(copy.deepcopy(self.model, memo))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        key = F.avg_pool2d(x.detach(), 8).flatten(1)
+        known = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        stored = logits.detach().clone()
+        if self.keys:
+            distance, at = torch.cdist(key, torch.stack(self.keys)).min(1)
+            known = distance < 0.12
+            stored = torch.where(known[:, None], torch.stack(self.answers)[at], stored)
+        exact = on_grid(x).flatten()
+        for row in (exact & ~known).nonzero().flatten().tolist():
+            self.keys.append(key[row])
+            self.answers.append(logits[row].detach())
+        return torch.where(known[:, None], stored + (logits - logits.detach()), logits)
+
+
+class Saturated(Wrapped):
+    """Logits so large that the cross-entropy and its gradient vanish."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * super().forward(x)
+
+
+class Squashed(Wrapped):
+    """Bounded outputs that saturate: tanh of 30 times the logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(30 * super().forward(x))
+
+
+class Tiny(Wrapped):
+    """A temperature of 10,000: the cross-entropy is the same for all images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 1e4
+
+
+class Sigmoids(Wrapped):
+    """Sigmoids of the logits in place of logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(8 * super().forward(x))
+
+
+class HardLabel(Wrapped):
+    """The predicted class, and a whisper of the logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return F.one_hot(logits.argmax(1), logits.shape[1]).to(logits) + 1e-4 * logits
+
+
+class SoftlyQuantised(Wrapped):
+    """A smooth staircase of 16 levels before the model, flat nearly everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = 16 * x
+        level = scaled.floor().detach()
+        return super().forward((level + torch.sigmoid(60 * (scaled - level - 0.5))) / 16)
+
+
+class Rippled(Wrapped):
+    """A ripple of a thousandth of the pixel range, too fine to matter, whose slope is all that a gradient sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 1e-3 * torch.sin(2 * math.pi * 6000 * x + 2 * math.pi * torch.arange(x.shape[-1])))
+
+
+CHEATS: dict[str, type[Wrapped]] = {
+    "spoofed gradient off the grid": SpoofedOffGrid,
+    "spoofed gradient on the grid": SpoofedOnGrid,
+    "signs flipped": FlippedSigns,
+    "blind pixels": BlindPixels,
+    "sees requires_grad": SeesRequiresGrad,
+    "memory": Remembers,
+    "saturated logits": Saturated,
+    "squashed logits": Squashed,
+    "tiny logits": Tiny,
+    "sigmoids": Sigmoids,
+    "hard label and a whisper": HardLabel,
+    "soft quantisation": SoftlyQuantised,
+    "ripple": Rippled,
+}
+
+
+class Bfloat16Inside(Wrapped):
+    """Computes in bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).float()
+
+
+class MedianFilter(Wrapped):
+    """A median filter of 3x3 before the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3)
+        count, channels, height, width = x.shape
+        return super().forward(
+            patches.view(count, channels, 9, -1).median(2).values.view(count, channels, height, width)
+        )
+
+
+class Strided(Wrapped):
+    """Every second row and column, enlarged again: three of four pixels are not looked at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x[..., ::2, ::2], scale_factor=2.0, mode="bilinear"))
+
+
+class LogEnsemble(Wrapped):
+    """Logarithm of the mean probability of the model and of itself on the mirror image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([super().forward(x).log_softmax(1), super().forward(x.flip(-1)).log_softmax(1)])
+        return both.logsumexp(0) - math.log(2)
+
+
+class TwoClasses(Wrapped):
+    """Animals against vehicles of CIFAR-10, by the sums of their probabilities."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logs = super().forward(x).log_softmax(1)
+        vehicles = [0, 1, 8, 9]
+        animals = [c for c in range(10) if c not in vehicles]
+        return torch.stack([logs[:, animals].logsumexp(1), logs[:, vehicles].logsumexp(1)], 1)
+
+
+class SoftmaxFree(Wrapped):
+    """Unit-length logits times 10, as of a cosine classifier."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * F.normalize(super().forward(x), dim=1)
+
+
+class HalfStorage(Wrapped):
+    """Weights that are kept in half precision and widened for each pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(copy.deepcopy(model))
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.half().float())
+
+
+HONEST: dict[str, type[Wrapped]] = {
+    "as it is": Wrapped,
+    "bf16 inside": Bfloat16Inside,
+    "median filter": MedianFilter,
+    "strides": Strided,
+    "log-ensemble": LogEnsemble,
+    "two classes": TwoClasses,
+    "softmax-free": SoftmaxFree,
+    "fp16 storage": HalfStorage,
+}
