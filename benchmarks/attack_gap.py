@@ -3,10 +3,10 @@
     python benchmarks/attack_gap.py --images 1000
 
 The demo is pruned by half, three quarters and 86 % of its MACs and fine-tuned for one pass over 15,000, 25,000 and
-35,000 images of CIFAR-10. Each model is attacked by PGD on the margin and the cross-entropy (the default), by PGD on the
-cross-entropy twice (the default until November 2026, with the same number of steps) and by `aa-fast`, on the same test
-images. Results are written after each model, and the same command goes on with the missing ones; the models are kept in
-`--work`.
+35,000 images of CIFAR-10. Each model is attacked by PGD on the margin and the cross-entropy (the default), by PGD on
+the cross-entropy twice (the default until November 2026, with the same number of steps) and by `aa-fast`, on the same
+test images. Results are written after each model, and the same command goes on with the missing ones; the models are
+kept in `--work`.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def table(result: dict[str, Any]) -> str:
     """Return the Markdown table."""
     count, environment = result["images"], result["environment"]
     lines = [
-        f"# Gap of the default attack to aa-fast\n\n`benchmarks/attack_gap.py`, {count:,} test images of CIFAR-10, Linf "
-        f"8/255, {environment['cpu']}; in percent, gaps in points with the paired 95 % interval over images. Passes: backward "
-        "passes of single images, in thousands.\n",
-        "| MACs removed | clean | cross-entropy twice | margin and cross-entropy (default) | aa-fast | gap, "
-        "cross-entropy twice | gap, default | passes: twice, default, aa-fast |",
+        f"# Gap of the default attack to aa-fast\n\n`benchmarks/attack_gap.py`, {count:,} test images of CIFAR-10, "
+        f"Linf 8/255, {environment['cpu']}; in percent, gaps in points with the paired 95 % interval over images. Passes: "
+        "backward passes of single images, in thousands.\n",
+        "| MACs removed | clean | cross-entropy twice | margin and cross-entropy (default) | aa-fast "
+        "| gap, cross-entropy twice | gap, default | passes: twice, default, aa-fast |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(result["rows"], key=lambda row: row["ratio"]):

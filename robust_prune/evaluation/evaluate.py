@@ -220,16 +220,16 @@ def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
         right = (Accuracy(int(found[index].sum()), total) for found in (state.exported_clean, state.exported_robust))
         exported[name] = ExportedAccuracy(*right)
         flags += exported_flags(
-            name, counters.exported_mismatch[index], total, robust.correct, exported[name].robust.correct
-        )
+            name, counters.exported_mismatch[index], total, robust.correct, exported[name].robust.correct,
+            same=not counters.exported_differs[index],
+        )  # fmt: skip
         if name in counters.exported_black_box and not counters.exported_differs[index]:
             flags += black_box_flags(f"the {name} file's torch model", *counters.exported_black_box[name])
     stages = stages_of(request.section.tier, counters.classes)
-    attack = attack_line(stages, request.section.steps, request.section.restarts, counters.classes)
+    section = request.section
+    attack = attack_line(stages, section.steps, section.restarts, counters.classes, request.precision)
     if request.threat.epsilon == 0:
         attack = "none: epsilon is 0"
-    elif request.precision == "bf16" and stages[0].kind != "ensemble":
-        attack += ", bf16 gradients"
     return ResultCard(
         model=subject.model, data=subject.data, split=subject.split, tier=request.section.tier, attack=attack,
         threat=request.threat, clean=clean, robust=robust, flags=tuple(dict.fromkeys(flags)),

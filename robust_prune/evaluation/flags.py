@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ThreatModel, pgd
+from ..attacks.objectives import margin
 from ..errors import UsageError
 from ..introspect.fingerprint import buffers_hash
 from ..models.normalization import Normalization, NormalizedClassifier, published_normalizations
 from .gradient_test import gradient_flags
+from .scoring import WorstPoint
 
 CHECK_IMAGES = 64
 ALONE_IMAGES = 8
@@ -238,7 +240,8 @@ def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
         right = model(x).argmax(dim=1) == y
     if not bool(right.any()):
         return []
-    points = pgd(model, x, y, threat, steps=LARGE_STEPS, generator=torch.Generator().manual_seed(0))
+    generator, objective = torch.Generator().manual_seed(0), WorstPoint(y, margin)
+    points = pgd(model, x, y, threat, steps=LARGE_STEPS, generator=generator, objective=objective)
     with torch.no_grad():
         share = (right & (model(points).argmax(dim=1) == y)).float().mean().item()
     if share > LARGE_SHARE:
@@ -302,20 +305,31 @@ def sweep_flags(accuracy: Mapping[float, float]) -> list[str]:
     return []
 
 
-def exported_flags(name: str, mismatch: int, total: int, robust: int, exported_robust: int) -> list[str]:
+def exported_flags(
+    name: str, mismatch: int, total: int, robust: int, exported_robust: int, *, same: bool = True
+) -> list[str]:
     """Return warnings if exported file and torch model differ on over 0.5 % of clean images or by over 1 robust point.
+
+    A file that computes something else may well be less robust than the model; if it is more robust, the attacks have
+    missed its own weaknesses.
 
     Args:
         name: name of the file, such as its precision.
         mismatch: number of clean images that the two classify differently.
         total: number of images.
         robust, exported_robust: number of images on which the torch model and the file survive.
+        same: whether the file computes what the model computes, up to rounding.
     """
     flags = []
     if mismatch > EXPORTED_CLEAN_SHARE * total:
         share = 100 * mismatch / total
         flags.append(f"The {name} file and the torch model disagree on {share:.1f} % of clean images (limit 0.5 %).")
-    gap = 100 * abs(robust - exported_robust) / total
+    gap = 100 * (exported_robust - robust) / total
     if gap > EXPORTED_ROBUST_POINTS:
-        flags.append(f"The {name} file's robust accuracy is {gap:.1f} points off the torch model's (limit 1).")
+        flags.append(
+            f"The {name} file's robust accuracy is {gap:.1f} points above the torch model's (limit 1): attacks made "
+            "for the model flatter the file."
+        )
+    elif same and -gap > EXPORTED_ROBUST_POINTS:
+        flags.append(f"The {name} file's robust accuracy is {-gap:.1f} points below the torch model's (limit 1).")
     return flags

@@ -65,7 +65,7 @@ def stages_of(tier: str, classes: int) -> tuple[Stage, ...]:
     return found
 
 
-def attack_line(stages: Sequence[Stage], steps: int, restarts: int, classes: int) -> str:
+def attack_line(stages: Sequence[Stage], steps: int, restarts: int, classes: int, precision: str = "fp32") -> str:
     """Return one line with the attacks and their settings, and whether the accuracy under them is an upper bound.
 
     Args:
@@ -73,6 +73,7 @@ def attack_line(stages: Sequence[Stage], steps: int, restarts: int, classes: int
         steps, restarts: those of PGD.
         classes: number of classes of the model, K. Attacks weaker than targeted APGD towards all other classes, nine at
             most, leave an upper bound of what AutoAttack leaves.
+        precision: precision of the gradients, named unless it is fp32.
     """
     if stages[0].kind == "ensemble":
         return "AutoAttack, standard version (pyautoattack), fp32 verdict"
@@ -87,4 +88,5 @@ def attack_line(stages: Sequence[Stage], steps: int, restarts: int, classes: int
             parts.append(f"{name.upper()}-{APGD_STEPS}{aimed}")
             targets += count if kind == "apgd-t" else 0
     bound = ", an upper bound" if targets < min(STANDARD_TARGETS, classes - 1) else ""
-    return "; ".join(parts) + ", fp32 verdict" + bound
+    gradients = f", {precision} gradients" if precision != "fp32" else ""
+    return "; ".join(parts) + ", fp32 verdict" + gradients + bound
