@@ -109,8 +109,8 @@ def table(result: dict[str, Any]) -> str:
     count, environment = result["images"], result["environment"]
     lines = [
         f"# Gap of the default attack to aa-fast\n\n`benchmarks/attack_gap.py`, {count:,} test images of CIFAR-10, "
-        f"Linf 8/255, {environment['cpu']}; in percent, gaps in points with the paired 95 % interval over images. Passes: "
-        "backward passes of single images, in thousands.\n",
+        f"Linf 8/255, {environment['cpu']}; in percent, gaps in points with the paired 95 % interval over images. "
+        "Passes: backward passes of single images, in thousands.\n",
         "| MACs removed | clean | cross-entropy twice | margin and cross-entropy (default) | aa-fast "
         "| gap, cross-entropy twice | gap, default | passes: twice, default, aa-fast |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
