@@ -92,8 +92,12 @@ def _pattern(like: Tensor, share: float) -> Tensor:
     return torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(1)).to(like.device)[None] < share
 
 
+_NOISE = torch.Generator().manual_seed(2)
+
+
 def _false(gradient: Tensor) -> Tensor:
-    return torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2)).to(gradient) * gradient.std()
+    # Another one each time: along a fixed direction an attack ends in a corner of the ball, which is on the grid again.
+    return torch.randn(gradient.shape, generator=_NOISE).to(gradient) * gradient.std()
 
 
 class SpoofedOffGrid(ChangedGradient):
@@ -125,12 +129,10 @@ class BlindPixels(ChangedGradient):
 
 
 class SeesRequiresGrad(Wrapped):
-    """Answers an attack, whose images require gradients, with a blurred image's logits."""
+    """Answers an attack, whose images require gradients, with the logits of the mirror image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return super().forward(x)
-        return super().forward(_Replaced.apply(x, lambda gradient, _: _false(gradient)))
+        return super().forward(x.flip(-1) if x.requires_grad else x)
 
 
 class Remembers(Wrapped):

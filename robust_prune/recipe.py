@@ -248,9 +248,10 @@ class BenchSection(Section):
     """Numbers of intra-op threads."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """ONNX Runtime execution provider; a fallback to another provider is an error."""
-    kinds: tuple[Literal["host", "device", "graph"], ...] = Field(("host",), min_length=1)
+    kinds: tuple[Literal["host", "device", "graph", "defaults"], ...] = Field(("host", "defaults"), min_length=1)
     """Transfer of inputs and outputs: arrays (`host`), device memory (`device`), or device memory and a CUDA graph
-    (`graph`, on GPU providers)."""
+    (`graph`, on GPU providers). `defaults` is `host` with the number of threads that ONNX Runtime takes by itself, as
+    in a program that sets nothing."""
     seconds: float = Field(20.0, gt=0)
     """Seconds of timed runs, over all files, for each combination of batch size, threads and kind."""
 

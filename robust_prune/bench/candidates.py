@@ -15,7 +15,7 @@ from ..data.base import ImageSet
 from ..exporters.onnx import export_model
 from ..models.spec import ModelSpec
 from ..recipe import BenchSection, Recipe
-from .latency import run_section
+from .latency import DEFAULTS, run_section
 from .types import LatencyTable
 
 SECONDS_SHARE = 0.5
@@ -74,8 +74,13 @@ class CandidateClock:
 
 def conditions(bench: BenchSection) -> str:
     """Return the conditions of a latency budget, e.g. ``batch 1, 1 thread, cpu``."""
-    threads = bench.threads[0]
-    return f"batch {bench.batches[0]}, {threads} thread{'' if threads == 1 else 's'}, {bench.provider}"
+    threads = _threads(bench)
+    counted = f"{threads} thread{'' if threads == 1 else 's'}" if threads else "ONNX Runtime's own threads"
+    return f"batch {bench.batches[0]}, {counted}, {bench.provider}"
+
+
+def _threads(bench: BenchSection) -> int:
+    return 0 if bench.kinds[0] == DEFAULTS else bench.threads[0]
 
 
 def missed(table: LatencyTable, bench: BenchSection, ratio: float) -> str:
@@ -87,7 +92,7 @@ def missed(table: LatencyTable, bench: BenchSection, ratio: float) -> str:
         ratio: share of the latency to remove, in (0, 1).
     """
     for row in table.rows:
-        measured = (row.batch, row.threads, row.kind) == (bench.batches[0], bench.threads[0], bench.kinds[0])
+        measured = (row.batch, row.threads, row.kind) == (bench.batches[0], _threads(bench), bench.kinds[0])
         if row.label == "pruned" and measured and row.speedup is not None:
             kept = 1 / row.speedup.value
             if abs(kept / (1 - ratio) - 1) > TOLERANCE:

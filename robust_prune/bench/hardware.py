@@ -51,6 +51,18 @@ def state(provider: str) -> dict[str, Any]:
     return facts
 
 
+def load_per_core(facts: dict[str, Any]) -> float | None:
+    """Return the smaller of the loads before and after a measurement, for each core; None if they are not known.
+
+    What ran just before, such as a fine-tuning, is in the first for a minute; what runs beside is in both.
+
+    Args:
+        facts: what `describe` returned, with what `state` returned afterwards as ``after``.
+    """
+    before, after = facts.get("load_1_minute"), facts.get("after", {}).get("load_1_minute")
+    return None if before is None or after is None else min(before, after) / max(facts["cores"], 1)
+
+
 def load_average() -> float | None:
     """Return the number of runnable processes averaged over the last minute, or None if it is not available."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +26,9 @@ KINDS = {
     "host": "arrays in and out",
     "device": "inputs and outputs bound to the device's memory",
     "graph": "the same, replayed as a CUDA graph that was checked on two inputs",
+    "defaults": "arrays in and out, with ONNX Runtime's own number of threads, which spin",
 }
+DEFAULTS = "defaults"
 SECONDS_BUDGET = 20.0
 PERCENT = 100
 
@@ -52,7 +55,8 @@ def run(
         threads: numbers of intra-op threads, each >= 1.
         provider: execution provider: ``cpu``, ``cuda`` or ``tensorrt``; a fallback to another one is an error.
         kinds: kinds of rows: ``host`` (arrays in and out), ``device`` (inputs and outputs bound to device memory) or
-            ``graph`` (the same, replayed as a CUDA graph that is checked on two inputs; GPU providers only).
+            ``graph`` (the same, replayed as a CUDA graph that is checked on two inputs; GPU providers only), or
+            ``defaults`` (arrays in and out, with the threads that ONNX Runtime takes by itself; `threads` is not used).
         seconds_budget: seconds of timed runs over all batches, threads and kinds; at least 12 blocks of each are taken.
         seed: random seed of the order and of the input images.
         energy: whether to read GPU energy from NVML's counter, during three seconds of runs of each model.
@@ -66,7 +70,11 @@ def run(
     _check(paths, batches, threads, provider, kinds, energy)
     before = hardware.describe(provider)
     arms = [Arm(label, path) for label, path in (*paths, (f"{paths[0][0]} (again)", paths[0][1]))]
-    shapes = [Shape(b, count, provider, kind) for kind, b, count in product(kinds, batches, threads)]
+    shapes = [
+        Shape(batch, count, provider, kind)
+        for kind, batch in product(kinds, batches)
+        for count in ((0,) if kind == DEFAULTS else threads)
+    ]
     rows: list[LatencyRow] = []
     floors: dict[str, Interval] = {}
     with track("Latency", total=PERCENT * len(shapes)) as advance:
@@ -83,6 +91,8 @@ def run(
             floors[describe(shape)] = floor = paired_ratio(samples[0].seconds, samples[-1].seconds, seed)
             rows += _rows(arms[:-1], shape, samples, floor, seed)
     environment = {**before, "after": hardware.state(provider)}
+    load = hardware.load_per_core(environment)
+    rows = [replace(row, load_per_core=load) for row in rows]
     return LatencyTable(tuple(rows), floors, environment, _protocol(provider, kinds))
 
 
@@ -96,6 +106,8 @@ def run_section(files: Sequence[tuple[str, str | Path]], section: BenchSection, 
 
 def describe(shape: Shape) -> str:
     """Return the conditions in words, e.g. ``batch 1 x 2 threads``, which is the key of the noise floor."""
+    if shape.kind == DEFAULTS:
+        return f"batch {shape.batch}, ONNX Runtime's defaults"
     kind = "" if shape.kind == "host" else f" ({shape.kind})"
     return f"batch {shape.batch} x {shape.threads} thread{'' if shape.threads == 1 else 's'}{kind}"
 
@@ -190,10 +202,11 @@ def _rows(
 
 def _protocol(provider: str, kinds: Sequence[str]) -> str:
     memory = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
+    spinning = "" if tuple(kinds) == (DEFAULTS,) else "no spinning threads, "
     search = "; exhaustive cuDNN search, TF32 allowed" if provider == "cuda" else ""
     return (
-        f"Time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, no spinning "
-        "threads, warmed up until stable, visited in random blocks, the first file twice (A/A), processes started up "
+        f"Time on {PROVIDERS[provider]} ({memory}{search}), batch fixed, one process a model, {spinning}warmed up "
+        "until stable, visited in random blocks, the first file twice (A/A), processes started up "
         f"to {LAUNCHES} times; medians and paired ratios with 95 % bootstrap intervals over launches and blocks"
     )
 
@@ -223,7 +236,7 @@ def _latency_table(table: LatencyTable, left_out: Sequence[str], widest_name: in
     for name, _ in columns:
         view.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
-        view.add_row(escape(row.label + ("*" if row.noisy else "")), *(escape(cell(row)) for _, cell in columns))
+        view.add_row(escape(row.label + ("*" if row.doubts else "")), *(escape(cell(row)) for _, cell in columns))
     return view
 
 
@@ -233,7 +246,7 @@ def _columns(table: LatencyTable) -> list[tuple[str, bool, Callable[[LatencyRow]
     energy = any(row.millijoules_per_image is not None for row in table.rows)
     return [
         ("batch", True, lambda row: str(row.batch)),
-        ("threads", len({row.threads for row in table.rows}) > 1, lambda row: str(row.threads)),
+        ("threads", len({row.threads for row in table.rows}) > 1, lambda row: str(row.threads or "own")),
         ("kind", len({row.kind for row in table.rows}) > 1, lambda row: row.kind),
         ("p50 ms [95 %]", True, lambda row: f"{_short(row.p50_ms)} [{_short(row.p50_low)}, {_short(row.p50_high)}]"),
         (f"p{tail} ms", bool(tail), lambda row: _short(getattr(row, f"p{tail}_ms"))),
@@ -264,10 +277,11 @@ def speedup_text(row: LatencyRow) -> str:
 def _caption(table: LatencyTable) -> str:
     counts = {row.threads for row in table.rows}
     floors = (f"{key}: {v:.3f} [{low:.3f}, {high:.3f}]" for key, (v, low, high) in table.noise_floor.items())
+    counts.discard(0)
     threads = "".join(f", {n} thread{'' if n == 1 else 's'}" for n in counts) if len(counts) == 1 else ""
     where = sorted({f"{row.provider.removesuffix('ExecutionProvider')} {row.kind}" for row in table.rows})
-    noisy = any(row.noisy for row in table.rows)
-    advice = "\n* noisy: the first file differs from itself. Measure again on a quiet machine." if noisy else ""
+    doubts = dict.fromkeys(doubt for row in table.rows for doubt in row.doubts)
+    advice = f"\n* in doubt: {'; '.join(doubts)}. Measure again on a quiet machine." if doubts else ""
     return f"{', '.join(where)} time{threads}. Noise floor (A/A): {'; '.join(floors)}.{_memory(table)}{advice}"
 
 

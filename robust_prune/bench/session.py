@@ -57,7 +57,8 @@ def open_session(path: Path, provider: str, threads: int, batch: int, *, graph: 
     Args:
         path: the ONNX file.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
-        threads: number of intra-op threads, >= 1; they do not spin, so that an idle session does not slow down others.
+        threads: number of intra-op threads; they do not spin, so that an idle session does not slow down others. 0
+            leaves threads and spinning to ONNX Runtime.
         batch: fixed value of a dynamic batch size, so that arithmetic on shapes is folded and does not run on the CPU.
         graph: whether runs on bound memory are captured in a CUDA graph and replayed.
 
@@ -148,10 +149,11 @@ def example(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
 def _options(ort: Any, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    for key in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
-        options.add_session_config_entry(key, "0")
+    if threads:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        for key in ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"):
+            options.add_session_config_entry(key, "0")
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options

@@ -9,6 +9,9 @@ from rich.console import RenderableType
 
 from ..shown import Shown
 
+UNSTEADY = 1.5
+"""Ratio of the 90th percentile to the median above which times are in doubt; on a quiet machine it is about 1.05."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -34,9 +37,10 @@ class LatencyRow:
         label: name of the file in tables, e.g. ``dense`` or ``pruned``.
         path: path of the ONNX file.
         provider: execution provider, as verified.
-        kind: ``host`` (arrays in and out), ``device`` (I/O binding) or ``graph`` (I/O binding and a CUDA graph).
+        kind: ``host`` (arrays in and out), ``device`` (I/O binding), ``graph`` (I/O binding and a CUDA graph) or
+            ``defaults`` (arrays in and out, with the threads that ONNX Runtime takes by itself).
         batch: number of images in a run.
-        threads: number of intra-op threads.
+        threads: number of intra-op threads; 0 for ONNX Runtime's own choice.
         samples: number of timed runs.
         p50_ms: median time of one run in milliseconds.
         p50_low: lower end of its 95 % bootstrap interval in milliseconds.
@@ -52,6 +56,8 @@ class LatencyRow:
         gpu_memory_mib: GPU memory of this process in MiB; None on a CPU or if NVML does not report it.
         millijoules_per_image: energy of all GPUs for one image in millijoules, idle power included; None if it was not
             measured.
+        load_per_core: number of runnable processes for each core, averaged over a minute, before or after the
+            measurement, whichever is smaller; None if the system does not tell.
     """
 
     label: str
@@ -74,6 +80,19 @@ class LatencyRow:
     memory_mib: float | None = None
     gpu_memory_mib: float | None = None
     millijoules_per_image: float | None = None
+    load_per_core: float | None = None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons to measure this row again on a quiet machine, one clause each."""
+        found = []
+        if self.noisy:
+            found.append("the first file differs from itself")
+        if self.p90_ms is not None and self.p90_ms > UNSTEADY * self.p50_ms:
+            found.append(f"every tenth run takes {self.p90_ms / self.p50_ms:.1f} times the median or more")
+        if self.load_per_core is not None and self.load_per_core > 1:
+            found.append(f"the machine had {self.load_per_core:.1f} running processes for each core")
+        return tuple(found)
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,8 +27,8 @@ STALE_SHARE = 0.25
 
 
 def runner(session: Any, name: str, images: Any, kind: str, device: str) -> Callable[[], Any]:
-    """Return the function to time: ``host`` passes arrays in and out, other kinds run on bound memory of `device`."""
-    if kind == "host":
+    """Return the function to time: on arrays for the kinds ``host`` and ``defaults``, else on memory of `device`."""
+    if kind in ("host", "defaults"):
         return lambda: session.run(None, {name: images})
     return bound(session, name, images, device)[0]
 

@@ -30,9 +30,10 @@ def bench(
         str,
         Parameter(
             group=MEASUREMENT,
-            help="Kinds of runs, separated by commas: host, device (inputs bound to GPU memory), graph (CUDA graph).",
+            help="Kinds of runs, separated by commas: host, device (inputs bound to GPU memory), graph (CUDA graph), "
+            "defaults (ONNX Runtime's own threads).",
         ),
-    ] = "host",
+    ] = "host,defaults",
     energy: Annotated[
         bool,
         Parameter(

@@ -79,10 +79,11 @@ def _speed(run: RunReport, before: ModelRow, after: ModelRow) -> str:
     row = find_latency(after, keys[0]) if keys else None
     if row is None or row.speedup is None:
         return ""
-    where = f"at batch {row.batch} on {row.threads} thread{'s' if row.threads != 1 else ''} of this machine"
+    threads = f"{row.threads} thread{'s' if row.threads != 1 else ''}" if row.threads else "ONNX Runtime's own threads"
+    where = f"at batch {row.batch} on {threads} of this machine"
     if row.speedup.verdict == "no difference":
         return f"Its latency {where} cannot be told apart from the {before.label} model's."
-    doubt = "; the measurement was noisy and should be repeated" if row.noisy else ""
+    doubt = f"; in doubt, since {' and '.join(row.doubts)}: measure it again" if row.doubts else ""
     return (
         f"It is {row.speedup.value:.2f} times as fast {where} "
         f"(95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f}{doubt})."
@@ -100,7 +101,7 @@ def _further(run: RunReport, model: ModelRow) -> str:
     speed = (
         f"cannot be told apart in latency from the {first} one"
         if row.speedup.verdict == "no difference"
-        else f"is {row.speedup.value:.2f} times as fast as the {first} one"
+        else f"is {row.speedup.value:.2f} times as fast as the {first} one{' (in doubt)' if row.doubts else ''}"
     )
     return (
         f"The {model.label} file {speed} at batch {row.batch} and classifies {text.percent(robust.value)} of the "
@@ -132,9 +133,10 @@ def warnings(run: RunReport) -> list[str]:
         if model.onnx and not model.onnx.parity.passed:
             found.append(f"{model.label}: the ONNX file failed its parity gate.")
         found += [
-            f"{model.label}: the latency at batch {row.batch} is noisy (the A/A check left 1); measure it again."
+            f"{model.label}: the latency at batch {row.batch} is in doubt, since {' and '.join(row.doubts)}; measure "
+            "it again."
             for row in model.latency
-            if row.noisy
+            if row.doubts
         ]
     if run.plan and run.plan.note:
         found.append(f"Budget: {run.plan.note}")

@@ -113,21 +113,29 @@ def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Li
             continue
         digits = text.decimals(row.p50_ms)
         change = text.speedup(row.speedup) if position else ""
-        cells.append(Cell(f"{row.p50_ms:.{digits}f}", text.span(row.p50_low, row.p50_high, digits), change))
+        cells.append(
+            Cell(f"{row.p50_ms:.{digits}f}{doubted(row)}", text.span(row.p50_low, row.p50_high, digits), change)
+        )
     detail = f"median, batch {batch}, {_threads(threads)}, {provider.removesuffix('ExecutionProvider')}, {kind}"
     return Line(f"Latency {_short_latency(key, keys)}, ms", "Latency", detail, " ms", tuple(cells))
+
+
+def doubted(row: LatencyRow) -> str:
+    """Return a star for a latency that should be measured again; `caption` says why."""
+    return "*" if row.doubts else ""
 
 
 def _short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
     """Return a short name of the conditions that differ between measurements, e.g. ``b32 t2``."""
     _, kind, batch, threads = key
-    many_threads = len({k[3] for k in keys}) > 1
-    many_kinds = len({k[1] for k in keys}) > 1
-    return f"b{batch}" + (f" t{threads}" if many_threads else "") + (f" {kind}" if many_kinds else "")
+    kinds = {k[1] for k in keys}
+    many_threads = len({k[3] for k in keys if k[3]}) > 1
+    named = len(kinds) > 1 and (kind != "host" or kinds != {"host", "defaults"})
+    return f"b{batch}" + (f" t{threads}" if many_threads and threads else "") + (f" {kind}" if named else "")
 
 
 def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count != 1 else ''}"
+    return f"{count} thread{'s' if count != 1 else ''}" if count else "ONNX Runtime's own threads (defaults)"
 
 
 def _accuracy_line(
@@ -159,6 +167,8 @@ def caption(run: RunReport) -> str:
         threads = ", ".join(_threads(t) for t in dict.fromkeys(row.threads for row in rows))
         providers = ", ".join(dict.fromkeys(row.provider.removesuffix("ExecutionProvider") for row in rows))
         sentences.append(f"Latency: median, ONNX Runtime {providers}, {threads}.")
+    if doubts := dict.fromkeys(doubt for row in rows for doubt in row.doubts):
+        sentences.append(f"* in doubt: {'; '.join(doubts)}.")
     if card or rows:
         sentences.append("Brackets: 95 % intervals.")
     return " ".join(sentences)
@@ -199,7 +209,7 @@ def wide_rows(run: RunReport, brief: bool = False) -> list[list[Cell]]:
                 continue
             digits = text.decimals(found.p50_ms)
             faster = text.short_speedup(found.speedup) if brief else text.speedup(found.speedup)
-            row.append(Cell(f"{found.p50_ms:.{digits}f}", "", faster if position else ""))
+            row.append(Cell(f"{found.p50_ms:.{digits}f}{doubted(found)}", "", faster if position else ""))
         row += [_accuracy_cell(model.onnx_clean or (model.card.clean if model.card else None))]
         row += [_accuracy_cell(model.onnx_robust or (model.card.robust if model.card else None))]
         rows.append(row)

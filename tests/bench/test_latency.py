@@ -6,7 +6,9 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import psutil
@@ -14,7 +16,7 @@ import pytest
 from builders.bench_sample import classifier, left_over
 from rich.console import Console
 
-from robust_prune.bench import latency, sampler, statistics
+from robust_prune.bench import hardware, latency, sampler, session, statistics
 from robust_prune.bench.latency import render_latency, run
 from robust_prune.bench.sampler import Arm, Shape
 from robust_prune.bench.types import LatencyRow, LatencyTable, Ratio
@@ -82,7 +84,49 @@ def test_the_printed_table_fits_80_columns_and_says_none_inside_the_noise_floor(
         assert text in shown, shown
     assert "p99 ms" not in shown and "…" not in shown
     assert "CPU host time, 1 thread. Noise floor (A/A): batch 1 x 1 thread: 1.100 [1.000," in " ".join(shown.split())
-    assert "* noisy" in shown
+    assert "* in doubt: the first file differs from itself" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"p90_ms": 3.1}, "every tenth run takes 1.6 times the median or more"),
+        ({"noisy": True}, "the first file differs from itself"),
+        ({"load_per_core": 3.5}, "the machine had 3.5 running processes for each core"),
+    ],
+)
+def test_a_row_in_doubt_says_why(changes: dict[str, Any], reason: str) -> None:
+    sound = LatencyRow(
+        "dense", "x", "CPUExecutionProvider", "host", 1, 1, 700, 2.0, 1.9, 2.1, 2.9, 2.9, 3.0, 500, None, False,
+        load_per_core=0.9,
+    )  # fmt: skip
+    assert sound.doubts == ()
+    doubted = replace(sound, **changes)
+    assert doubted.doubts == (reason,)
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_latency(LatencyTable((doubted,), {}, {}, "")))
+    assert "dense*" in out.getvalue() and reason in " ".join(out.getvalue().split())
+
+
+def test_the_load_is_that_beside_the_measurement_not_that_of_what_ran_before() -> None:
+    def facts(before: float | None, after: float | None) -> dict[str, Any]:
+        return {"cores": 2, "load_1_minute": before, "after": {"load_1_minute": after}}
+
+    assert hardware.load_per_core(facts(5.0, 1.0)) == 0.5
+    assert hardware.load_per_core(facts(5.0, 7.0)) == 2.5
+    assert hardware.load_per_core(facts(None, 7.0)) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_onnx_runtimes_defaults_are_a_row_of_their_own(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    table = run([("a", path)], threads=(1, 2), kinds=("host", "defaults"), seconds_budget=0.2)
+    assert [(row.kind, row.threads) for row in table.rows] == [("host", 1), ("host", 2), ("defaults", 0)]
+    assert "batch 1, ONNX Runtime's defaults" in table.noise_floor
+    opened = session.open_session(path, "cpu", 0, 1)[0].get_session_options()
+    assert opened.intra_op_num_threads == 0
+    with pytest.raises(RuntimeError):
+        opened.get_session_config_entry("session.intra_op.allow_spinning")
 
 
 @pytest.mark.usefixtures("quick")

@@ -91,7 +91,7 @@ def test_warnings_are_shown_and_silence_the_all_clear() -> None:
     flagged = replace(run.models[1], card=card("pruned", 300, 200, flags=("Buffers moved.",)), latency=(noisy,))
     shown = Page(render(replace(run, models=(run.models[0], flagged)))).text
     assert "pruned: Buffers moved." in shown
-    assert "is noisy" in shown and "the measurement was noisy and should be repeated" in shown
+    assert "is in doubt, since the first file differs from itself" in shown and "measure it again)" in shown
     assert "No warning was raised" not in shown
     assert "Buffers moved." in to_markdown(replace(run, models=(run.models[0], flagged)))
 
