@@ -129,7 +129,7 @@ def evaluate(
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)
-    how = "at the same adversarial images" + (", and attacked directly" if card.tier != "pgd" else "")
+    how = "asked at the points of the attack on the model"
     for file in card.exported.values():
         console.print(f"ONNX clean       {file.clean}", markup=False)
         console.print(f"ONNX robust      {file.robust}   {how}", markup=False)
@@ -139,9 +139,7 @@ def evaluate(
         alarm(flag)
     warn(SAMPLE_NOTE if bundle.sample else "")
     if card.tier == "pgd" and threat.epsilon:
-        console.print(
-            "PGD reports some points too many; the same command with --tier aa-fast gives AutoAttack's result."
-        )
+        console.print("PGD gives an upper bound; the same command with --tier aa-fast gives AutoAttack's result.")
     if out is not None and state is not None:
         write_json(out, {**to_json(card), "environment": snapshot()})
         state.unlink(missing_ok=True)

@@ -86,7 +86,9 @@ def headline_lines(run: RunReport) -> list[Line]:
         _accuracy_line(run, "Clean acc.", "Clean accuracy", images, lambda m: m.card.clean if m.card else None),
         _accuracy_line(run, "Robust acc.", "Robust accuracy", attack, lambda m: m.card.robust if m.card else None),
         _accuracy_line(run, "ONNX clean", "ONNX file, clean", "the file itself", lambda m: m.onnx_clean),
-        _accuracy_line(run, "ONNX robust", "ONNX file, robust", "same attacked images", lambda m: m.onnx_robust),
+        _accuracy_line(
+            run, "ONNX robust", "ONNX file, robust", "asked at the points of the attack", lambda m: m.onnx_robust
+        ),
     ]
     return [line for line in lines if any(cell.value != text.NONE for cell in line.cells)]
 

@@ -70,6 +70,15 @@ def test_speed_inside_the_noise_floor_is_no_difference() -> None:
     assert [tile.value for tile in summary.tiles(run) if tile.name == "Speed"] == ["no difference"]
 
 
+def test_a_latency_in_doubt_has_a_star_and_a_reason() -> None:
+    run = sample_run()
+    row = replace(latency("pruned", 1, 1.9, Ratio(1.62, 1.58, 1.66, "faster")), load_per_core=3.5)
+    run = replace(run, models=(run.models[0], replace(run.models[1], latency=(row,))))
+    shown = headline_markdown(run)
+    assert "| 1.90* [" in shown and "* in doubt: the machine had 3.5 running processes for each core." in shown
+    assert any("in doubt, since the machine had 3.5" in sentence for sentence in summary.summary(run))
+
+
 def labels(run: RunReport) -> list[str]:
     return [line.split("|")[1].strip() for line in headline_markdown(run).splitlines()[2:] if line.startswith("|")]
 
@@ -78,7 +87,7 @@ def with_rows(*conditions: dict[str, Any]) -> RunReport:
     """The sample with the given latencies for both of its models."""
     run = sample_run()
     rows = [
-        tuple(replace(latency(model.label, 1, 2.0 + position, None), **found) for found in conditions)
+        tuple(replace(latency(model.label, 1, 2.0 + position, None), p90_ms=None, **found) for found in conditions)
         for position, model in enumerate(run.models)
     ]
     models = (replace(model, latency=found) for model, found in zip(run.models, rows, strict=True))
