@@ -12,6 +12,7 @@ model, and the same command goes on with the missing ones.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ VEHICLES = (0, 1, 8, 9)
 
 
 class Shown:
-    """A model that is asked at every point that an attack on another model visits; an `ExportedModel`."""
+    """A model that is asked at every point that an attack on another model visits; an `ExportedModel`.
+
+    A copy is asked each time, so that nothing is remembered.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.key = model, ""
@@ -49,7 +53,7 @@ class Shown:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits [N, K] of images [N, C, H, W]."""
-        return self.model(images).float()
+        return copy.deepcopy(self.model)(images).float()
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the predicted classes [N]."""

@@ -5,7 +5,12 @@
 Every arm starts from the same robust model. The same share of its MACs is removed, with the same repair and the same
 adversarial fine-tuning. It is evaluated after the cut on held-out training images, and after fine-tuning on test images
 that were not used for any selection. Arms differ in the number of channels removed from each group (allocation) and in
-their choice (criterion). The last two arms are the default method with a weaker repair.
+their choice (criterion). Controls take the sensitivities out of an arm: they are ignored (exponent 0, or equal for all
+layers) or shuffled among the layers. Network slimming (arXiv 1708.06519) first trains the dense model for as long
+again with an L1 penalty on its batch-norm scales, which no other arm gets. Two arms are the default method with a
+weaker repair.
+
+Widths are multiples of 8, or of the next smaller power of two with which an arm's MACs are within 0.5 % of the target.
 
     python benchmarks/criteria.py runs/cifar10-resnet20x2/model.safetensors --data cifar10 --ablation --ratios 0.9
 
@@ -19,6 +24,7 @@ tables.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -28,10 +34,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from recovered import interval
 from torch import nn
 
 from robust_prune.budget.analysis import Analysis, analyse
-from robust_prune.budget.plan import make_plan
+from robust_prune.budget.plan import PruningPlan, make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.compression import score_before_finetune
 from robust_prune.console import console
@@ -47,29 +54,44 @@ from robust_prune.recipe import PruningSection, Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.runs.files import digest, write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
+from robust_prune.sensitivity.aggregation import aggregate_groups
 from robust_prune.surgery.apply import apply
 from robust_prune.surgery.repair import repair
 from robust_prune.training.trainer import train
 
-RESAMPLES = 4000
 REFERENCE = "mrs"
+STEPS, SAME_MACS = (8, 4, 2, 1), 0.005
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method of selecting channels, with its repair and exponent of MRS."""
+    """A method of selecting channels.
+
+    Attributes:
+        name: name in the tables.
+        allocation, criterion, repair, exponent: values of the recipe's section ``pruning``.
+        sensitivities: ``measured``, ``equal`` for all layers, or ``shuffled`` among them.
+        slimmed: whether the dense model is first trained with an L1 penalty on its batch-norm scales.
+    """
 
     name: str
     allocation: str
     criterion: str
     repair: str = "least_squares"
     exponent: float = PruningSection().mrs_exponent
+    sensitivities: str = "measured"
+    slimmed: bool = False
 
 
 ARMS = (
     Arm("mrs", "mrs", "adversarial_taylor"),
     Arm("rank", "rank", "adversarial_taylor"),
     Arm("global", "global", "adversarial_taylor"),
+    Arm("mrs, exponent 0", "mrs", "adversarial_taylor", exponent=0),
+    Arm("mrs, shuffled", "mrs", "adversarial_taylor", sensitivities="shuffled"),
+    Arm("global adversarial Taylor, no MRS", "global", "adversarial_taylor", sensitivities="equal"),
+    Arm("global magnitude, no MRS", "global", "magnitude", sensitivities="equal"),
+    Arm("network slimming", "global", "bn_scale", sensitivities="equal", slimmed=True),
     Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
     Arm("uniform, clean Taylor", "uniform", "clean_taylor"),
     Arm("uniform, magnitude", "uniform", "magnitude"),
@@ -106,6 +128,44 @@ def analyses(
         yield criterion, replace(base, scores=scores, removed=removed, criterion=criterion)
 
 
+def with_sensitivities(analysis: Analysis, which: str, seed: int) -> Analysis:
+    """Return the analysis with its sensitivities as they are, equal for all layers, or shuffled among the layers."""
+    profile = analysis.profile
+    if which == "measured" or profile is None:
+        return analysis
+    order = np.random.default_rng(seed).permutation(len(profile.modules))
+    if which == "equal":
+        order = np.zeros_like(order)
+    modules = tuple(
+        replace(module, mrs=profile.modules[source].mrs, curve=profile.modules[source].curve)
+        for module, source in zip(profile.modules, order, strict=True)
+    )
+    moved = aggregate_groups(
+        replace(profile, modules=modules), analysis.search.groups, "mean" if which == "equal" else profile.aggregation
+    )
+    return replace(analysis, profile=moved)
+
+
+def nearest_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
+    """Return the plan with the coarsest widths whose MACs are within 0.5 % of the target, else the nearest."""
+    target, plans = 1 - section.ratio, []
+    for step in STEPS:
+        plan = make_plan(analysis, section.model_copy(update={"round_to": step}))
+        off = abs(plan.macs_after / plan.macs_before / target - 1)
+        if off <= SAME_MACS:
+            return plan
+        plans.append((off, step, plan))
+    return min(plans, key=lambda found: found[:2])[2]
+
+
+def slimmed(loaded: Model, data: DataBundle, recipe: Recipe, device: str) -> Model:
+    """Return the model after as many epochs as fine-tuning has, with an L1 penalty on batch-norm scales."""
+    module = copy.deepcopy(loaded.module)
+    settings = recipe.finetune.model_copy(update={"loss": f"{Path(__file__).parent / 'slimming.py'}:n_fgsm_l1"})
+    train(module, data.train, data.validation, recipe.threat_model, settings, seed=recipe.seed, device=device)
+    return replace(loaded, module=module.cpu().eval())
+
+
 def cut_and_recover(
     arm: Arm,
     ratio: float,
@@ -125,7 +185,7 @@ def cut_and_recover(
         "mrs_exponent": arm.exponent,
     }
     recipe = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=changes)})
-    plan = make_plan(analysis, recipe.pruning)
+    plan = nearest_plan(with_sensitivities(analysis, arm.sensitivities, recipe.seed), recipe.pruning)
     surgery = apply(loaded.module.cpu(), plan, loaded.spec.blank_image())
     begin = time.monotonic()
     repair(surgery, loaded.module, data.train, recipe, device, adv)
@@ -141,6 +201,8 @@ def cut_and_recover(
         **asdict(arm),
         "ratio": ratio,
         "seed": recipe.seed,
+        "round_to": plan.round_to,
+        "commit": snapshot()["commit"],
         "macs_kept": plan.macs_after / plan.macs_before,
         "params_kept": plan.params_after / plan.params_before,
         "widths": {g.name: [g.channels, g.keep] for g in plan.groups},
@@ -223,15 +285,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = stored.get("rows", [])
     todo = rows_to_do(args, rows)
     found: dict[str, Analysis] = {}
-    last_seed = None
+    last_seed, slim = None, None
     for position, (seed, ratio, arm) in enumerate(todo, start=1):
         seeded = recipe.model_copy(update={"seed": seed})
         if seed != last_seed:
             found, last_seed = dict(analyses(loaded, data, seeded, device, [arm.criterion for arm in ARMS])), seed
+            slim = None
             adv = make_adversarial_set(
                 loaded.module, data.train, seeded.threat_model, seeded.sensitivity, seed=seed, device=device
             )
-        row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)
+        if arm.slimmed:
+            if slim is None:
+                base = slimmed(loaded, data, seeded, device)
+                own = seeded.model_copy(
+                    update={"pruning": seeded.pruning.model_copy(update={"criterion": arm.criterion})}
+                )
+                slim = base, analyse(base.module, base.spec, data.train, own, device)
+            row = run_arm(arm, ratio, slim[1], adv, slim[0], data, seeded, device)
+        else:
+            row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)
         rows.append(row)
         result = {"key": digest(settings), "settings": settings, "environment": snapshot(), "rows": rows}
         write_json(args.out, result)
@@ -246,18 +318,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def outcomes(rows: list[dict[str, Any]], which: str) -> np.ndarray:
-    """Return the share of seeds in which each image is classified correctly, [images]."""
+    """Return whether each image is classified correctly, 1.0 or 0.0, [seeds, images], in the order of the seeds."""
     total = rows[0]["after"][which]["total"]
-    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in rows]
-    return np.mean(bits, axis=0)
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean over images."""
-    generator = np.random.default_rng(0)
-    picks = generator.integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
-    return float(low), float(high)
+    ordered = sorted(rows, key=lambda row: row["seed"])
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in ordered]
+    return np.array(bits, dtype=float)
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -271,7 +336,9 @@ def tables(result: dict[str, Any]) -> str:
         f"{settings['train_images']:,} images. Before: PGD-{settings['recipe']['evaluation']['steps']} on "
         f"{rows[0]['before']['robust']['total']} held-out training images. After: {rows[0]['after']['attack']}, on "
         f"{rows[0]['after']['robust']['total']:,} {settings['split']} images; brackets: 95 % bootstrap intervals over "
-        f"images of the mean over seeds; the last column is paired with `{REFERENCE}` image by image.\n",
+        f"seeds and images; differences are paired with `{REFERENCE}` by seed and image, and `=` stands where their "
+        "interval holds 0: the two are not told apart.\n",
+        commits(rows),
     ]
     names = list(
         dict.fromkeys((*(arm.name for arm in (*ARMS[:-2], *ABLATION, *ARMS[-2:])), *(row["name"] for row in rows)))
@@ -306,7 +373,7 @@ def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
             reference = [row for row in rows if row["ratio"] == ratio and row["name"] == REFERENCE]
             if name == REFERENCE:
                 values = outcomes(reference, "robust")
-                low, high = bootstrap(values)
+                low, high = interval(values)
                 cells.append(f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
             else:
                 cells.append(_against(mine, reference))
@@ -322,8 +389,20 @@ def _against(mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str
     if not mine or len(paired) != len(mine):
         return ""
     difference = outcomes(mine, "robust") - outcomes(paired, "robust")
-    lower, upper = bootstrap(difference)
-    return f"{100 * difference.mean():+.1f} [{100 * lower:+.1f}, {100 * upper:+.1f}]"
+    lower, upper = interval(difference)
+    same = " =" if lower <= 0 <= upper else ""
+    return f"{100 * difference.mean():+.1f} [{100 * lower:+.1f}, {100 * upper:+.1f}]{same}"
+
+
+def commits(rows: list[dict[str, Any]]) -> str:
+    """Return a line with the commit of the rows, or with the arms of each where there are several."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        arms = found.setdefault(row.get("commit") or "unknown", [])
+        arms += [row["name"]] if row["name"] not in arms else []
+    if len(found) == 1:
+        return f"All rows are of commit {next(iter(found))}.\n"
+    return "Commits: " + "; ".join(f"{commit}: {', '.join(arms)}" for commit, arms in found.items()) + ".\n"
 
 
 def _line(name: str, mine: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
@@ -334,7 +413,7 @@ def _line(name: str, mine: list[dict[str, Any]], reference: list[dict[str, Any]]
         return 100 * accuracy["correct"] / accuracy["total"]
 
     robust = outcomes(mine, "robust")
-    low, high = bootstrap(robust)
+    low, high = interval(robust)
     against = "" if name == REFERENCE else _against(mine, reference)
     return (
         f"| {name} | {len(mine)} | {mean(lambda r: 100 * r['macs_kept']):.1f} % | "

@@ -28,6 +28,8 @@ from robust_prune.training.scratch import fresh_like
 from robust_prune.training.trainer import train
 
 RESAMPLES = 2000
+ATTACK = "PGD-20, 1 random restart, margin"
+"""Attack of `score_on`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def scores(small: nn.Module, data: DataBundle, recipe: Recipe, device: str) -> d
 def score_on(
     small: nn.Module, images: ImageSet, split: str, data: DataBundle, recipe: Recipe, device: str
 ) -> dict[str, Any]:
-    """Return which images are classified correctly, clean and under PGD-20 with one start, as packed bits."""
+    """Return which images are classified correctly, clean and under `ATTACK`, as packed bits."""
     with TemporaryDirectory() as folder:
         state = Path(folder) / "state.npz"
         evaluate(

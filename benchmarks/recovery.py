@@ -27,7 +27,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from recovered import by_seed, cut_base, difference, images_seen, interval, machine, paired, right_images, scores
+from recovered import (
+    ATTACK,
+    by_seed,
+    cut_base,
+    difference,
+    images_seen,
+    interval,
+    machine,
+    paired,
+    right_images,
+    scores,
+)
 
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
@@ -53,6 +64,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "PGD-AT, distilled": {"loss": "pgd_at", "distillation": 0.5},
 }
 SCRATCH = "from scratch"
+FORMER_ATTACK = "PGD-20, 1 random restart, cross-entropy"
+"""Attack of results that do not name theirs."""
 FORMER = "former default"
 """Default of fine-tuning before `recovery_settings.py` was run; its schedule is in `schedule_of`."""
 CURVE: dict[str, dict[str, Any]] = {
@@ -101,7 +114,9 @@ def run(args: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     result = stored | {"model": models_hash(loaded.module), "arch": loaded.spec.arch, "data": data.name}
     if stored and stored["model"] != result["model"]:
         raise SystemExit(f"{args.out} was made with another model. Move it away or use --out.")
-    settings = {"threads": torch.get_num_threads(), "train_images": len(data.train), "ratio": args.ratio}
+    settings = {
+        "threads": torch.get_num_threads(), "train_images": len(data.train), "ratio": args.ratio, "attack": ATTACK,
+    }  # fmt: skip
     part: dict[str, Any] = result.setdefault(args.part, {**settings, "rows": []})
     if {key: part.get(key) for key in settings} != settings:
         raise SystemExit(f"{args.out} has {args.part} of other settings than {settings}. Move it away or use --out.")
@@ -136,8 +151,8 @@ def curve_table(result: dict[str, Any]) -> str:
     text = [
         f"## Curve\n\n{result['arch']}, {100 * value['ratio']:g} % of the MACs removed, {value['train_images']:,} "
         f"training images of {result['data']}, {machine(value, environment)}; "
-        f"robust accuracy under PGD-20 on {first['images']:,} test images, 95 % intervals "
-        "over seeds and images; below it the paired difference to the default.\n",
+        f"robust accuracy under {value.get('attack', FORMER_ATTACK)} on {first['images']:,} test images, 95 % "
+        "intervals over seeds and images; below it the paired difference to the default.\n",
         "| | " + " | ".join(f"{minutes:g} min" for minutes in budgets) + " |",
         "| --- |" + " ---: |" * len(budgets),
     ]

@@ -215,8 +215,8 @@ class EvaluationSection(Section):
     steps: int = Field(20, ge=1)
     """Number of PGD steps."""
     restarts: int = Field(2, ge=1)
-    """Number of random restarts of PGD, which climb the margin and the cross-entropy in turn; an image is robust only if
-    it survives all of them."""
+    """Number of random restarts of PGD, which climb the margin and the cross-entropy in turn; an image is robust only
+    if it survives all of them."""
     sweep: tuple[Radius, ...] = ()
     """Further radii at which 256 of the images are attacked by PGD; fractions such as 4/255 are allowed."""
     images: int | None = Field(None, ge=1)

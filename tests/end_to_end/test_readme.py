@@ -53,6 +53,38 @@ def test_the_tables_are_the_committed_ones():
             assert line in committed, f"{file} has no line {line}"
 
 
+def prose_of(page: str) -> list[str]:
+    """Return the paragraphs without code, tables, links and the conditions that a table's command printed."""
+    without = re.sub(r"```.*?```|`[^`\n]*`", "", page, flags=re.DOTALL)
+    without = re.sub(r"\]\([^)]*\)|arXiv [0-9.]+|Python 3\.[0-9]+|Linf [0-9/]+", "", without)
+    return [part for part in without.split("\n\n") if not part.lstrip().startswith("|")]
+
+
+def test_every_figure_of_the_readme_is_in_the_results_that_it_names():
+    results = ROOT / "benchmarks" / "results"
+    quoted = 0
+    for part in prose_of(README):
+        figures = re.findall(r"\d+\.\d+(?: \[[0-9., -]+\])?", part)
+        if not figures:
+            continue
+        source = re.search(r"<!-- figures from (\S+) -->", part)
+        assert source is not None, f"no results are named for {figures}"
+        text = (results / source[1]).read_text(encoding="utf-8")
+        for figure in figures:
+            quoted += 1
+            assert figure in text, f"{source[1]} has no {figure}"
+            assert "[" in figure or f"{figure} [" not in text, f"{figure} stands without its interval"
+        assert "robust" not in part or re.search(r"PGD-\d+|aa-fast|AutoAttack", part), "which attack?"
+    assert quoted >= 2
+
+
+def test_as_many_architectures_as_the_readme_says_went_through():
+    rows = (ROOT / "benchmarks" / "results" / "zoo.md").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in rows if row.count("|") == 8][2:]
+    through = sum("| yes | yes |" in row for row in rows)
+    assert f"{through} of {len(rows)} architectures" in README
+
+
 def test_the_example_of_a_loss_trains(tmp_path):
     import torch
 
