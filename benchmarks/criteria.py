@@ -398,8 +398,10 @@ def commits(rows: list[dict[str, Any]]) -> str:
     """Return a line with the commit of the rows, or with the arms of each where there are several."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        arms = found.setdefault(row.get("commit") or "unknown", [])
+        arms = found.setdefault(row.get("commit") or "", [])
         arms += [row["name"]] if row["name"] not in arms else []
+    if "" in found:
+        return "Some rows were stored without the commit that made them; `../README.md` says what is known of it.\n"
     if len(found) == 1:
         return f"All rows are of commit {next(iter(found))}.\n"
     return "Commits: " + "; ".join(f"{commit}: {', '.join(arms)}" for commit, arms in found.items()) + ".\n"
