@@ -114,7 +114,7 @@ def _ascend_replayed(recordings: Recordings, weight: nn.Parameter, rho: float, e
                     logits = recordings.replay(weight, x, recording)
                 (slope,) = torch.autograd.grad(F.cross_entropy(logits.float(), y), weight)
                 with torch.no_grad():
-                    weight += slope
+                    weight.add_(slope)
             with torch.no_grad():
                 change = weight - start
                 weight.copy_(start + change * min(1.0, rho * float(start.norm()) / max(float(change.norm()), 1e-12)))

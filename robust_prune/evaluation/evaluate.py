@@ -116,7 +116,7 @@ def evaluate(
         state = _begin(request) if request.leads else EvalState.fresh("", len(images))
         buffers = buffers_hash(model)
         state.counters.flags = _union(state.counters.flags, flags)
-        untouched = None if state.counters.checked_again else copied(model)
+        untouched = None if state.counters.checked_again else _copy(model)
         if state.counters.clean_done == 0:
             _first_look(request, state, few)
         if request.leads:
@@ -129,7 +129,7 @@ def evaluate(
             sweep_pass(request, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
-        elif untouched is not None and request.leads:
+        elif request.leads and not state.counters.checked_again:
             _last_look(request, state, untouched)
     return _result(request, state, subject)
 
@@ -188,12 +188,26 @@ def _first_look(request: Request, state: EvalState, few: Tensor) -> None:
         counters.exported_differs = [differs(logits, file.logits(x.cpu())) for file in request.exported.values()]
 
 
-def _last_look(request: Request, state: EvalState, untouched: nn.Module) -> None:
-    """Repeat the checks that a model which remembers its questions could have passed at first."""
+def _copy(model: nn.Module) -> nn.Module | None:
+    """Return a copy of the model, or None if it holds something that cannot be copied."""
+    try:
+        return copied(model)
+    except UsageError:
+        return None
+
+
+def _last_look(request: Request, state: EvalState, untouched: nn.Module | None) -> None:
+    """Repeat the checks that a model which remembers its questions could have passed at first.
+
+    Args:
+        request: the request.
+        state: the state, whose warnings are completed.
+        untouched: copy of the model from before the attacks, None if it cannot be copied.
+    """
     x, y = _few_images(request)
-    with working(f"{request.name}: the same checks after the attacks"), tf32(False), frozen_eval(untouched):
+    with working(f"{request.name}: the same checks after the attacks"), tf32(False):
         start = random_start(x, request.threat, torch.Generator().manual_seed(request.seed))
-        found = learned_flags(request.model, untouched, torch.cat([x, start]))
+        found = [] if untouched is None else learned_flags(request.model, untouched, torch.cat([x, start]))
         if not any("input gradient" in flag for flag in state.counters.flags):
             found += [f"After the attacks: {flag}" for flag in gradient_flags(request.model, x, y)]
     state.counters.flags = _union(state.counters.flags, found)

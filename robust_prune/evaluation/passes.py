@@ -26,6 +26,7 @@ from ..models.layout import tf32
 from ..recipe import EvaluationSection
 from ..runs.files import digest
 from ..serialization import to_json
+from . import worst_case
 from .files import ExportedModel, FileVerdicts
 from .flags import CHECK_IMAGES
 from .scoring import CountedModel, Precision, Rescaled, check_points, score
@@ -77,7 +78,7 @@ class Request:
         section = self.section
         settings = [
             to_json(self.threat), section.tier, user_file.versions(section.tier), section.steps, section.restarts,
-            section.sweep, self.batch_size,
+            section.sweep, self.batch_size, [objective.__name__ for objective in worst_case.PGD_OBJECTIVES],
         ]  # fmt: skip
         exported = {name: file.key for name, file in self.exported.items()}
         identity = [models_hash(self.model), images_hash(self.images), exported]

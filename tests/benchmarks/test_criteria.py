@@ -15,6 +15,7 @@ from robust_prune.sensitivity.profile import GroupSensitivity, ModuleSensitivity
 sys.path.insert(0, str(BENCHMARKS))
 
 import criteria
+import criteria_table
 
 
 def row(name: str, seed: int, right: np.ndarray, commit: str = "abc") -> dict[str, Any]:
@@ -29,7 +30,7 @@ def test_arms_that_are_not_told_apart_are_marked() -> None:
     mrs = [row("mrs", seed, right) for seed, right in enumerate(base)]
     far = [row("far", seed, right & (generator.random(800) < 0.5)) for seed, right in enumerate(base)]
     near = [row("near", seed, right ^ (generator.random(800) < 0.02)) for seed, right in enumerate(base)]
-    shown = criteria._summary([*mrs, *far, *near], ["mrs", "far", "near"])
+    shown = criteria_table._summary([*mrs, *far, *near], ["mrs", "far", "near"])
     lines = {line.split("|")[1].strip(): line for line in shown if line.startswith("|")}
     assert lines["near"].rstrip(" |").endswith("=") and not lines["far"].rstrip(" |").endswith("=")
 
@@ -40,7 +41,7 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     apart = [row("x", seed, np.arange(1000) < count) for seed, count in enumerate((300, 500, 700))]
 
     def width(rows: list[dict[str, Any]]) -> float:
-        low, high = criteria.interval(criteria.outcomes(rows, "robust"))
+        low, high = criteria_table.interval(criteria_table.outcomes(rows, "robust"))
         return high - low
 
     assert width(apart) > 3 * width(alike)
@@ -49,9 +50,9 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 def test_the_table_says_of_which_commits_its_rows_are() -> None:
     right = np.ones(8)
     one = [row("mrs", 0, right), row("rank", 0, right)]
-    assert criteria.commits(one) == "All rows are of commit abc.\n"
-    assert criteria.commits([*one, row("rank", 1, right, "def")]) == "Commits: abc: mrs, rank; def: rank.\n"
-    assert "without the commit" in criteria.commits([*one, row("rank", 1, right, "")])
+    assert criteria_table.commits(one) == "All rows are of commit abc.\n"
+    assert criteria_table.commits([*one, row("rank", 1, right, "def")]) == "Commits: abc: mrs, rank; def: rank.\n"
+    assert "without the commit" in criteria_table.commits([*one, row("rank", 1, right, "")])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from builders.evaluation_sample import (
 from torch import Tensor, nn
 
 from robust_prune.attacks import ThreatModel, frozen_eval
+from robust_prune.attacks.objectives import cross_entropy
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import QualityGateError, UsageError
 from robust_prune.evaluation import evaluate as module
@@ -268,6 +270,10 @@ def test_whatever_changes_the_figures_changes_the_key_of_the_state(
         return keys[0]
 
     assert key_of() == key_of() != key_of(**changes)
+    present = key_of()
+    with monkeypatch.context() as other_attack:
+        other_attack.setattr(worst_case, "PGD_OBJECTIVES", (cross_entropy,))
+        assert key_of() != present
     tier = tmp_path / "tier.py"
     tier.write_text("from robust_prune.evaluation.stages import PGD\ndef mine(classes):\n    return (PGD,)\n")
     before = key_of(tier=f"{tier}:mine")
@@ -288,6 +294,19 @@ def test_model_hash_sees_weights_buffers_and_structure_but_not_mode(trained: Tin
     assert models_hash(nn.Conv2d(3, 4, 3, stride=1, bias=False)) != models_hash(
         nn.Conv2d(3, 4, 3, stride=2, bias=False)
     )
+
+
+def test_a_model_that_cannot_be_copied_is_attacked_all_the_same(trained: Tiny, images: TensorImages) -> None:
+    class Locked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.lock = trained, threading.Lock()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    card = evaluated(Locked().eval(), images, THREAT, steps=3)
+    assert card.robust == evaluated(trained, images, THREAT, steps=3).robust and card.flags == ()
 
 
 def test_start_seeds_differ_everywhere() -> None:
