@@ -314,8 +314,12 @@ class _Run:
             precision=self.precision,
         )
 
+    def _rank(self, found: Score) -> tuple[float, float]:
+        # Untrained weights that name one class for all images have some robust accuracy, clean training ends at 0.
+        return (found.clean, found.robust) if self.settings.loss == "clean" else (found.robust, found.clean)
+
     def _keep_if_better(self, epoch: int, found: Score, model: nn.Module) -> None:
-        if found > self.state.best or len(self.validation) == 0:
+        if self._rank(found) > self._rank(self.state.best) or len(self.validation) == 0:
             self.state.best, self.state.best_epoch = found, epoch
             self.best_weights = copy.deepcopy(model.state_dict())
 
@@ -324,7 +328,7 @@ class _Run:
         epoch = state.epoch + 1
         candidates = {"live": self.model} | ({"average": self.average} if self.average is not None else {})
         scores = {name: self._score(model) for name, model in candidates.items()}
-        source = max(scores, key=lambda name: scores[name])
+        source = max(scores, key=lambda name: self._rank(scores[name]))
         collapsed = scores["live"].robust < state.best.robust - COLLAPSE
         before = state.best.robust
         self._keep_if_better(epoch, scores[source], candidates[source])
@@ -370,8 +374,9 @@ def train(
     """Train `model` in place and leave it with the weights of the best epoch.
 
     After each epoch the live and the averaged weights are scored under PGD on held-out training images, and the weights
-    with the best robust accuracy are selected. With `checkpoint` an interrupted run is resumed and ends with the same
-    weights; the file is written every `CHECKPOINT_SECONDS` and after every epoch.
+    with the best robust accuracy are selected, or with the best clean accuracy for the loss ``clean``. With
+    `checkpoint` an interrupted run is resumed and ends with the same weights; the file is written every
+    `CHECKPOINT_SECONDS` and after every epoch.
 
     Args:
         model: maps [0, 1] images [N, C, H, W] to logits [N, K].

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robust_prune.attacks import frozen_eval
 from robust_prune.data.base import TensorImages
+from robust_prune.evaluation import gradient_test
 from robust_prune.evaluation.flags import behaviour_flags, label_flag, usual_scale
 from robust_prune.evaluation.gradient_test import agreement
 
@@ -50,7 +51,7 @@ def test_agreement_is_the_cosine_of_predicted_and_measured_changes() -> None:
     x, y = torch.rand(16, 3, 8, 8), torch.zeros(16, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     honest = Linear()
-    assert agreement(honest, x, y, generator).min() > 0.999
+    assert agreement(honest, x, y, generator=generator).min() > 0.999
 
     half = torch.arange(192).view(1, 3, 8, 8) % 2 == 0
 
@@ -60,14 +61,29 @@ def test_agreement_is_the_cosine_of_predicted_and_measured_changes() -> None:
 
     blind = Blind()
     blind.load_state_dict(honest.state_dict())
-    found = torch.cat([agreement(blind, x, y, generator) for _ in range(8)]).mean().item()
+    found = torch.cat([agreement(blind, x, y, generator=generator) for _ in range(8)]).mean().item()
     assert found == pytest.approx(0.5**0.5, abs=0.05), "the square root of the share that is seen"
 
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros(len(x), 3) + 0 * x.sum()
 
-    assert agreement(Constant(), x, y, generator).tolist() == [0.0] * 16
+    assert agreement(Constant(), x, y, generator=generator).tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize(("short", "rings"), [(0.95, False), (0.7, True)])
+def test_where_the_gradient_changes_quickly_shorter_differences_decide(
+    trained: Tiny, images: TensorImages, monkeypatch: pytest.MonkeyPatch, short: float, rings: bool
+) -> None:
+    asked: list[float] = []
+
+    def scripted(model: nn.Module, x: Tensor, y: Tensor, step: float, generator: object) -> Tensor:
+        asked.append(step)
+        return torch.full((len(x),), 0.7 if step == gradient_test.STEP else short)
+
+    monkeypatch.setattr(gradient_test, "agreement", scripted)
+    flags = gradient_test.gradient_flags(trained, images.images[:32].float() / 255, images.labels[:32])
+    assert bool(flags) == rings and asked[:2] == [gradient_test.STEP, gradient_test.SHORT_STEP]
 
 
 def test_large_images_get_blocks_of_equal_signs() -> None:
@@ -80,7 +96,7 @@ def test_large_images_get_blocks_of_equal_signs() -> None:
 
     x = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
-    assert agreement(Coarse(), x, torch.zeros(8, dtype=torch.long), generator).median() > 0.8
+    assert agreement(Coarse(), x, torch.zeros(8, dtype=torch.long), generator=generator).median() > 0.8
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])

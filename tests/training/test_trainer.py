@@ -14,6 +14,7 @@ from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.training import acceleration, trainer
 from robust_prune.training.precision import choose_precision
 from robust_prune.training.trainer import train
+from robust_prune.training.validation import Score
 
 
 def test_epochs_are_logged_to_tensorboard(tmp_path):
@@ -183,6 +184,15 @@ def test_the_better_of_live_and_averaged_weights_counts_and_the_best_epoch_stays
     assert [(r.source, r.val_robust) for r in result.history] == [("average", 0.6), ("live", 0.5), ("live", 0.6)]
     assert result.best_epoch == 1, "a later epoch that is no better took its place"
     assert models_hash(model) == scored[2] and len(set(scored)) == 7
+
+
+@pytest.mark.parametrize(("loss", "best"), [("clean", 2), ("n_fgsm", 0)])
+def test_clean_training_selects_by_clean_accuracy(monkeypatch, loss, best):
+    """An untrained network that names one class has some robust accuracy, a well trained one without attacks none."""
+    found = iter([Score(0.1, 0.1), Score(0.0, 0.6), Score(0.0, 0.6), Score(0.0, 0.9), Score(0.0, 0.9)])
+    monkeypatch.setattr(trainer, "score", lambda *_, **__: next(found))
+    result = train(make_model(), make_images(32), make_images(30, 1), THREAT, make_settings(loss=loss, epochs=2))
+    assert result.best_epoch == best
 
 
 def test_training_that_taught_nothing_is_said():
