@@ -14,7 +14,7 @@ REFERENCE = "mrs"
 def outcomes(rows: list[dict[str, Any]], which: str) -> np.ndarray:
     """Return whether each image is classified correctly, 1.0 or 0.0, [seeds, images], in the order of the seeds."""
     total = rows[0]["after"][which]["total"]
-    ordered = sorted(rows, key=lambda row: row["seed"])
+    ordered = sorted(rows, key=lambda row: row.get("seed", 0))
     bits = [np.unpackbits(np.frombuffer(bytes.fromhex(r["after"][which + "_bits"]), np.uint8))[:total] for r in ordered]
     return np.array(bits, dtype=float)
 

@@ -13,7 +13,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import numpy as np  # noqa: E402
-from criteria import bootstrap, outcomes  # noqa: E402
+from criteria_table import outcomes  # noqa: E402
+from recovered import interval  # noqa: E402
 from training import speed_table  # noqa: E402
 from work import COMMITTED, Work  # noqa: E402
 
@@ -119,7 +120,7 @@ def compression(found: dict[str, Any]) -> str:
     ]
     for row in sorted(rows, key=lambda r: r.get("ratio") or 0):
         clean, robust = outcomes([row], "clean"), outcomes([row], "robust")
-        low, high = bootstrap(robust)
+        low, high = interval(robust)
         mrs = [r for r in rows if r.get("ratio") == row.get("ratio") and r["name"] == "mrs"]
         text.append(
             f"| {100 * row.get('ratio', 0):.0f} % | {row['name']} | {100 * row.get('macs_kept', 1):.1f} % | "
@@ -139,7 +140,7 @@ def _against(robust: np.ndarray, mrs: list[dict[str, Any]]) -> str:
     if not mrs:
         return ""
     difference = robust - outcomes(mrs, "robust")
-    low, high = bootstrap(difference)
+    low, high = interval(difference)
     return f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

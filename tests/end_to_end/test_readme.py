@@ -56,8 +56,8 @@ def test_the_tables_are_the_committed_ones():
 def prose_of(page: str) -> list[str]:
     """Return the paragraphs without code, tables, links and the conditions that a table's command printed."""
     without = re.sub(r"```.*?```|`[^`\n]*`", "", page, flags=re.DOTALL)
-    without = re.sub(r"\]\([^)]*\)|arXiv [0-9.]+|Python 3\.[0-9]+|Linf [0-9/]+", "", without)
-    return [part for part in without.split("\n\n") if not part.lstrip().startswith("|")]
+    without = re.sub(r"\]\([^)]*\)|arXiv [0-9.]+|Python 3\.[0-9]+|Linf [0-9/]+|Apache-2.0", "", without)
+    return [part for part in without.split("\n\n") if not part.startswith(("|", "    "))]
 
 
 def test_every_figure_of_the_readme_is_in_the_results_that_it_names():
