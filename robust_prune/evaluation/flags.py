@@ -26,7 +26,7 @@ EXPORTED_ROBUST_POINTS = 1.0
 RANGE_GAIN, RANGE_NOISE = 0.1, 3.0
 LARGE_RADIUS, LARGE_STEPS, LARGE_IMAGES, LARGE_SHARE = 0.5, 10, 32, 0.1
 BLACK_BOX_BROKEN = 1
-PGD_GAP_POINTS, PGD_GAP_IMAGES = 6.0, 100
+PGD_GAP_POINTS, PGD_GAP_IMAGES = 4.0, 100
 MONOTONE_POINTS = 1.0
 NO_GRADIENT = (
     "the model's outputs have no gradient with respect to the images, so a gradient attack cannot judge it. "
@@ -253,10 +253,10 @@ def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
-    """Return a warning if stronger attacks break more than 6 points of the images that survive PGD.
+    """Return a warning if stronger attacks break more than 4 points of the images that survive PGD.
 
-    Sound models lose 2 to 7 points, models with masked gradients twice as much. The rule needs 100 images, since a few
-    images would exceed the limit otherwise.
+    Honest models lost 1.3 points of 1,000 images, with intervals to 2.0 (`benchmarks/results/attack_gap.md`). The rule
+    needs 100 images, of which honest models lose at most 4 points with a probability of 99 %.
 
     Args:
         after_pgd: number of images that survive PGD.
@@ -266,7 +266,7 @@ def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
     gap = 100 * (after_pgd - robust) / total
     if gap > PGD_GAP_POINTS and total >= PGD_GAP_IMAGES:
         return [
-            f"Stronger attacks found {gap:.1f} points that PGD missed (limit 6): the model makes gradients hard to "
+            f"Stronger attacks found {gap:.1f} points that PGD missed (limit 4): the model makes gradients hard to "
             "follow, and its figures under PGD flatter it."
         ]
     return []

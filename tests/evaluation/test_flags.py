@@ -136,7 +136,7 @@ def test_buffers_that_move_only_later_are_flagged_too(trained: Tiny, images: Ten
 def test_what_stronger_attacks_find_beyond_pgd_is_flagged(trained: Tiny, images: TensorImages) -> None:
     card = evaluated(trained, images, THREAT, tier="apgd", steps=1, restarts=1)
     gap = 100 * (card.breakdown["pgd"] - card.robust.correct) / 150
-    assert gap > 6, "one step of PGD is meant to be weak"
+    assert gap > 4, "one step of PGD is meant to be weak"
     assert any(f"Stronger attacks found {gap:.1f} points that PGD missed" in flag for flag in card.flags)
 
 

@@ -180,7 +180,7 @@ def test_models_built_to_cheat_ring_the_alarms(
 
 
 def test_limits_of_the_alarms() -> None:
-    assert gap_flags(460, 400, 1000) == [] and "6.1 points" in gap_flags(461, 400, 1000)[0]
+    assert gap_flags(440, 400, 1000) == [] and "4.1 points" in gap_flags(441, 400, 1000)[0]
     assert gap_flags(46, 30, 99) == [], "a few images are not a gap"
     assert black_box_flags("the model", 64, 1) == [] and "2 of 64" in black_box_flags("the model", 64, 2)[0]
     assert sweep_flags({0.02: 0.4, 0.01: 0.391, 0.03: 0.2}) == []
