@@ -51,7 +51,6 @@ def pgd(
     steps: int,
     step_size: float | None = None,
     restarts: int = 1,
-    start_random: bool = True,
     generator: torch.Generator | None = None,
     objective: Objective | None = None,
     keep_best: bool = True,
@@ -72,7 +71,6 @@ def pgd(
         step_size: step size in pixel units; by default `default_step_size`.
         restarts: number of random restarts; with `keep_best` the best iterate of all is returned, otherwise the last
             iterate of the last restart.
-        start_random: start at a random point of the ball rather than at `x`.
         generator: random number generator of the restarts.
         objective: maps logits [N, K] to values [N]; by default the cross-entropy to `y`.
         keep_best: return for each image the iterate with the highest objective rather than the last one, so that the
@@ -89,9 +87,7 @@ def pgd(
     best_value = torch.full((len(x),), -torch.inf, device=x.device)
     rows = torch.arange(len(x), device=x.device)
     for _ in range(restarts):
-        begin = start
-        if begin is None:
-            begin = random_start(x, threat, generator) if start_random else x
+        begin = random_start(x, threat, generator) if start is None else start
         x_adv = project(begin.detach(), x, threat)
         for _ in range(steps):
             if watch is not None:

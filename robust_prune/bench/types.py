@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from ..shown import Shown
 
 UNSTEADY = 1.5
-"""Ratio of the 90th percentile to the median above which times are in doubt; on a quiet machine it is about 1.05."""
+"""Ratio of the 90th percentile to the median above which times are in doubt."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def usual_scale(logits: Tensor) -> float:
     """Return the factor that brings the median margin between the two largest logits [N, K] to 5, or 1 if it is usual.
 
     The cross-entropy of much larger logits is zero, that of much smaller ones is the same for all images; either has
-    hardly a gradient. Published models have medians of about 1 to 15.
+    hardly a gradient.
     """
     if logits.shape[1] < 2:
         return 1.0

@@ -22,7 +22,7 @@ OFFSET = 2 / 255
 LEAST_AGREEMENT, LEAST_AT_LENGTH = 0.85, 0.55
 """Of the median cosine: at one of the two steps, and at the longer one. Honest models had 0.89 or more at the longer,
 those with false gradients 0.76 or less at both, those with a gradient that is right only nearby 0.50 or less at the
-longer one (`benchmarks/results/alarms.md`)."""
+longer one (pilot in `benchmarks/README.md`)."""
 POOR_AGREEMENT, POOR_SHARE = 0.5, 0.1
 FINEST = 32
 """Largest number of random signs along a side of an image; differences along finer ones drown in rounding at large

@@ -127,8 +127,8 @@ def worst_points(
     """Attack correctly classified images with PGD on the margin and on the cross-entropy.
 
     The restarts climb the two objectives in turn, and each attacks only the survivors of the previous ones, and images
-    on which one of the files stands. On 400 held-out images of the demo and of its cuts, one restart on each of the two
-    left 2 points fewer than two on the cross-entropy, at the same cost (`benchmarks/results/attack.md`).
+    on which one of the files stands. Two restarts on the cross-entropy cost the same and leave 3 to 4 points more on
+    cuts of the demo (`benchmarks/results/attack_gap.md`).
 
     Args:
         model: the model, in eval mode with frozen parameters (`frozen_eval`).

@@ -132,12 +132,14 @@ def warnings(run: RunReport) -> list[str]:
     for model in run.models:
         if model.onnx and not model.onnx.parity.passed:
             found.append(f"{model.label}: the ONNX file failed its parity gate.")
-        found += [
-            f"{model.label}: the latency at batch {row.batch} is in doubt, since {' and '.join(row.doubts)}; measure "
-            "it again."
-            for row in model.latency
-            if row.doubts
-        ]
+    doubted: dict[str, list[str]] = {}
+    for model in run.models:
+        for doubt in dict.fromkeys(doubt for row in model.latency for doubt in row.doubts):
+            doubted.setdefault(doubt, []).append(model.label)
+    found += [
+        f"{', '.join(labels)}: latency is in doubt, since {doubt}; measure it again."
+        for doubt, labels in doubted.items()
+    ]
     if run.plan and run.plan.note:
         found.append(f"Budget: {run.plan.note}")
     return found

@@ -42,7 +42,7 @@ def test_keep_best_never_ends_below_the_loss_of_its_start(norm):
     with frozen_eval(conv_model()) as model, torch.no_grad():
         before = cross_entropy_objective(y)(model(x))
         # An absurd step size makes the iterates jump about; only keeping the best protects the result.
-        x_adv = pgd(model, x, y, threat, steps=3, step_size=10.0, start_random=False)
+        x_adv = pgd(model, x, y, threat, steps=3, step_size=10.0, start=x)
         assert (cross_entropy_objective(y)(model(x_adv)) >= before).all()
 
 
@@ -104,5 +104,5 @@ def test_an_infinite_slope_leaves_the_images_finite(norm: str) -> None:
             return x.clamp_min(0).sqrt().mean((2, 3))
 
     x = torch.zeros(4, 3, 4, 4)
-    found = pgd(Root(), x, torch.arange(4) % 3, ThreatModel(norm, 0.1), steps=3, start_random=False)
+    found = pgd(Root(), x, torch.arange(4) % 3, ThreatModel(norm, 0.1), steps=3, start=x)
     assert found.isfinite().all() and (found - x).abs().max() <= 0.1 + 1e-6
