@@ -52,7 +52,7 @@ from .models.foreign import check_data, open_model
 from .models.python_module import as_model
 from .preflight import preflight
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
-from .recipe_reader import check_radii, make_section, with_threat_of
+from .recipe_reader import check_code, check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe
 from .structure.paths import sample_images
 from .surgery.apply import apply
@@ -333,7 +333,7 @@ def compress(
         raise UsageError(f"ratio was given twice: {ratio} and pruning__ratio={settings['pruning__ratio']}. Give one.")
     resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
     command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"
-    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, opened.spec.arch)
+    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command)
     done = _compress(job)
     if done is None:
         raise SystemExit(0)
@@ -380,9 +380,9 @@ def _recipe(source: Any, settings: Mapping[str, Any], model: Model, threat: Thre
     if threat is not None:
         chosen = _threat(threat, model)
         changes |= {"threat.norm": chosen.norm, "threat.epsilon": chosen.epsilon}
-    return with_threat_of(
-        load_recipe(None if source is None else str(source), changes), model.threat, model.spec.input_size
-    )
+    found = load_recipe(None if source is None else str(source), changes)
+    check_code(found, changes.keys())
+    return with_threat_of(found, model.threat, model.spec.input_size)
 
 
 def _check_kind(what: str, value: object, *wanted: Any) -> None:

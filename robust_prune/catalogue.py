@@ -18,6 +18,11 @@ from .errors import UsageError
 _ROOT = Path(__file__).parent
 
 
+def is_reference(name: str) -> bool:
+    """Return whether `name` has the form of users' code, ``file.py:function`` or ``file.py``."""
+    return name.endswith(".py") or ".py:" in name
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Choices of one kind.
@@ -60,7 +65,7 @@ class Catalogue:
         Raises:
             ValueError: it is neither; the message lists all names.
         """
-        if name not in self.choices and not name.endswith(".py") and ".py:" not in name:
+        if name not in self.choices and not is_reference(name):
             raise ValueError(f"must be one of {self.help()}")
         return name
 
@@ -72,7 +77,7 @@ class Catalogue:
         """
         from .models import user_file
 
-        if user_file.is_reference(name):
+        if is_reference(name):
             return user_file.load_function(name)
         if name in self._plugins and name not in self._files:
             return self._from_plugin(self._plugins[name])

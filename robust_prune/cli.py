@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import errno
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.completion.detect import ShellDetectionError
 from rich.console import Console
 
-from . import __version__
-from .errors import EnvironmentProblem, RobustPruneError
+from . import __version__, last_resort
+from .errors import EnvironmentProblem, RobustPruneError, UsageError
+from .printable import printable
 from .suggest import question
 
+ISSUES = "https://github.com/robust-prune/robust-prune/issues"
 OPTIONS = Group("Options", sort_key=9)
 app = App(
     name="robust-prune",
@@ -118,34 +125,89 @@ _REQUIRED = {name: ("MODEL", verb.example) for name, verb in _VERBS.items() if v
 _CALLED = {"MODEL": "a model", "NAME": "a recipe", "TO": "a file to write to"}
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM; it ends as after Ctrl-C."""
+
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; errors end the process with an exit code.
 
-    Exit codes: 0 success, 2 usage, 3 environment, 4 failed quality gate, 130 interrupted. A traceback is shown only
-    with ``--debug``.
+    Exit codes: 0 success, 2 usage, 3 environment, 4 failed quality gate, 70 an error in this package, 130 interrupted,
+    143 terminated. A traceback is shown only with ``--debug``.
 
     Args:
         arguments: the command line; by default ``sys.argv[1:]``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in messages may not exist in the terminal's encoding
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    problems = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        if odd := [token for token in tokens if not _is_text(token)]:
+            raise UsageError(
+                f"the argument {printable(odd[0])} is not UTF-8 text. Rename the file, or make a link to it."
+            )
+        with _terminable():
+            app(tokens, exit_on_error=False, print_error=False)
     except (CycloptsError, RobustPruneError) as error:
         if debug:
             raise
-        problems.print(f"error: {_one_line(_said(error))}", markup=False)
-        sys.exit(getattr(error, "exit_code", 2))
-    except OSError as error:
-        if debug or error.errno != errno.ENAMETOOLONG:
+        _end(f"error: {_said(error)}", getattr(error, "exit_code", 2))
+    except KeyboardInterrupt as error:
+        _end(
+            "interrupted; run the same command again to go on from here",
+            TERMINATED if isinstance(error, Terminated) else INTERRUPTED,
+        )
+    except BrokenPipeError:
+        # The reader of a pipe has ended; Python would report that once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
             raise
-        problems.print("error: a file name is too long. Give a shorter one.", markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        problems.print("interrupted; run the same command again to go on from here", markup=False)
-        sys.exit(130)
+        if known := last_resort.explain(error):
+            _end(f"error: {known}", known.exit_code)
+        file = last_resort.keep_traceback(error, tokens)
+        kept = (
+            f"The traceback is in {file}; please report it, with the command, at {ISSUES}" if file else "Add --debug."
+        )
+        _end(f"error in robust-prune itself: {type(error).__name__}: {str(error)[:200]}. {kept}", last_resort.EXIT_CODE)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(" ".join(text.split())), markup=False)
+    sys.exit(code)
+
+
+def _is_text(token: str) -> bool:
+    """Return whether an argument is text; bytes that are not UTF-8 arrive as halves of surrogate pairs."""
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, with files and workers put in order."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _said(error: Exception) -> str:
@@ -168,10 +230,6 @@ def _said(error: Exception) -> str:
         called = f"robust-prune {command}".rstrip()
         return f"{called} has no option {given}.{question(near) or f' `{called} --help` lists all.'}"
     return str(error)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def _tried(job: Compression) -> Preflight:
 
 def reopen(job: Compression, file: Path) -> nn.Module:
     """Load a model that this run has written."""
-    return artifact.load(file, arch=job.arch, trust_source=True).module
+    return artifact.load(file, known=job.dense.spec).module
 
 
 def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, before: Sequence[Cut]) -> Planned:

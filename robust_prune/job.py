@@ -34,7 +34,6 @@ class Compression:
         recipe: all settings.
         out: run folder; None derives it from name, metric, ratio and inputs.
         command: command line that reproduces the run.
-        arch: location of the user's ``file.py:function``, if that is the architecture.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Compression:
     recipe: Recipe
     out: Path | None = None
     command: str = ""
-    arch: str | None = None
 
     @property
     def device(self) -> str:

@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 def _refuse(key: tuple[str, ...], norm: str, radii: tuple[float, ...]) -> None:
     problem = next(filter(None, (radius.refusal(norm, value) for value in radii)), "")
     if problem:
-        raise PydanticCustomError("radius", "{problem}", {"key": key, "problem": problem})
+        raise PydanticCustomError("refused", "{problem}", {"key": key, "problem": problem})
+
+
+def _unusable(value: Any) -> str:
+    """Return why files, numbers of 64 bits or terminals cannot take a value, as the end of a sentence, or nothing."""
+    if isinstance(value, str):
+        if len(value) > LONGEST_TEXT:
+            return f"must have at most {LONGEST_TEXT:,} characters, got {len(value):,}"
+        if not all(letter.isprintable() for letter in value):
+            return f"must be one line of printable characters, got {value[:80]!a}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"must be at most {LARGEST:,}, got {float(value):.3g}"
+    if isinstance(value, dict):
+        return next(filter(None, map(_unusable, (*value, *value.values()))), "")
+    return next(filter(None, map(_unusable, value)), "") if isinstance(value, list | tuple) else ""
 
 
 def _switch(value: Any) -> Any:
@@ -36,12 +50,22 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(radius.number)]
 Radius = Annotated[float, Field(ge=0), BeforeValidator(radius.number)]
+LONGEST_TEXT, LARGEST = 4096, 2**32 - 1
+"""Characters of a text, and size of a whole number: the largest seed that all random generators take."""
 
 
 class Section(BaseModel):
     """Base class of recipe sections: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _values_can_be_used(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if not isinstance(value, Section) and (problem := _unusable(value)):
+                raise PydanticCustomError("refused", "{problem}", {"key": (name,), "problem": problem})
+        return self
 
 
 class DataSection(Section):
@@ -279,7 +303,7 @@ compares what methods recover in equal time."""
 class Recipe(Section):
     """Settings of a run."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Random seed of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of torch; `auto` is `cuda` if torch finds a GPU."""

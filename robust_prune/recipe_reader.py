@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
-from . import radius
+from . import plain_yaml, radius
+from .catalogue import is_reference
 from .console import warn
 from .errors import UsageError
 from .recipe import Recipe, Section, ThreatSection
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 LONGEST_NAME = 4096
 """Characters of a path, beyond which systems raise an error instead of saying that there is no such file."""
+LONGEST_SHOWN = 80
+"""Characters of a value in a message."""
 RENAMED = {
     "pruning.of": "pruning.metric", "pruning.align": "pruning.round_to", "pruning.steps": "pruning.cuts",
     "pruning.compensation": "pruning.repair", "pruning.compensation_images": "pruning.repair_images",
@@ -124,9 +126,9 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
     path = find(source) if source is not None else None
     text = read(path) if path else ""
     try:
-        value = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        value = plain_yaml.parse(text) or {}
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML, or no recipe: {error}.") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} must hold a mapping such as 'pruning: {{ratio: 0.5}}', got {type(value).__name__}")
     changes = {_present(key): new for key, new in (overrides or {}).items() if new is not None}
@@ -137,6 +139,26 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Reci
     for key, new in changes.items():
         _put(value, key, new)
     return _validate(value, path, text, set(changes))
+
+
+def check_code(recipe: Recipe, chosen: Collection[str]) -> None:
+    """Refuse a recipe that names users' code, which a run would execute, unless the user chose it.
+
+    Args:
+        recipe: the recipe.
+        chosen: dotted keys that the user has set beside the recipe file, e.g. ``finetune.loss``.
+
+    Raises:
+        UsageError: a key that was not chosen names a ``file.py:function``.
+    """
+    for section in (name for name in type(recipe).model_fields if isinstance(getattr(recipe, name), Section)):
+        for key, value in getattr(recipe, section):
+            dotted = f"{section}.{key}"
+            if dotted not in chosen and section != "data" and isinstance(value, str) and is_reference(value):
+                raise UsageError(
+                    f"the recipe names code that would run: {dotted} is {_shown(value)}. If you trust it, add "
+                    f"--trust-code, or choose it yourself with --set {dotted}=…"
+                )
 
 
 def make_section(kind: type[SomeSection], **values: Any) -> SomeSection:
@@ -195,20 +217,28 @@ def _location(problem: Any) -> tuple[str, ...]:
 
 
 def _explain(problem: Any, location: tuple[str, ...]) -> str:
-    name, found, bounds = location[-1], problem["input"], problem.get("ctx", {})
+    name, found, bounds = location[-1] if location else "the recipe", _shown(problem["input"]), problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, _fields(location[:-1]), n=1)
+        name = name[:LONGEST_SHOWN] if name.isprintable() else ascii(name[:LONGEST_SHOWN])
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_fields(location[:-1]))}."
-        return f"unknown recipe key {'.'.join(location)}. {hint}"
+        return f"unknown recipe key {'.'.join((*location[:-1], name))}. {hint}"
     if location == ("pruning", "ratio"):
         return f"ratio must be in (0, 1), got {found}. Try 0.5."
-    if problem["type"] == "radius":
+    if problem["type"] == "refused":
         return f"{'.'.join(location)} {problem['msg']}"
     if problem["type"] == "literal_error":
-        return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found!r}"
+        return f"{'.'.join(location)} must be one of {bounds['expected']}, got {found}"
     if problem["type"] == "value_error":
-        return f"{'.'.join(location)} {bounds['error']}, got {found!r}"
-    return f"{'.'.join(location)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {found!r}"
+        return f"{'.'.join(location)} {bounds['error']}, got {found}"
+    return f"{'.'.join(location)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {found}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it stands in messages: shortened, and with control characters spelled out."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    text = text if text.isprintable() else ascii(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _fields(location: tuple[str, ...]) -> list[str]:
@@ -221,7 +251,7 @@ def _fields(location: tuple[str, ...]) -> list[str]:
 def _where(path: Path | None, text: str, location: tuple[str, ...]) -> str:
     if path is None:
         return ""
-    node: Any = yaml.compose(text)
+    node: Any = plain_yaml.compose(text)
     line = 1
     for part in location:
         found = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == part]

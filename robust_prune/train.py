@@ -91,7 +91,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
         return result
 
     trained = run.stage("train", TrainResult, [], fit, files=[final], shared=True)
-    best = artifact.load(final, trust_source=True).module
+    best = artifact.load(final, known=spec).module
     judge = partial(_evaluate, name, best, spec, data, recipe, folder)
     card = run.stage("evaluate", ResultCard, [models_hash(best)], judge, shared=True)
     if not distributed.leave_group():

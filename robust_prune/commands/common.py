@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from .. import distributed, recipe_reader
+from .. import distributed, plain_yaml, recipe_reader
 from ..catalogue import CATALOGUES
 from ..console import console, warn, working
 from ..errors import EnvironmentProblem, UsageError
@@ -27,14 +25,24 @@ DEMO = "demo"
 
 
 def resolve(
-    recipe: str | None, flags: Mapping[str, Any], assignments: Sequence[str] | None, *, demo: bool = False
+    recipe: str | None,
+    flags: Mapping[str, Any],
+    assignments: Sequence[str] | None,
+    *,
+    demo: bool = False,
+    trust_code: bool = False,
 ) -> Recipe:
     """The recipe with flags put over it; `demo` picks the demo's recipe when none is named.
 
     Raises:
-        UsageError: see `recipe.load`.
+        UsageError: see `recipe_reader.load`; or the recipe names code, and `trust_code` is false.
     """
-    return load(recipe or (DEMO if demo else None), {**flags, **dict(_assignment(text) for text in assignments or ())})
+    given = {key: value for key, value in flags.items() if value is not None}
+    given |= dict(_assignment(text) for text in assignments or ())
+    found = load(recipe or (DEMO if demo else None), given)
+    if not trust_code:
+        recipe_reader.check_code(found, given.keys())
+    return found
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -42,9 +50,9 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not mark or not key:
         raise UsageError(f"--set wants KEY=VALUE such as finetune.lr=0.05, got {text!r}")
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
-        raise UsageError(f"--set {text!r}: the value is not valid YAML") from error
+        return key, plain_yaml.parse(value)
+    except ValueError as error:
+        raise UsageError(f"--set {text[:80]!r}: the value is not valid YAML: {error}") from error
 
 
 def listed(text: str | None) -> list[str] | None:

@@ -39,6 +39,7 @@ from .flags import (
     SeedFlag,
     SetFlag,
     TierFlag,
+    TrustCodeFlag,
     TrustFlag,
     of_recipe,
     stated,
@@ -114,6 +115,7 @@ def compress(
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
+    trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
 ) -> None:
     """Prune a robust model, fine-tune it, and report its robust accuracy and latency."""
@@ -138,7 +140,7 @@ def compress(
     }
     preset = {f"finetune.{key}": value for key, value in RECOVERIES[recovery].items()} if recovery else {}
     given = preset | {key: value for key, value in flags.items() if value is not None}
-    resolved = resolve(recipe, given, assignments, demo=model == DEMO)
+    resolved = resolve(recipe, given, assignments, demo=model == DEMO, trust_code=trust_code)
     check_model_path(model)
     cut = resolved.pruning
     check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
@@ -153,7 +155,7 @@ def compress(
         from ..machine.host import tune_allocator
 
     tune_allocator()
-    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), arch)
+    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line())
     if not dry_run:
         done = run_compression(job)
         if done is not None:

@@ -38,6 +38,7 @@ from .flags import (
     SeedFlag,
     SetFlag,
     TierFlag,
+    TrustCodeFlag,
     TrustFlag,
     of_recipe,
 )
@@ -81,6 +82,7 @@ def evaluate(
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
+    trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
 ) -> None:
     """Measure clean and robust accuracy of a model on test images."""
@@ -97,7 +99,7 @@ def evaluate(
         "seed": seed,
         "device": device,
     }
-    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    resolved = resolve(recipe, flags, assignments, demo=model == DEMO, trust_code=trust_code)
     check_model_path(model)
     check_functions(resolved.evaluation.tier)
     check_out_file("--out", out)

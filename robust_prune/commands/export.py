@@ -26,6 +26,7 @@ from .flags import (
     PrecisionFlag,
     RecipeFlag,
     SetFlag,
+    TrustCodeFlag,
     TrustFlag,
     of_recipe,
 )
@@ -50,6 +51,7 @@ def export(
     arch: ArchFlag = None,
     normalization: NormalizationFlag = None,
     trust_pickle: TrustFlag = False,
+    trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
 ) -> None:
     """Write a model as one ONNX file, checked against a float64 reference on real images."""
@@ -57,7 +59,7 @@ def export(
         "export.opset": opset, "export.precisions": listed(precision), "data.name": data,
         "model.normalization": normalization,
     }  # fmt: skip
-    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    resolved = resolve(recipe, flags, assignments, demo=model == DEMO, trust_code=trust_code)
     check_model_path(model)
     check_out_file("--out", out)
     bundle = open_data(resolved)

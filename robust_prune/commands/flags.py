@@ -121,6 +121,15 @@ PrecisionFlag = Annotated[
     str | None,
     of_recipe(EXPORT, "export.precisions", "Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8."),
 ]
+TrustCodeFlag = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        group=RUN,
+        help="Run the code that a recipe file names (FILE.py:FUNCTION). Only for recipes of your own.",
+        show_default=False,
+    ),
+]
 TrustFlag = Annotated[
     bool,
     Parameter(

@@ -30,6 +30,7 @@ from .flags import (
     RecipeFlag,
     SeedFlag,
     SetFlag,
+    TrustCodeFlag,
     TrustFlag,
     of_recipe,
 )
@@ -54,6 +55,7 @@ def sensitivity(
     seed: SeedFlag = None,
     device: DeviceFlag = None,
     trust_pickle: TrustFlag = False,
+    trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
 ) -> None:
     """Measure the Module Robustness Sensitivity (MRS) of each layer."""
@@ -61,7 +63,7 @@ def sensitivity(
         "sensitivity.estimator": estimator, "threat.epsilon": epsilon, "threat.norm": norm, "data.name": data,
         "model.normalization": normalization, "seed": seed, "device": device,
     }  # fmt: skip
-    resolved = resolve(recipe, flags, assignments, demo=model == DEMO)
+    resolved = resolve(recipe, flags, assignments, demo=model == DEMO, trust_code=trust_code)
     check_model_path(model)
     check_out_folder("--out", out)
     bundle = open_data(resolved)

@@ -30,6 +30,7 @@ from .flags import (
     ImagesFlag,
     SeedFlag,
     SetFlag,
+    TrustCodeFlag,
     of_recipe,
     stated,
 )
@@ -67,6 +68,7 @@ def train(
     images: ImagesFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
+    trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
 ) -> None:
     """Train a robust model from scratch; the same command resumes a run that was killed."""
@@ -82,7 +84,7 @@ def train(
         "seed": seed,
         "device": device,
     }
-    resolved = with_threat_of(resolve(recipe, flags, assignments), None)
+    resolved = with_threat_of(resolve(recipe, flags, assignments, trust_code=trust_code), None)
     if (chosen := resolved.model.arch) is None:
         raise UsageError("no architecture given. Add --arch, e.g. --arch cifar/resnet18.")
     check_functions(resolved.training.loss, resolved.evaluation.tier)

@@ -22,16 +22,19 @@ from torch import Tensor, nn
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
 from ..models import fixed_image, registry, user_file, weight_files
+from ..printable import check_printable
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
 from ..shown import Shown
+from . import bounded, integrity
 from .fixed_image import Fingerprint
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
 
 FORMAT = "robust-prune"
-VERSION = 1
+VERSION = 2
+"""Files of version 1 have no hashes."""
 KEY = "robust_prune"
 """Key of the manifest in the metadata of a safetensors file, or in the dict of a ``.pt`` file."""
 
@@ -66,6 +69,21 @@ class Model(Shown):
         count = sum(parameter.numel() for parameter in self.module.parameters())
         against = f", trained against {self.threat}" if self.threat else ""
         return f"{self.spec.arch}, {self.spec.num_classes} classes, {size} images, {count:,} parameters{against}"
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a file says of its model, beside format, version and hashes; see `save`."""
+
+    spec: ModelSpec
+    changes: dict[str, Any]
+    threat: ThreatModel | None
+    provenance: dict[str, Any]
+    store_dtype: StoreDtype | None
+    fingerprint: Fingerprint | None = None
+
+
+_FIELDS = tuple(_Manifest.__dataclass_fields__)
 
 
 def save(
@@ -108,7 +126,8 @@ def save(
     tensors = _stored(model.state_dict(), store_dtype)
     _fill(fresh, changes, _as_loaded(tensors, store_dtype), "the model to save")
     fingerprint = fixed_image.take(fresh, spec)
-    manifest = _manifest(spec, changes, threat, provenance, store_dtype, fingerprint)
+    found = _Manifest(spec, changes, threat, dict(provenance or {}), store_dtype, fingerprint)
+    manifest = _written(found, tensors)
     if path.suffix == ".pt":
         atomic_write(path, lambda part: torch.save({KEY: manifest, "state_dict": tensors}, part))
     else:
@@ -116,7 +135,7 @@ def save(
 
 
 def load(
-    path: str | Path, *, arch: str | None = None, trust_source: bool = False, like: nn.Module | None = None
+    path: str | Path, *, arch: str | None = None, known: ModelSpec | None = None, like: nn.Module | None = None
 ) -> Model:
     """Rebuild the model of an artifact, in eval mode on the CPU.
 
@@ -124,8 +143,8 @@ def load(
         path: a file written by `save`.
         arch: current location of the architecture's ``file.py:function``. Such models require it, since loading runs
             the file, whose hash must be the recorded one. Leave it out for other architectures.
-        trust_source: whether to run the ``file.py:function`` named in the artifact without `arch`; for files that the
-            current run has written.
+        known: specification that the file must carry, for files that the current run has written; a
+            ``file.py:function`` in it runs without `arch`.
         like: for a model that was given as a Python object, the same object, built again.
 
     Raises:
@@ -136,7 +155,7 @@ def load(
     contents = weight_files.read(path)
     if not is_artifact(contents):
         raise UsageError(f"{path} is not a robust-prune artifact but plain weights. Open it with --arch.")
-    return open_contents(path, contents, arch=arch, trust_source=trust_source, like=like)
+    return open_contents(path, contents, arch=arch, known=known, like=like)
 
 
 def is_artifact(contents: weight_files.Contents) -> bool:
@@ -149,41 +168,59 @@ def open_contents(
     contents: weight_files.Contents,
     *,
     arch: str | None = None,
-    trust_source: bool = False,
+    known: ModelSpec | None = None,
     like: nn.Module | None = None,
 ) -> Model:
     """Rebuild the model of an artifact that has been read already; see `load` for arguments and errors."""
     in_metadata = KEY in contents.metadata
     text = contents.metadata[KEY] if in_metadata else contents.value[KEY]
     tensors = contents.value if in_metadata else contents.value.get("state_dict")
-    try:
-        manifest = json.loads(text)
-        spec = from_json(ModelSpec, manifest["spec"])
-        changes = manifest["changes"]
-        threat = from_json(ThreatModel, manifest["threat"]) if manifest["threat"] else None
-        version, provenance, stored = manifest["version"], manifest["provenance"], manifest["store_dtype"]
-        fingerprint = from_json(Fingerprint, manifest["fingerprint"]) if manifest.get("fingerprint") else None
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-        raise UsageError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
-    if manifest.get("format") != FORMAT or not isinstance(version, int) or not isinstance(tensors, dict):
-        raise UsageError(f"the manifest of {path} is damaged: it is not of format {FORMAT!r}")
-    if version > VERSION:
-        raise UsageError(f"{path} has format version {version}, this robust-prune reads up to {VERSION}. Upgrade it.")
-    spec = _consented(path, spec, arch, trust_source)
+    manifest = _read_manifest(path, text, tensors)
+    spec = _consented(path, manifest.spec, arch, known)
+    bounded.check_size(spec, tensors, str(path))
     if like is not None and spec.arch.startswith(f"{registry.OBJECT}/"):
         registry.remember(like, spec.arch)
     model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
-    _fill(model, changes, _as_loaded(tensors, stored), str(path))
-    if fingerprint is not None:
-        fixed_image.check(fingerprint, model, spec, str(path))
-    return Model(model.eval(), spec, threat, provenance)
+    _fill(model, manifest.changes, _as_loaded(tensors, manifest.store_dtype), str(path))
+    if manifest.fingerprint is not None:
+        fixed_image.check(manifest.fingerprint, model, spec, str(path))
+    return Model(model.eval(), spec, manifest.threat, manifest.provenance)
 
 
-def _consented(path: Path, spec: ModelSpec, arch: str | None, trust_source: bool) -> ModelSpec:
+def _read_manifest(path: Path, text: str, tensors: Any) -> _Manifest:
+    """Return the checked manifest of an artifact with these tensors."""
+    try:
+        value = json.loads(text)
+        version = value["version"]
+        if value["format"] != FORMAT or type(version) is not int or not isinstance(tensors, dict):
+            raise ValueError(f"it is not of format {FORMAT!r}")
+        if version > VERSION:
+            raise UsageError(
+                f"{path} has format version {version}, this robust-prune reads up to {VERSION}. Upgrade it."
+            )
+        manifest = from_json(_Manifest, {key: value[key] for key in _FIELDS if key in value})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UsageError(f"the manifest of {path} is damaged: {said}") from error
+    check_printable(value, f"the manifest of {path}")
+    if version > 1:
+        integrity.check(value, tensors, str(path))
+    registry.check_values(manifest.spec)
+    return manifest
+
+
+def _consented(path: Path, spec: ModelSpec, arch: str | None, known: ModelSpec | None) -> ModelSpec:
     # A manifest may name any Python file on the user's disk and arguments for any of its functions, so a file is run
-    # only if the user names it or the caller trusts the artifact.
+    # only if the user names it, or if the caller knows what the manifest says.
+    if known is not None and spec != registry.without_pretrained(known):
+        raise UsageError(
+            f"{path} was not written by this run: it holds a {spec.arch}, and the run a {known.arch}, with other "
+            "values. Remove it to have it made again."
+        )
     if user_file.is_reference(spec.arch):
-        if arch is None and not trust_source:
+        if not spec.source_sha256:
+            raise UsageError(f"the manifest of {path} is damaged: it lacks the hash of {spec.arch}")
+        if arch is None and known is None:
             raise UsageError(
                 f"{path} was built by {spec.arch}, and loading it runs that file. "
                 f"If you trust it, add --arch {spec.arch}"
@@ -197,28 +234,13 @@ def _consented(path: Path, spec: ModelSpec, arch: str | None, trust_source: bool
     return spec
 
 
-def _manifest(
-    spec: ModelSpec,
-    changes: Mapping[str, Any],
-    threat: ThreatModel | None,
-    provenance: Mapping[str, Any] | None,
-    store_dtype: str | None,
-    fingerprint: Fingerprint | None,
-) -> str:
-    value = {
-        "format": FORMAT,
-        "version": VERSION,
-        "spec": to_json(spec),
-        "changes": changes,
-        "threat": to_json(threat) if threat else None,
-        "provenance": dict(provenance or {}),
-        "store_dtype": store_dtype,
-        "fingerprint": to_json(fingerprint) if fingerprint else None,
-    }
+def _written(manifest: _Manifest, tensors: Mapping[str, Tensor]) -> str:
+    """Return the text of a manifest, with the hashes of the tensors."""
     try:
-        return json.dumps(value)
+        value = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **to_json(manifest)}))
     except (TypeError, ValueError) as error:
         raise UsageError(f"changes, kwargs and provenance must be plain JSON values: {error}") from error
+    return json.dumps(integrity.sealed(value, tensors))
 
 
 def _stored(state: Mapping[str, Tensor], store_dtype: str | None) -> dict[str, Tensor]:

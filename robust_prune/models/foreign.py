@@ -35,7 +35,6 @@ def open_model(
     kwargs: Mapping[str, Any] | None = None,
     normalization: str = AUTO,
     trust_pickle: bool = False,
-    trust_source: bool = False,
 ) -> Model:
     """Open a model, in eval mode on the CPU.
 
@@ -55,7 +54,6 @@ def open_model(
             one (`normalization_choice.choose`).
         trust_pickle: whether to allow pickled modules, which run code from the file. `arch` is still required, since
             the model must be rebuilt without pickle.
-        trust_source: see `artifact.load`.
 
     Raises:
         UsageError: the path, kind of file or architecture is wrong, the data do not fit the model, or the normalization
@@ -75,7 +73,7 @@ def open_model(
         raise UsageError(f"{name} is an architecture without weights. Give a file of weights, and --arch {name}.")
     contents = weight_files.read(path, trust_pickle=trust_pickle)
     if artifact.is_artifact(contents):
-        loaded = artifact.open_contents(path, contents, arch=arch, trust_source=trust_source)
+        loaded = artifact.open_contents(path, contents, arch=arch)
         if data is not None:
             check_data(loaded.spec, num_classes=data.num_classes, input_size=data.input_size)
             _check_normalization(path, loaded.spec, parse(normalization, data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,22 +56,13 @@ def make_spec(
         UsageError: the architecture is malformed or unknown, or a value is out of range.
     """
     size = tuple(int(n) for n in input_size)
-    if len(size) != 3 or min(size) < 1:
+    if len(size) != 3:
         raise UsageError(f"input size must be (channels, height, width), got {tuple(input_size)}")
-    if num_classes < 2:
-        raise UsageError(f"a classifier needs at least 2 classes, got {num_classes}")
-    for label, values in (("mean", mean), ("std", std)):
-        if len(values) != size[0]:
-            raise UsageError(f"{label} must hold one number for each of {size[0]} channels, got {len(values)}")
-    if min(std) <= 0:
-        raise UsageError(f"std must be above 0, got {tuple(std)}")
-    if class_names and len(class_names) != num_classes:
-        raise UsageError(f"{len(class_names)} class names for {num_classes} classes")
     try:
         plain = json.loads(json.dumps(dict(kwargs or {})))
     except (TypeError, ValueError) as error:
         raise UsageError(f"model kwargs must be plain JSON values: {error}") from error
-    return ModelSpec(
+    spec = ModelSpec(
         arch=arch,
         num_classes=int(num_classes),
         input_size=(size[0], size[1], size[2]),
@@ -78,8 +70,26 @@ def make_spec(
         std=tuple(float(v) for v in std),
         kwargs=plain,
         class_names=tuple(class_names),
-        source_sha256=check_arch(arch),
     )
+    check_values(spec)
+    return replace(spec, source_sha256=check_arch(arch))
+
+
+def check_values(spec: ModelSpec) -> None:
+    """Raise UsageError if a value of a specification is out of range."""
+    if min(spec.input_size) < 1:
+        raise UsageError(f"input size must be (channels, height, width), got {spec.input_size}")
+    if spec.num_classes < 2:
+        raise UsageError(f"a classifier needs at least 2 classes, got {spec.num_classes}")
+    for label, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) != spec.input_size[0]:
+            raise UsageError(
+                f"{label} must hold one number for each of {spec.input_size[0]} channels, got {len(values)}"
+            )
+    if not all(map(math.isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
+        raise UsageError(f"mean must be finite and std above 0, got {spec.mean} and {spec.std}")
+    if spec.class_names and len(spec.class_names) != spec.num_classes:
+        raise UsageError(f"{len(spec.class_names)} class names for {spec.num_classes} classes")
 
 
 def remember(module: nn.Module, arch: str | None = None) -> str:

@@ -11,15 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from ..catalogue import is_reference
 from ..errors import RobustPruneError, UsageError
 from ..suggest import did_you_mean
 from . import user_code
 from .spec import ModelSpec
-
-
-def is_reference(arch: str) -> bool:
-    """Return whether `arch` has the form ``file.py:function`` or ``file.py``."""
-    return arch.endswith(".py") or ".py:" in arch
 
 
 def locate(arch: str) -> tuple[Path, str]:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import __version__, distributed
-from ..console import console, duration, say_end, working
+from ..console import console, duration, say_end, warn, working
 from ..errors import RobustPruneError, UsageError
 from ..machine.snapshot import snapshot
 from ..recipe import Recipe
 from ..serialization import from_json, to_json
-from .files import digest, read_json, write_json, write_text
+from .files import digest, file_sha256, read_json, write_json, write_text
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 """Format of run folders; folders of another format cannot be resumed."""
 
 _CLAIM = ("environment.json", "recipe.yaml", "run.json")
@@ -42,6 +42,7 @@ class Run:
         stages: what each stage does, in words, by its name and in order; other stages are not announced.
         seconds: wall time in seconds of each stage so far, by name; for a stored result that of its computation.
         made: names of the stages whose results were not stored.
+        damaged: names of the stages whose records or files were found damaged.
         begin: when the run was opened, by the monotonic clock.
         fresh: whether this process claimed the folder first.
     """
@@ -51,6 +52,7 @@ class Run:
     stages: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
     fresh: bool = False
 
@@ -110,21 +112,28 @@ class Run:
             kind: dataclass that `make` returns.
             inputs: JSON values on which the result depends, in addition to the run's key.
             make: computes the result and writes `files`.
-            files: files that must exist for a stored result to be used.
+            files: files that the stage writes; their hashes are stored. A result is computed again if one of them is
+                missing or was changed, or if that happened to an earlier stage.
             shared: whether all processes call `make`.
         """
         first, mark = distributed.is_first(), self.folder / name / "stage.json"
         key = digest([self.key, name, *inputs])
-        stored = _stored(mark, key, kind) if first and all(file.exists() for file in files) else None
+        stored, problem = self._stored(mark, key, kind, files) if first else (None, "")
         stored = distributed.broadcast(stored)
         if stored is None:
+            if problem:
+                warn(f"{problem}. This stage and those after it are done again.")
+                self.damaged.append(name)
             self._announce(name)
             begin = time.monotonic()
             with working(self.stages.get(name, name)):
                 value = make() if first or shared else None
             seconds = time.monotonic() - begin
             if first:
-                stored = {"key": key, "seconds": seconds, "value": to_json(value)}
+                stored = _sealed({
+                    "key": key, "seconds": seconds, "value": to_json(value),
+                    "files": {self._relative(file): file_sha256(file) for file in files if file.is_file()},
+                })  # fmt: skip
                 write_json(mark, stored)
             stored = distributed.broadcast(stored)
             self.made.append(name)
@@ -136,6 +145,35 @@ class Run:
         self.seconds[name] = stored["seconds"]
         # A fresh result is read back from JSON too, so that a resumed run has exactly the same values.
         return from_json(kind, stored["value"])
+
+    def _stored(
+        self, mark: Path, key: str, kind: type[Any], files: Sequence[Path]
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Return the record of a stage, if it is of this key and whole, and what is wrong with it otherwise."""
+        try:
+            stored = json.loads(mark.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None, ""
+        except (OSError, ValueError, RecursionError):
+            return None, f"{mark} is damaged"
+        if self.damaged or (isinstance(stored, dict) and stored.get("key") != key):
+            return None, ""
+        try:
+            whole = stored == _sealed(stored) and math.isfinite(stored["seconds"])
+            from_json(kind, stored["value"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            return None, f"{mark} is damaged or was changed"
+        for file in files:
+            if not file.is_file():
+                return None, f"{file} is missing"
+            if stored["files"].get(self._relative(file)) != file_sha256(file):
+                return None, f"{file} is damaged or was changed"
+        return stored, ""
+
+    def _relative(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
 
     def _announce(self, name: str, whence: str = "") -> None:
         if name in self.stages:
@@ -151,15 +189,10 @@ class Run:
         return duration(now) + (f", {duration(now + earlier)} with the stages of earlier runs" if earlier else "")
 
 
-def _stored(mark: Path, key: str, kind: type[Any]) -> dict[str, Any] | None:
-    try:
-        stored = json.loads(mark.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or stored.get("key") != key:
-            return None
-        from_json(kind, stored["value"])
-        return stored if math.isfinite(stored["seconds"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a stage with the hash of its other values."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return {**rest, "sha256": digest(rest)}
 
 
 def run_key(*inputs: Any) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from robust_prune.data.base import DataBundle, TensorImages
-from robust_prune.models import registry
+from robust_prune.models import artifact, integrity, registry
 from robust_prune.models.spec import ModelSpec
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -61,3 +65,16 @@ def data_of(facts: dict[str, Any] = FACTS) -> DataBundle:
 
 def make_spec(arch: str, **changes: Any) -> ModelSpec:
     return registry.make_spec(arch, **(FACTS | changes))
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], *, seal: bool = True) -> Path:
+    """Change the manifest and the tensors of a safetensors artifact; with `seal` its hashes are made anew."""
+    with safetensors.safe_open(path, framework="pt") as stream:
+        manifest = json.loads(stream.metadata()[artifact.KEY])
+    tensors = safetensors.torch.load_file(path)
+    edit(manifest, tensors)
+    if seal:
+        manifest.pop(integrity.MANIFEST, None)
+        manifest = integrity.sealed(manifest, tensors)
+    safetensors.torch.save_file(tensors, path, metadata={artifact.KEY: json.dumps(manifest)})
+    return path

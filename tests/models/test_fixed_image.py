@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
-from builders.model_files import data_of, make_spec
+from builders.model_files import data_of, make_spec, rewrite
 from builders.weights import randomised
 from torch import nn
 
@@ -38,15 +35,6 @@ def saved(tmp_path: Path) -> tuple[Path, ModelSpec]:
     randomised(model)
     artifact.save(tmp_path / "m.safetensors", model, spec)
     return tmp_path / "m.safetensors", spec
-
-
-def rewrite(path: Path, edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
-    """Change the manifest and the tensors of an artifact."""
-    with safetensors.safe_open(path, framework="pt") as stream:
-        manifest = json.loads(stream.metadata()[artifact.KEY])
-    tensors = safetensors.torch.load_file(path)
-    edit(manifest, tensors)
-    safetensors.torch.save_file(tensors, path, metadata={artifact.KEY: json.dumps(manifest)})
 
 
 def fingerprint(path: Path) -> dict[str, Any] | None:
@@ -135,13 +123,13 @@ def test_a_users_code_that_reads_another_file_now_is_refused(tmp_path: Path) -> 
     (tmp_path / "scale.txt").write_text("2")
     spec = make_spec(f"{path}:make")
     artifact.save(tmp_path / "m.pt", registry.build(spec), spec)
-    artifact.load(tmp_path / "m.pt", trust_source=True)
+    artifact.load(tmp_path / "m.pt", known=spec)
     (tmp_path / "scale.txt").write_text("3")
     with pytest.raises(UsageError, match=r"computes something else .*Restore .*model\.py:make, and what it reads"):
-        artifact.load(tmp_path / "m.pt", trust_source=True)
+        artifact.load(tmp_path / "m.pt", known=spec)
     (tmp_path / "scale.txt").write_text("three")
     with pytest.raises(UsageError, match=r"model\.py:5: ValueError"):
-        artifact.load(tmp_path / "m.pt", trust_source=True)
+        artifact.load(tmp_path / "m.pt", known=spec)
 
 
 def test_a_python_object_that_is_another_function_is_refused(tmp_path: Path) -> None:

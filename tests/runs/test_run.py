@@ -55,6 +55,42 @@ def test_a_stage_is_made_once_for_the_same_inputs_and_anew_where_its_record_or_a
     assert len(calls) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "one.bin").write_bytes(b"two"), "one.bin is damaged or was changed"),
+        (lambda folder: (folder / "one.bin").unlink(), "one.bin is missing"),
+        (lambda folder: (folder / "one" / "stage.json").write_text("{"), "stage.json is damaged"),
+        (
+            lambda folder: (folder / "one" / "stage.json").write_text(
+                (folder / "one" / "stage.json").read_text().replace('"epochs": 5', '"epochs": 6')
+            ),
+            "stage.json is damaged or was changed",
+        ),
+    ],
+)
+def test_damage_is_said_and_the_stage_and_those_after_it_are_done_again(tmp_path, capsys, damage, words):
+    made = []
+
+    def go():
+        run = Run(tmp_path, "key", {"zero": "Zero", "one": "One", "two": "Two"})
+        for name in run.stages:
+            file = tmp_path / f"{name}.bin"
+            run.stage(name, Length, [], lambda name=name, file=file: made.append(name) or write(file), files=[file])
+        return run.made
+
+    def write(file):
+        file.write_bytes(b"one")
+        return Length(5, 1)
+
+    assert (go(), go()) == (["zero", "one", "two"], [])
+    damage(tmp_path)
+    capsys.readouterr()
+    assert go() == ["one", "two"]
+    assert f"{words}. This stage and those after it are done again." in " ".join(capsys.readouterr().out.split())
+    assert go() == []
+
+
 def test_a_run_of_an_older_version_is_refused_in_one_line(tmp_path):
     (tmp_path / "run.json").write_text('{"key": "key", "command": "robust-prune"}')
     with pytest.raises(UsageError, match="holds a run of another version of robust-prune") as raised:

@@ -1,0 +1,33 @@
+"""Text from outside, such as names in files: control characters in it would command the terminal that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import UsageError
+
+
+def printable(text: str) -> str:
+    """Return `text` with characters that cannot be shown, such as escapes and halves of pairs, spelled out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def check_printable(value: Any, what: str) -> None:
+    """Hold every text inside a JSON value against what terminals and files can take.
+
+    Raises:
+        UsageError: a text has characters that are not printable; line breaks and tabs are.
+    """
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str) and not all(c.isprintable() or c in "\n\t" for c in item):
+            raise UsageError(
+                f"{what} holds control characters in '{printable(item)[:80]}', which no robust-prune has written. "
+                "Look where it comes from."
+            )
+        if isinstance(item, Mapping):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
