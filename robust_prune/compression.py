@@ -59,7 +59,7 @@ from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
 from .report.terminal import show_end, stored_report
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
-from .runs.run import Run, run_key
+from .runs.run import Run, RunInputs
 from .serialization import to_json
 from .structure.paths import sample_images
 from .surgery.apply import apply
@@ -93,7 +93,12 @@ def compress(job: Compression) -> Compressed | None:
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
     choose_device(job.recipe.device)
-    run, dense = open_run(job), job.dense.module
+    with open_run(job) as run:
+        return _run_stages(job, run)
+
+
+def _run_stages(job: Compression, run: Run) -> Compressed | None:
+    dense = job.dense.module
     with run.refusable(run.folder / f"{DENSE}.onnx"):
         notes = list(try_out(job, run))
         files = {DENSE: export(job, run, DENSE, dense)}
@@ -147,16 +152,16 @@ def open_run(job: Compression) -> Run:
     """
     recipe, data = job.recipe, job.data
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    key = run_key(
-        models_hash(job.dense.module), to_json(job.dense.spec), images, recipe.model_dump(mode="json"),
+    inputs = RunInputs.of(
+        [models_hash(job.dense.module), to_json(job.dense.spec)], images, recipe.model_dump(mode="json"),
         user_file.versions(
             recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
             recipe.evaluation.tier,
         ),
     )  # fmt: skip
     section = recipe.pruning
-    folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{key[:6]}"
-    return Run.open(folder, key, recipe, job.command, stage_titles(recipe))
+    folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{inputs.key[:6]}"
+    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe))
 
 
 def look_at_dense(job: Compression, run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Text from outside, such as names in files: control characters in it would command the terminal that shows it."""
+"""Text and numbers from outside: control characters in a name would command the terminal that shows it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def check_printable(value: Any, what: str) -> None:
-    """Hold every text inside a JSON value against what terminals and files can take.
+LARGEST = 2.0**63
+
+
+def check_plain(value: Any, what: str) -> None:
+    """Hold every text and number inside a JSON value against what terminals, files and arithmetic can take.
 
     Raises:
-        UsageError: a text has characters that are not printable; line breaks and tabs are.
+        UsageError: a text has characters that are not printable (line breaks and tabs are), or the size of a number
+            is above 2^63.
     """
     waiting = [value]
     while waiting:
@@ -27,6 +31,8 @@ def check_printable(value: Any, what: str) -> None:
                 f"{what} holds control characters in '{printable(item)[:80]}', which no robust-prune has written. "
                 "Look where it comes from."
             )
+        if isinstance(item, int | float) and abs(item) > LARGEST:
+            raise UsageError(f"{what} holds the number {str(item)[:20]}, which no robust-prune has written.")
         if isinstance(item, Mapping):
             waiting += [*item, *item.values()]
         elif isinstance(item, list | tuple):

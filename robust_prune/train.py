@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from .report.files import write
 from .report.terminal import show_end, stored_report
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
-from .runs.run import Run, run_key
+from .runs.run import Run, RunInputs
 from .serialization import to_json
 from .training.trainer import train
 from .training.types import TrainResult
@@ -71,10 +72,18 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     """
     torch.manual_seed(recipe.seed)
     spec, model = _built(data, recipe)
-    settings = recipe.model_dump(mode="json", include=_SECTIONS)
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    key = run_key(to_json(spec), images, settings, user_file.versions(recipe.training.loss, recipe.evaluation.tier))
-    run, final = Run.open(folder, key, recipe, command, STAGES), folder / "model.safetensors"
+    versions = user_file.versions(recipe.training.loss, recipe.evaluation.tier)
+    inputs = RunInputs.of(to_json(spec), images, _settings(recipe), versions)
+    with Run.open(folder, inputs, recipe, command, STAGES) as run:
+        return _run_stages(name, spec, model, data, recipe, run)
+
+
+# Six parameters: what `train_model` was given and what it has built.
+def _run_stages(
+    name: str, spec: ModelSpec, model: NormalizedClassifier, data: DataBundle, recipe: Recipe, run: Run
+) -> RunReport | None:
+    folder, command, final = run.folder, run.command, run.folder / "model.safetensors"
     with run.refusable():
         notes = run.stage("preflight", Preflight, [], partial(_try_out, model, spec, data, recipe)).notes
     for note in notes:
@@ -85,7 +94,7 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
             model, data.train, data.validation, recipe.threat_model, recipe.training,
             seed=recipe.seed, device=choose_device(recipe.device), checkpoint=folder / "train" / "checkpoint.pt",
         )  # fmt: skip
-        provenance = {"command": command, "recipe": digest(settings)}
+        provenance = {"command": command, "recipe": digest(_settings(recipe))}
         plain = registry.without_pretrained(spec)
         artifact.save(final, model.cpu(), plain, threat=recipe.threat_model, provenance=provenance)
         return result
@@ -113,6 +122,10 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     write(report, folder)
     show_end(report, run, FILES)
     return report
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=_SECTIONS)
 
 
 def _built(data: DataBundle, recipe: Recipe) -> tuple[ModelSpec, NormalizedClassifier]:

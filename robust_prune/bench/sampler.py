@@ -8,28 +8,19 @@ Reasonable Time, ISMM 2013).
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import queue
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import psutil
 
-import robust_prune
-
-from ..errors import EnvironmentProblem, UsageError
 from ..machine import nvml
+from ..machine.child import Child
 
 ANSWER_SECONDS = 300.0
 WARMUP_WINDOW_SECONDS = 0.1
@@ -97,80 +88,22 @@ class Worker:
 
     def __init__(self, label: str, provider: str = "cpu") -> None:
         self.label, self.provider = label, provider
-        self._answers: queue.Queue[str | None] = queue.Queue()
 
     def __enter__(self) -> Worker:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
-        home = str(Path(robust_prune.__file__).parents[1])
-        paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            # -P: a file called numpy.py in the user's folder must not be imported.
-            [sys.executable, "-P", "-m", "robust_prune.bench.worker", self.provider],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        self._child = Child(f"the process that timed {self.label}", "robust_prune.bench.worker", self.provider)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=2 if kind is None else 0.1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        self._child.close()
 
     @property
     def pid(self) -> int:
         """Process id."""
-        return self._process.pid
-
-    def _read(self, stream: IO[str]) -> None:
-        # A thread, because pipes cannot be waited on with a timeout on Windows.
-        with stream:
-            for line in stream:
-                self._answers.put(line)
-        self._answers.put(None)
+        return self._child.pid
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send one command and return its answer.
-
-        Raises:
-            UsageError: the file does not run, or the process ended.
-            EnvironmentProblem: the machine cannot run the command, or there was no answer within five minutes.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._answers.get(timeout=ANSWER_SECONDS)
-        except OSError:
-            line = None
-        except queue.Empty:
-            raise EnvironmentProblem(
-                f"{self.label} gave no answer in {ANSWER_SECONDS:.0f} s. Try a smaller batch or a quieter machine."
-            ) from None
-        if line is None:
-            raise UsageError(self._obituary())
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise (EnvironmentProblem if answer["environment"] else UsageError)(answer["error"])
-        return answer
-
-    def _obituary(self) -> str:
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-        hint = " (out of memory? Try a smaller batch)" if code == -9 else ""
-        return f"the process that timed {self.label} {how}{hint}. {lines[-1] if lines else ''}".rstrip()
+        """Send one command and return its answer; see `Child.ask` for errors."""
+        return self._child.ask(request, seconds=ANSWER_SECONDS)[0]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ monotonic clock, so that times include neither pipes nor the parent process. The
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EnvironmentProblem, RobustPruneError
+from ..machine.child import Frame, serve
 from .providers import DEVICES, import_onnxruntime, provider_problem
 from .session import example, open_session
 
@@ -121,28 +120,20 @@ def timed(run: Callable[[], Any], runs: int, wake: int) -> list[int]:
 
 def main() -> None:
     """Answer commands until standard input ends."""
-    # Output of libraries must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     # Libraries are loaded here, in parallel with other workers; errors are reported when a file is opened.
     with contextlib.suppress(RobustPruneError):
         provider_problem(*sys.argv[1:2] or ["cpu"])
     run: Callable[[], Any] | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, Any]
-        try:
-            if request["op"] == "open":
-                run, answer = open_file(request)
-            else:
-                assert run is not None, "time before open"
-                answer = {"ns": timed(run, request["runs"], request["wake"])}
-        except RobustPruneError as error:
-            answer = {"error": str(error), "environment": isinstance(error, EnvironmentProblem)}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "environment": False}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+
+    def answer(request: dict[str, Any], _: bytes) -> Frame:
+        nonlocal run
+        if request["op"] == "open":
+            run, opened = open_file(request)
+            return opened, b""
+        assert run is not None, "time before open"
+        return {"ns": timed(run, request["runs"], request["wake"])}, b""
+
+    serve(answer)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,12 @@ def check_out_file(flag: str, path: Path | None) -> None:
     """Raise an error early, before anything is computed, when a file cannot be written; None is not checked.
 
     Raises:
-        UsageError: it is a folder, or lies below a file.
+        UsageError: it is a folder, a device or a pipe, or lies below a file.
         EnvironmentProblem: its folder is not writable.
     """
-    if path is not None and path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder. Name a file.")
+    if path is not None and path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UsageError(f"{flag} {path} is {kind}. Name a file.")
     if path is not None:
         check_out_folder(flag, path.parent)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .base import TensorImages
 
+_MOST_CLASSES = 1_000_000
 _NAMED = 5
 """Largest number of labels or classes that a message lists."""
 
@@ -183,7 +184,13 @@ def checked_labels(values: Any, what: str) -> Tensor:
             f"{what} must hold integers, got {_type(labels)}"
             + (" with NaN. Leave out images without a class." if lost else ". Cast them to int64.")
         )
+    if labels.dtype == torch.uint64 and int(labels.view(torch.int64).min()) < 0:
+        raise UsageError(f"{what} holds a label above 2^63. Number the classes from 0.")
     labels = labels.long()
+    if int(labels.max()) >= _MOST_CLASSES:
+        raise UsageError(
+            f"{what} holds the label {int(labels.max())}; there can be {_MOST_CLASSES:,} classes. Number them from 0."
+        )
     if int(labels.min()) < 0:
         raise UsageError(
             f"{what} holds the negative label {int(labels.min())}. "

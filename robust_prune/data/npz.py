@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..archives import check_archive
 from ..errors import UsageError
 from .base import DataBundle
 from .bundles import in_memory
@@ -45,6 +46,7 @@ def load_npz(path: Path, class_names: tuple[str, ...] = ()) -> DataBundle:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"data file {path} does not exist. Give an .npz with {', '.join(KEYS)}.")
+    check_archive(path)
     try:
         with np.load(path, allow_pickle=False) as data:
             missing = [key for key in KEYS if key not in data.files]

@@ -39,6 +39,10 @@ class Accuracy:
     correct: int
     total: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.total:
+            raise ValueError(f"{self.correct} correct predictions of {self.total} images")
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def value(self) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..data.base import ImageSet
+from ..data.base import ImageSet, Subset, TensorImages, labels_of
 
+_AT_ONCE = 4096
 ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -44,14 +45,23 @@ def buffers_hash(model: nn.Module) -> str:
 
 
 def images_hash(images: ImageSet, sample: int = 256) -> str:
-    """Return the SHA-256 (hex) of the number of images and of up to `sample` evenly spaced ones with their labels.
+    """Return the SHA-256 (hex) of a set of images and their labels.
 
-    It is limited to a sample, since hashing a folder of photographs would cost as much as evaluating them.
+    All labels count. Images in memory are hashed whole. Of images that are decoded on access, `sample` evenly spaced
+    ones are hashed, and the path, size and time of every file, since hashing the contents of a folder of photographs
+    would cost as much as evaluating them.
     """
     sha = hashlib.sha256(str(len(images)).encode())
-    count = min(sample, len(images))
-    chosen = torch.linspace(0, len(images) - 1, count).round().long()
-    x, y = images.get(chosen)
-    _feed(sha, "images", x)
-    _feed(sha, "labels", y)
+    _feed(sha, "labels", labels_of(images))
+    everything = torch.arange(len(images))
+    while isinstance(images, Subset):
+        everything, images = images.indices[everything], images.base
+    in_memory = isinstance(images, TensorImages)
+    chosen = torch.linspace(0, len(everything) - 1, min(sample, len(everything))).round().long()
+    for part in (everything if in_memory else everything[chosen]).split(_AT_ONCE):
+        _feed(sha, "images", images.get(part)[0])
+    paths: Sequence[Path] = getattr(images, "paths", ())
+    for position in everything.tolist() if paths else ():
+        found = paths[position].stat()
+        sha.update(f"{paths[position]}|{found.st_size}|{found.st_mtime_ns}|".encode(errors="surrogateescape"))
     return sha.hexdigest()

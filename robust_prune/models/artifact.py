@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
 from ..models import fixed_image, registry, user_file, weight_files
-from ..printable import check_printable
+from ..printable import check_plain
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
 from ..shown import Shown
@@ -202,7 +202,7 @@ def _read_manifest(path: Path, text: str, tensors: Any) -> _Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(f"the manifest of {path} is damaged: {said}") from error
-    check_printable(value, f"the manifest of {path}")
+    check_plain(value, f"the manifest of {path}")
     if version > 1:
         integrity.check(value, tensors, str(path))
     registry.check_values(manifest.spec)

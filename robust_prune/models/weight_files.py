@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..archives import check_archive
 from ..errors import UsageError
 from ..suggest import did_you_mean
 
@@ -25,6 +26,9 @@ _OTHERS = {
     ".tflite": "a TFLite file",
 }
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
+_DEEPEST = 50
+_FREE_BYTES = 1 << 20
+"""Bytes that a tensor may show beyond those of its storage; expanded tensors occur as constants of modules."""
 _PICKLED = (
     "holds pickled Python objects, and opening it would run code from the file. Save a plain state_dict "
     "(torch.save(model.state_dict(), …)), or pass --trust-pickle if you trust where it comes from."
@@ -87,7 +91,10 @@ def read(path: Path, *, trust_pickle: bool = False) -> Contents:
     if _is_safetensors(head):
         return _read_safetensors(path)
     if head.startswith(b"PK") or head.startswith(b"\x80"):
-        return Contents(_read_torch(path, trust_pickle))
+        check_archive(path)
+        value = _read_torch(path, trust_pickle)
+        _check_values(value, path)
+        return Contents(value)
     kind = "a text file" if _is_text(head) else "of an unknown kind"
     raise UsageError(f"{path} is {kind}, not a weight file. Give a .safetensors or a file written by torch.save.")
 
@@ -147,6 +154,30 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
             raise UsageError(f"{path} is a TorchScript archive. Give a state_dict and --arch instead.") from error
         raise UsageError(f"{path} is damaged, incomplete or not from torch.save: {_one_line(error)}") from error
     return _read_pickle(path, lambda: torch.load(path, map_location="cpu", weights_only=False))
+
+
+def _check_values(value: Any, path: Path) -> None:
+    """Refuse containers that hold themselves, and tensors that show more values than the file holds."""
+    waiting: list[tuple[Any, tuple[int, ...]]] = [(value, ())]
+    seen: set[int] = set()
+    while waiting:
+        item, above = waiting.pop()
+        if id(item) in above or len(above) > _DEEPEST:
+            raise UsageError(f"{path} is damaged: a container in it holds itself, or lies too deep.")
+        if isinstance(item, torch.Tensor) and (problem := _unusable(item)):
+            raise UsageError(f"{path} is damaged: a tensor in it {problem}.")
+        if isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            parts = item.values() if isinstance(item, dict) else item
+            waiting += [(part, (*above, id(item))) for part in parts]
+
+
+def _unusable(tensor: torch.Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        return f"is of a kind that weights do not have ({tensor.layout}, {tensor.device})"
+    stored = tensor.untyped_storage().nbytes()
+    wanted = tensor.numel() * tensor.element_size()
+    return f"shows {wanted:,} bytes and holds {stored:,}" if wanted > max(stored, _FREE_BYTES) else ""
 
 
 def _read_pickle(path: Path, load: Callable[[], Any]) -> Any:

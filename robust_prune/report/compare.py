@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Never
 
 from ..errors import UsageError
+from ..printable import check_plain, printable
 from ..serialization import from_json
 from .types import ModelRow, RunReport
 
@@ -25,9 +27,17 @@ def load_run(path: str | Path) -> RunReport:
     if not file.is_file():
         raise UsageError(f"{path} holds no {RESULT}. Give the folder of a finished run.")
     try:
-        return from_json(RunReport, json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{file} is not a result of robust-prune ({error}).") from error
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+        found = from_json(RunReport, value)
+    except (ValueError, OSError, RecursionError) as error:
+        said = printable(" ".join(str(error).split()))[:300]
+        raise UsageError(f"{file} is not a result of robust-prune ({said}).") from error
+    check_plain(value, str(file))
+    return found
+
+
+def _no_number(text: str) -> Never:
+    raise ValueError(f"it holds {text}, which is not a number")
 
 
 def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:

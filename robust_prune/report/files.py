@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bench.types import LatencyRow
 from ..evaluation.card import Accuracy
-from ..runs.files import finite, write_json, write_text
+from ..runs.files import finite, json_text, write_texts
 from ..serialization import to_json
 from .html import render
 from .summary import summary, warnings
@@ -19,7 +19,7 @@ from .types import ModelRow, RunReport
 
 
 def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write ``result.json``, ``result.csv``, ``result.md`` and ``report.html`` to `folder`, each atomically.
+    """Write ``result.json``, ``result.csv``, ``result.md`` and ``report.html`` to `folder`: all of them, or none.
 
     Args:
         run: the report.
@@ -29,10 +29,12 @@ def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = 
     Raises:
         EnvironmentProblem: the folder cannot be written.
     """
-    write_json(folder / "result.json", finite(to_json(run)))
-    write_text(folder / "result.csv", to_csv(run))
-    write_text(folder / "result.md", to_markdown(run))
-    write_text(folder / "report.html", render(run, examples))
+    write_texts({
+        folder / "result.json": json_text(finite(to_json(run))),
+        folder / "result.csv": to_csv(run),
+        folder / "result.md": to_markdown(run),
+        folder / "report.html": render(run, examples),
+    })  # fmt: skip
 
 
 def to_csv(run: RunReport) -> str:
@@ -48,8 +50,13 @@ def to_csv(run: RunReport) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]) if rows else ["model"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return the value with an apostrophe before a text that a spreadsheet would take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t")) else value
 
 
 def _model_columns(model: ModelRow) -> dict[str, Any]:

@@ -6,45 +6,87 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import distributed
 from ..errors import EnvironmentProblem, UsageError
 
+PART = ".part"
+"""Suffix of temporary files."""
+
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary file in the folder of `path`, then rename it to `path`.
+    """Call `write` with a temporary file in the folder of `path`, then rename it to `path`; see `atomic_writes`."""
+    atomic_writes({path: write})
 
-    In a distributed run only the first process writes.
+
+def atomic_writes(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write several files, or none of them if one cannot be written.
+
+    Each function writes a temporary file beside its path. When all are on the disk, they are renamed. A link is kept,
+    and the file behind it is written. In a distributed run only the first process writes.
 
     Raises:
-        EnvironmentProblem: the folder is not writable or the disk is full; the temporary file is removed.
+        UsageError: a path is a folder, a device or a pipe, which would be replaced.
+        EnvironmentProblem: a folder is not writable or the disk is full; the temporary files are removed.
     """
     if not distributed.is_first():
         return
+    with ExitStack() as parts:
+        done = [(_written(path, write, parts), path) for path, write in files.items()]
+        for part, path in done:
+            try:
+                part.replace(os.path.realpath(path))
+            except OSError as error:
+                raise EnvironmentProblem(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
+
+
+def _written(path: Path, write: Callable[[Path], None], parts: ExitStack) -> Path:
+    """Return the temporary file with the contents of `path`, which `parts` removes if it is still there."""
+    check_replaceable(path)
+    real = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{real.name}.", suffix=PART, dir=real.parent)
         os.close(handle)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
     part = Path(name)
+    parts.callback(part.unlink, missing_ok=True)
     try:
         write(part)
         with part.open("r+b") as stream:
             os.fsync(stream.fileno())
         part.chmod(0o666 & ~_umask())
-        part.replace(path)
     except Exception as error:
         # torch and safetensors raise errors of their own for a full disk.
         full = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
         if not (full or isinstance(error, OSError)):
             raise
         raise EnvironmentProblem(f"cannot write {path}: {error}. Free some space or choose another --out.") from error
-    finally:
+    return part
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UsageError if `path` exists and is not a file, or a link to one: renaming would replace a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise UsageError(f"{path} is {kind}, not a file. Name a file.")
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a folder, which no other process may be writing to."""
+    for part in folder.rglob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
 
@@ -56,7 +98,12 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically; see `atomic_write`."""
-    atomic_write(path, lambda part: _plain_write(part, text))
+    write_texts({path: text})
+
+
+def write_texts(files: Mapping[Path, str]) -> None:
+    """Write several files of UTF-8 text, or none of them; see `atomic_writes`."""
+    atomic_writes({path: partial(_plain_write, text=text) for path, text in files.items()})
 
 
 def _plain_write(path: Path, text: str) -> None:
@@ -76,7 +123,12 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; see `atomic_write`."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return indented JSON."""
+    return json.dumps(value, indent=1, allow_nan=True) + "\n"
 
 
 def read_json(path: Path) -> Any:

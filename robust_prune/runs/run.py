@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from .. import __version__, distributed
 from ..console import console, duration, say_end, warn, working
-from ..errors import RobustPruneError, UsageError
+from ..errors import EnvironmentProblem, RobustPruneError, UsageError
 from ..machine.snapshot import snapshot
+from ..printable import printable
 from ..recipe import Recipe
 from ..serialization import from_json, to_json
-from .files import digest, file_sha256, read_json, write_json, write_text
+from .files import digest, file_sha256, read_json, remove_parts, write_json, write_text
 
 T = TypeVar("T")
 
 FORMAT = 3
 """Format of run folders; folders of another format cannot be resumed."""
 
-_CLAIM = ("environment.json", "recipe.yaml", "run.json")
+LOCK = ".lock"
+_CLAIM = (LOCK, "environment.json", "recipe.yaml", "run.json")
 _WRITTEN = (
     "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
     "result.md",
@@ -39,37 +46,60 @@ class Run:
     Attributes:
         folder: folder of the run, with a sub-folder for each stage.
         key: hash of everything on which the run depends.
+        command: command line that reproduces the run.
         stages: what each stage does, in words, by its name and in order; other stages are not announced.
         seconds: wall time in seconds of each stage so far, by name; for a stored result that of its computation.
         made: names of the stages whose results were not stored.
         damaged: names of the stages whose records or files were found damaged.
         begin: when the run was opened, by the monotonic clock.
         fresh: whether this process claimed the folder first.
+        lock: what keeps other processes out of the folder until the ``with`` block of the run ends.
     """
 
     folder: Path
     key: str
+    command: str = ""
     stages: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
     fresh: bool = False
+    lock: FileLock | None = None
 
     @classmethod
-    def open(cls, folder: Path, key: str, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None) -> Run:
-        """Claim `folder` for the run with hash `key`, and write recipe, command and environment to it.
+    def open(
+        cls, folder: Path, inputs: RunInputs, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None
+    ) -> Run:
+        """Claim `folder` for the run with these inputs, and write recipe, command and environment to it.
 
         Raises:
             UsageError: the folder contains another run, a run of another format or other files that would be
-                overwritten, or it is a file.
+                overwritten, it is a file, or another process works in it.
             EnvironmentProblem: the folder cannot be written.
         """
         fresh = not (folder / "run.json").exists()
-        claim(folder, key, command)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_json(folder / "environment.json", snapshot())
-        return cls(folder, key, stages or {}, fresh=fresh)
+        lock = locked(folder)
+        try:
+            claim(folder, inputs, command)
+            if lock is not None:
+                remove_parts(folder)
+            write_text(folder / "recipe.yaml", recipe.to_yaml())
+            write_json(folder / "environment.json", snapshot())
+        except RobustPruneError:
+            if lock is not None:
+                lock.release()
+                if fresh and not (folder / "run.json").exists():
+                    (folder / LOCK).unlink(missing_ok=True)
+            raise
+        return cls(folder, inputs.key, command, stages or {}, fresh=fresh, lock=lock)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     @contextmanager
     def refusable(self, *files: Path) -> Iterator[None]:
@@ -195,38 +225,101 @@ def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "sha256": digest(rest)}
 
 
-def run_key(*inputs: Any) -> str:
-    """Return the hash of everything on which a run depends: `inputs` (JSON values) and the version of this package."""
-    return digest([FORMAT, __version__, *inputs])
+@dataclass(frozen=True)
+class RunInputs:
+    """Hashes of everything on which a run depends.
+
+    Attributes:
+        model: the model, or the specification of the one to train.
+        data: all images and labels.
+        recipe: all settings.
+        code: users' files that the run calls.
+        version: version of this package.
+    """
+
+    model: str
+    data: str
+    recipe: str
+    code: str
+    version: str = __version__
+
+    @classmethod
+    def of(cls, model: Any, data: Any, recipe: Any, code: Any) -> RunInputs:
+        """Return the hashes of JSON values."""
+        return cls(digest(model), digest(data), digest(recipe), digest(code))
+
+    @property
+    def key(self) -> str:
+        """Hash of all of them."""
+        return digest([FORMAT, to_json(self)])
 
 
-def claim(folder: Path, key: str, command: str) -> None:
-    """Claim `folder` for the run with hash `key`; a further call with the same key resumes the run.
+def locked(folder: Path) -> FileLock | None:
+    """Lock a folder, which is made if necessary, until the lock is released or the process ends, however it does.
+
+    In a distributed run the first process holds the lock. None stands for a file system without locks.
+
+    Raises:
+        UsageError: another process holds it; the message says which.
+        EnvironmentProblem: the folder cannot be written.
+    """
+    if not distributed.is_first():
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file. Name a folder.")
+    lock = FileLock(folder / LOCK, is_singleton=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"another process works in {folder}{_holder(folder)}. Wait until it has ended, or name another folder "
+            "with --out."
+        ) from error
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {folder}: {error.strerror}. Choose another --out.") from error
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = read_json(folder / "run.json")["holder"]
+        return f" (process {int(holder['process'])} on {printable(str(holder['machine']))[:80]})"
+    except (RobustPruneError, LookupError, TypeError, ValueError):
+        return ""
+
+
+def claim(folder: Path, inputs: RunInputs, command: str) -> None:
+    """Claim `folder` for the run with these inputs; a further call with the same ones resumes the run.
 
     Raises:
         UsageError: the folder contains a run with other inputs, a run of another format or other files that would be
             overwritten, or it is a file.
         EnvironmentProblem: the folder cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file. Name a folder.")
     mark = folder / "run.json"
     if not mark.exists() and (others := sorted(name for name in _WRITTEN if (folder / name).exists())):
         raise UsageError(
             f"{folder} is not a run folder and holds {', '.join(others)}, which a run would overwrite. "
             "Name another folder with --out."
         )
-    stored = read_json(mark) if mark.exists() else {"format": FORMAT, "key": key}
-    if isinstance(stored, dict) and "key" in stored and stored.get("format") != FORMAT:
+    stored = read_json(mark) if mark.exists() else {"format": FORMAT, "inputs": to_json(inputs)}
+    if isinstance(stored, dict) and ("key" in stored or "inputs" in stored) and stored.get("format") != FORMAT:
         raise UsageError(
             f"{folder} holds a run of another version of robust-prune, which this one cannot go on with. "
             "Name another folder with --out, or remove it."
         )
-    if not isinstance(stored, dict) or "key" not in stored:
-        raise UsageError(f"{mark} is damaged. Name another folder with --out, or remove {folder}.")
-    if stored["key"] != key:
+    try:
+        before = from_json(RunInputs, stored["inputs"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{mark} is damaged. Name another folder with --out, or remove {folder}.") from error
+    changed = [field.name for field in fields(inputs) if getattr(before, field.name) != getattr(inputs, field.name)]
+    if changed:
         raise UsageError(
-            f"{folder} holds a run with another model, code, data, recipe or version. "
-            "Name another folder with --out, or remove it."
+            f"{folder} holds a run with another {' and another '.join(changed)}. Name another folder with --out, or "
+            "remove it."
         )
-    write_json(mark, {"format": FORMAT, "key": key, "command": command})
+    holder = {"process": os.getpid(), "machine": platform.node(), "since": datetime.now(UTC).isoformat("T", "seconds")}
+    write_json(mark, {"format": FORMAT, "inputs": to_json(inputs), "command": command, "holder": holder})

@@ -20,7 +20,7 @@ from robust_prune.bench import hardware, latency, sampler, session, statistics
 from robust_prune.bench.latency import render_latency, run
 from robust_prune.bench.sampler import Arm, Shape
 from robust_prune.bench.types import LatencyRow, LatencyTable, Ratio
-from robust_prune.errors import UsageError
+from robust_prune.errors import EnvironmentProblem, UsageError
 from robust_prune.serialization import from_json, to_json
 
 CPU1 = Shape(batch=1, threads=1, provider="cpu", kind="host")
@@ -140,7 +140,7 @@ def test_a_worker_that_dies_is_named_and_the_others_are_ended(tmp_path: Path) ->
             victim = next(p for p in psutil.Process().children() if p.pid not in others)
             os.kill(victim.pid, signal.SIGKILL)
 
-    with pytest.raises(UsageError, match=r"the process that timed (a|b) was ended by signal 9 \(out of memory\?"):
+    with pytest.raises(EnvironmentProblem, match=r"that timed (a|b) was ended by signal 9 \(out of memory\?"):
         sampler.measure([Arm("a", path), Arm("b", path)], CPU1, 0.05, 0, kill_one)
     assert left_over() == before
 

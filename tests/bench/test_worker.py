@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from builders.bench_sample import classifier
 from robust_prune.bench import session, worker
 from robust_prune.bench.session import open_session
 from robust_prune.errors import EnvironmentProblem
+from robust_prune.machine.child import Child
 
 
 def test_device_rows_run_on_bound_memory_and_give_the_same_logits(tmp_path: Path) -> None:
@@ -52,21 +51,20 @@ def test_a_graph_that_replays_old_inputs_is_refused(tmp_path: Path) -> None:
         worker.replayed(opened, Stale(), takes.name, images, other, "cpu")
 
 
-def test_the_worker_holds_no_torch_and_keeps_prints_out_of_its_answers(tmp_path: Path) -> None:
+def test_the_worker_holds_no_torch_and_keeps_prints_out_of_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = "import sys, robust_prune.bench.worker; assert not {'torch', 'rich'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     (tmp_path / "sitecustomize.py").write_text(
         "import builtins, json\nloads = json.loads\n"
         "def noisy(text, **kw):\n    print('a library prints')\n    return loads(text, **kw)\njson.loads = noisy\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     request = {"op": "open", "path": str(classifier(tmp_path / "m.onnx")), "provider": "cpu", "threads": 1}
-    done = subprocess.run(
-        [sys.executable, "-m", "robust_prune.bench.worker"],
-        input=json.dumps({**request, "batch": 1, "kind": "host", "seed": 0}) + "\n",
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
-    assert json.loads(done.stdout)["shape"] == [1, 3, 8, 8]
-    assert "a library prints" in done.stderr
+    child = Child("the worker", "robust_prune.bench.worker")
+    answer, _ = child.ask({**request, "batch": 1, "kind": "host", "seed": 0}, seconds=60)
+    child._log.seek(0)
+    assert b"a library prints" in child._log.read()
+    child.close()
+    assert answer["shape"] == [1, 3, 8, 8]

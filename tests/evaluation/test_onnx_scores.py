@@ -74,7 +74,7 @@ def test_files_that_cannot_be_scored(trained: Tiny, images: TensorImages, onnx_f
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(UsageError, match="cannot be read as an ONNX model"):
         OnnxModel(tmp_path / "text.onnx")
-    with pytest.raises(UsageError, match=r"does not run on images of \(2, 3, 5\)"):
+    with pytest.raises(UsageError, match=r"does not run on images of \(1, 3, 5\)"):
         OnnxModel(onnx_file).logits(torch.zeros(2, 3, 5))
     proto = onnx.load(onnx_file)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1

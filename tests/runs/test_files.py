@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from robust_prune.errors import EnvironmentProblem, UsageError
-from robust_prune.runs.files import atomic_write, digest, finite, read_json, write_json, write_text
+from robust_prune.runs.files import atomic_write, atomic_writes, digest, finite, read_json, write_json, write_text
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -24,6 +24,34 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(Exception, match=r"cannot write .*disk full\. Free some space"):
         atomic_write(target, fail)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_several_files_are_written_or_none(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    def fail(part: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*b: disk full"):
+        atomic_writes({tmp_path / "a": lambda part: part.write_text("new"), tmp_path / "b": fail})
+    assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+    atomic_writes({tmp_path / name: lambda part, name=name: part.write_text(name) for name in "ab"})
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_links_are_written_through_and_pipes_are_not_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "there" / "real.json")
+    for text in ("1", "2"):
+        write_text(link, text)
+        assert link.is_symlink() and (tmp_path / "there" / "real.json").read_text() == text
+    os.mkfifo(pipe)
+    for place in (pipe, Path(os.devnull), tmp_path):
+        before = place.stat()
+        with pytest.raises(UsageError, match=r"is a (device or a pipe|folder), not a file"):
+            write_text(place, "x")
+        assert place.stat().st_mode == before.st_mode
 
 
 def test_a_full_disk_in_torchs_words_is_said_plainly(tmp_path):

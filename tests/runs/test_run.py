@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from robust_prune import __version__
 from robust_prune.errors import UsageError
 from robust_prune.job import Length
+from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.runs import run as runs
 from robust_prune.runs.files import read_json
-from robust_prune.runs.run import Run, claim, run_key
+from robust_prune.runs.run import Run, RunInputs, claim
+
+INPUTS = RunInputs.of("model", ["images"], {"seed": 0}, [])
 
 
 def test_a_folder_with_other_files_is_not_claimed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    claim(tmp_path, "key", "robust-prune")
+    claim(tmp_path, INPUTS, "robust-prune")
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_text("mine")
     with pytest.raises(UsageError, match=r"not a run folder and holds model\.safetensors, which a run would overwrite"):
-        claim(other, "key", "robust-prune")
-    with pytest.raises(UsageError, match="holds a run with another model"):
-        claim(tmp_path, "other key", "robust-prune")
+        claim(other, INPUTS, "robust-prune")
+    for changed, words in (({"model": "b"}, "model"), ({"data": "b", "version": "0"}, "data and another version")):
+        with pytest.raises(UsageError, match=f"holds a run with another {words}. Name another folder"):
+            claim(tmp_path, replace(INPUTS, **changed), "robust-prune")
     for damaged in ("[]", "{}"):
         (tmp_path / "run.json").write_text(damaged)
         with pytest.raises(UsageError, match=r"run\.json is damaged"):
-            claim(tmp_path, "key", "robust-prune")
+            claim(tmp_path, INPUTS, "robust-prune")
 
 
 def test_a_stage_is_made_once_for_the_same_inputs_and_anew_where_its_record_or_a_file_is_gone(tmp_path):
@@ -73,7 +80,7 @@ def test_damage_is_said_and_the_stage_and_those_after_it_are_done_again(tmp_path
     made = []
 
     def go():
-        run = Run(tmp_path, "key", {"zero": "Zero", "one": "One", "two": "Two"})
+        run = Run(tmp_path, "key", stages={"zero": "Zero", "one": "One", "two": "Two"})
         for name in run.stages:
             file = tmp_path / f"{name}.bin"
             run.stage(name, Length, [], lambda name=name, file=file: made.append(name) or write(file), files=[file])
@@ -94,7 +101,7 @@ def test_damage_is_said_and_the_stage_and_those_after_it_are_done_again(tmp_path
 def test_a_run_of_an_older_version_is_refused_in_one_line(tmp_path):
     (tmp_path / "run.json").write_text('{"key": "key", "command": "robust-prune"}')
     with pytest.raises(UsageError, match="holds a run of another version of robust-prune") as raised:
-        claim(tmp_path, "key", "robust-prune")
+        claim(tmp_path, INPUTS, "robust-prune")
     assert "\n" not in str(raised.value)
 
 
@@ -126,33 +133,36 @@ def test_the_record_of_one_stage_is_not_taken_for_another(tmp_path):
 
 
 def test_the_key_of_a_run_holds_its_inputs_and_the_versions(monkeypatch):
-    key = run_key("model", ["images"])
-    assert key == run_key("model", ["images"]) != run_key("model", ["others"])
-    for name, value in (("FORMAT", 99), ("__version__", "99.0")):
+    key = INPUTS.key
+    assert key == replace(INPUTS).key != RunInputs.of("model", ["others"], {}, []).key
+    for name, value in (("FORMAT", 99),):
         with monkeypatch.context() as patch:
             patch.setattr(runs, name, value)
-            assert run_key("model", ["images"]) != key
+            assert INPUTS.key != key
+    assert replace(INPUTS, version="99.0").key != key
 
 
 def test_an_opened_folder_holds_the_recipe_the_machine_and_the_command_and_is_kept_for_its_run(tmp_path):
     recipe = load(None, {"pruning.ratio": 0.25})
-    Run.open(tmp_path / "run", "key", recipe, "robust-prune compress")
+    with Run.open(tmp_path / "run", INPUTS, recipe, "robust-prune compress"):
+        pass
     assert load(str(tmp_path / "run" / "recipe.yaml")) == recipe
     assert read_json(tmp_path / "run" / "environment.json")["robust_prune"] == __version__
     assert read_json(tmp_path / "run" / "run.json")["command"] == "robust-prune compress"
-    Run.open(tmp_path / "run", "key", recipe, "the same again")
-    with pytest.raises(UsageError, match=r"run holds a run with another model, code, data, recipe or version"):
-        Run.open(tmp_path / "run", "other", recipe, "robust-prune compress")
+    with Run.open(tmp_path / "run", INPUTS, recipe, "the same again"):
+        pass
+    with pytest.raises(UsageError, match=r"run holds a run with another recipe"):
+        Run.open(tmp_path / "run", replace(INPUTS, recipe="other"), recipe, "robust-prune compress")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"file is a file\. Name a folder"):
-        Run.open(tmp_path / "file", "key", recipe, "robust-prune compress")
+        Run.open(tmp_path / "file", INPUTS, recipe, "robust-prune compress")
 
 
 def test_a_refused_run_leaves_no_trace_but_a_resumed_one_stays(tmp_path):
     folder = tmp_path / "run"
 
     def begin(error=None):
-        run = Run.open(folder, "key", load("demo"), "robust-prune")
+        run = Run.open(folder, INPUTS, load("demo"), "robust-prune")
         with run.refusable(folder / "dense.onnx"):
             run.stage("preflight", Length, [], lambda: Length(5, 1))
             (folder / "dense.onnx").touch()
@@ -174,3 +184,26 @@ def test_a_refused_run_leaves_no_trace_but_a_resumed_one_stays(tmp_path):
     with pytest.raises(UsageError), Run.open(other, "key", load("demo"), "robust-prune").refusable():
         raise UsageError("no")
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_process_is_told_who_works_in_the_folder_and_a_dead_one_holds_nothing(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from robust_prune.runs.run import Run, RunInputs\n"
+        "from robust_prune.recipe import Recipe\n"
+        "run = Run.open(Path(sys.argv[1]), RunInputs.of('model', ['images'], {'seed': 0}, []), Recipe(), 'x')\n"
+        "print('open', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"open\n"
+    left = tmp_path / "train"
+    left.mkdir()
+    (left / ".checkpoint.pt.abc.part").write_text("half")
+    with pytest.raises(UsageError, match=rf"another process works in .* \(process {other.pid} on ") as raised:
+        Run.open(tmp_path, INPUTS, Recipe(), "x")
+    assert "\n" not in str(raised.value) and (left / ".checkpoint.pt.abc.part").exists()
+    other.kill()
+    other.wait()
+    with Run.open(tmp_path, INPUTS, Recipe(), "x"):
+        assert list(left.iterdir()) == []
+    with Run.open(tmp_path, INPUTS, Recipe(), "x"):
+        pass
