@@ -17,6 +17,11 @@ from builders.users_loss import LOSSES_FILE
 from robust_prune.data.base import TensorImages
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUST_PRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, entered."""

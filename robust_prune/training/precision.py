@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attacks import kept_buffers
 from ..introspect.modes import eval_mode, kept_modes
 from ..introspect.randomness import seeded
+from ..machine.decisions import decided
 from ..models.layout import has_fast_bf16
 
 
@@ -49,8 +50,9 @@ class Precision:
 def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Precision:
     """Return the fastest memory layout and precision for a forward and backward pass, found by timing.
 
-    bf16 is tried where the hardware supports it. Candidates in which the model does not run are left out. Weights,
-    gradients, modes and statistics of the model are not changed, but its memory format is.
+    What was found once for a structure and a batch is kept for this machine (`decisions`). bf16 is tried where the
+    hardware supports it. Candidates in which the model does not run are left out. Weights, gradients, modes and
+    statistics of the model are not changed, but its memory format is.
 
     Args:
         model: the model, on its device.
@@ -60,6 +62,12 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
     Raises:
         RuntimeError: the model does not run in contiguous fp32.
     """
+    structure = [str(type(model)), [(name, list(value.shape)) for name, value in model.named_parameters()]]
+    inputs = [structure, list(images.shape), str(images.device.type), torch.get_num_threads()]
+    return Precision(**decided("precision", inputs, lambda: _fastest(model, images, repeats)))
+
+
+def _fastest(model: nn.Module, images: Tensor, repeats: int) -> dict[str, bool]:
     formats = [False, True]
     types = [False, True] if has_fast_bf16(images.device) else [False]
     candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
@@ -81,7 +89,8 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
                     continue
                 if attempt:
                     times[candidate] = min(times[candidate], seconds)
-    return min((c for c in candidates if c not in failed), key=lambda candidate: times[candidate])
+    best = min((c for c in candidates if c not in failed), key=lambda candidate: times[candidate])
+    return {"bf16": best.bf16, "channels_last": best.channels_last}
 
 
 def _train_once(model: nn.Module, images: Tensor, precision: Precision) -> None:

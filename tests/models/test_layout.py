@@ -7,6 +7,7 @@ import torch
 from builders.branches import Plain
 from torch import Tensor
 
+from robust_prune.machine import decisions
 from robust_prune.models import layout
 from robust_prune.models.layout import runs_in_bf16
 from robust_prune.training import precision
@@ -41,3 +42,15 @@ def test_a_format_in_which_only_training_fails_is_not_chosen(monkeypatch: pytest
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not choose_precision(model, torch.rand(4, 3, 8, 8), repeats=1).channels_last
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and model.training
+
+
+def test_the_same_machine_chooses_the_same_precision_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = Plain(), torch.rand(4, 3, 8, 8)
+    for first in (True, False):
+        timed = iter([{"bf16": False, "channels_last": first}])
+        monkeypatch.setattr(precision, "_fastest", lambda *_, timed=timed: next(timed))
+        assert [choose_precision(model, images).channels_last for _ in range(2)] == [True, True]
+    monkeypatch.setattr(precision, "_fastest", lambda *_: {"bf16": False, "channels_last": False})
+    assert not choose_precision(model, images[:2]).channels_last
+    (decisions.cache_folder() / "decisions.json").write_text("{")
+    assert not choose_precision(model, images).channels_last

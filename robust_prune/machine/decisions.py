@@ -1,0 +1,52 @@
+"""Decisions that were made by timing, kept in the user's cache so that the same machine decides the same again.
+
+Two precisions can be equally fast, and a choice between them by timing would differ from run to run, and with it the
+last bits of every weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import RobustPruneError
+from ..runs.files import digest, read_json, write_json
+from . import host
+
+_FILE = "decisions.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached values: ``ROBUST_PRUNE_CACHE`` if it is set, else a folder in the user's cache."""
+    named = os.environ.get("ROBUST_PRUNE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "robust-prune"
+
+
+def decided(what: str, inputs: Any, decide: Callable[[], dict[str, bool]]) -> dict[str, bool]:
+    """Return the stored decision for the same inputs on this machine, or call `decide` and store what it returns.
+
+    Args:
+        what: name of the decision.
+        inputs: JSON values on which it depends, beside processor, device and versions.
+        decide: makes the decision.
+    """
+    key = digest([what, inputs, host.cpu_name(), host.device_name(), host.versions(("torch", "robust-prune"))])
+    file = cache_folder() / _FILE
+    known = _stored(file).get(key)
+    if isinstance(known, dict) and all(isinstance(value, bool) for value in known.values()):
+        return known
+    made = decide()
+    with suppress(RobustPruneError):  # without a writable cache the decision holds for this run only
+        write_json(file, _stored(file) | {key: made})
+    return made
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        value = read_json(file)
+    except RobustPruneError:
+        return {}
+    return value if isinstance(value, dict) else {}
