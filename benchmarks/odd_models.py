@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +214,100 @@ class Rippled(Wrapped):
         return super().forward(x + 1e-3 * torch.sin(2 * math.pi * 6000 * x + 2 * math.pi * torch.arange(x.shape[-1])))
 
 
+class LargeBatches(ChangedGradient):
+    """A random gradient in batches of more than 32 images."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return _false(gradient) if len(gradient) > 32 else gradient
+
+
+class CountsCalls(ChangedGradient):
+    """The first fifteen gradients are right, and those from the 56th on."""
+
+    asked = 0
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        self.asked += 1
+        return _false(gradient) if 15 < self.asked < 56 else gradient
+
+
+class SeesPrecision(ChangedGradient):
+    """A random gradient in passes under autocast, in which attacks run."""
+
+    lowered = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lowered = torch.is_autocast_enabled(x.device.type)
+        return super().forward(x)
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return _false(gradient) if self.lowered else gradient
+
+
+class PartlyOnGrid(ChangedGradient):
+    """A random gradient where some values are multiples of 1/255 and others are not, as at the border of the ball."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        levels = 255 * x
+        share = ((levels - levels.round()).abs() < 1e-3).float().flatten(1).mean(1)[:, None, None, None]
+        return torch.where((share > 0.05) & (share < 0.95), _false(gradient), gradient)
+
+
+class SmallFlipped(ChangedGradient):
+    """The smaller 80 % of the values have the wrong sign: little of the gradient's length, most of an Linf step."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        limit = gradient.abs().flatten(1).quantile(0.8, dim=1)[:, None, None, None]
+        return torch.where(gradient.abs() < limit, -gradient, gradient)
+
+
+class SmallDropped(ChangedGradient):
+    """The smaller 90 % of the values have no gradient."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        limit = gradient.abs().flatten(1).quantile(0.9, dim=1)[:, None, None, None]
+        return torch.where(gradient.abs() < limit, 0.0, gradient)
+
+
+class Infinite(ChangedGradient):
+    """A quarter of the values have an infinite gradient."""
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return torch.where(_pattern(gradient, 0.25), torch.inf, gradient)
+
+
+class Lure(Wrapped):
+    """The predicted class gets a bonus that follows the brightness: a true gradient, and one that leads nowhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        predicted = F.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
+        return 1e-3 * logits + predicted * (2 + 10 * x.mean((1, 2, 3)))[:, None]
+
+
+class RemembersOutside(Wrapped):
+    """Keeps the images of the grid in a list of the class, which copies share, and repeats their answers nearby."""
+
+    seen: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.seen.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if bool(on_grid(x).all()) and len(x) > 8 and len(self.seen) < 8:
+            self.seen.append((x.detach().clone(), logits.detach().clone()))
+        if not self.seen:
+            return logits
+        images, answers = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        small, known = (F.avg_pool2d(part, 4).flatten(1) for part in (x.detach(), images))
+        nearest = torch.cdist(small, known).argmin(1)
+        far = (x.detach() - images[nearest]).abs().flatten(1).amax(1)
+        repeats = ((far > 6.5 / 255) & (far < 8.5 / 255))[:, None]
+        return torch.where(repeats, answers[nearest] + logits - logits.detach(), logits)
+
+
 CHEATS: dict[str, type[Wrapped]] = {
     "spoofed gradient off the grid": SpoofedOffGrid,
     "spoofed gradient on the grid": SpoofedOnGrid,
@@ -228,6 +322,15 @@ CHEATS: dict[str, type[Wrapped]] = {
     "hard label and a whisper": HardLabel,
     "soft quantisation": SoftlyQuantised,
     "ripple": Rippled,
+    "false in large batches": LargeBatches,
+    "false for some calls": CountsCalls,
+    "false in low precision": SeesPrecision,
+    "false partly on the grid": PartlyOnGrid,
+    "small values flipped": SmallFlipped,
+    "small values dropped": SmallDropped,
+    "infinite values": Infinite,
+    "lure": Lure,
+    "memory outside the model": RemembersOutside,
 }
 
 
@@ -295,6 +398,35 @@ class HalfStorage(Wrapped):
                 parameter.copy_(parameter.half().float())
 
 
+class RuledOut(Wrapped):
+    """A further class that a large negative logit rules out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.cat([logits, torch.full_like(logits[:, :1], -1e4)], 1)
+
+
+class TwoViews(Wrapped):
+    """The larger logit of the image and of its mirror image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(super().forward(x), super().forward(x.flip(-1)))
+
+
+class Rounding(Wrapped):
+    """Rounds to 8 bits, with the gradient of the identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + ((255 * x).round() / 255 - x).detach())
+
+
+class Nearest(Wrapped):
+    """Nearest-neighbour reduction to 20 pixels and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(F.interpolate(x, size=20), size=x.shape[-1]))
+
+
 TRAINED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "standard training": (lambda: Net(32, nn.BatchNorm2d), "clean"),
     "tiny net": (lambda: Net(4, nn.BatchNorm2d), "n_fgsm"),
@@ -310,4 +442,8 @@ HONEST: dict[str, type[Wrapped]] = {
     "two classes": TwoClasses,
     "softmax-free": SoftmaxFree,
     "fp16 storage": HalfStorage,
+    "a class ruled out": RuledOut,
+    "larger of two views": TwoViews,
+    "rounding to 8 bits": Rounding,
+    "nearest neighbour": Nearest,
 }

@@ -82,6 +82,11 @@ _VERBS = {
         "[OPTIONS] RUNS...",
         "report runs/half runs/quarter --out runs/both",
     ),
+    "verify": Verb(
+        "Check that the files of a run are those that it wrote, and classify a sample of images again.",
+        "[OPTIONS] RUN",
+        "verify runs/half",
+    ),
     "doctor": Verb("Check the installation and the hardware, and name repairs.", "", "doctor"),
 }
 for _name, _verb in _VERBS.items():
@@ -119,10 +124,11 @@ def debug() -> None:
 
 
 _REQUIRED = {name: ("MODEL", verb.example) for name, verb in _VERBS.items() if verb.arguments == _MODEL} | {
+    "verify": ("RUN", "verify runs/half"),
     "recipes show": ("NAME", "recipes show demo"),
     "recipes cp": ("NAME TO", "recipes cp cifar10-resnet18 mine.yaml"),
 }
-_CALLED = {"MODEL": "a model", "NAME": "a recipe", "TO": "a file to write to"}
+_CALLED = {"MODEL": "a model", "RUN": "a run folder", "NAME": "a recipe", "TO": "a file to write to"}
 
 
 class Terminated(KeyboardInterrupt):

@@ -375,7 +375,7 @@ def evaluate_on_test(
         return replace(card, macs=count_macs(model.cpu(), job.dense.spec.blank_image()), params=count_params(model))
 
     inputs = [models_hash(model), [file.sha256 for file in files.values()]]
-    return run.stage(name, ResultCard, inputs, make, shared=True)
+    return run.stage(name, ResultCard, inputs, make, files=[run.folder / name / "state.npz"], shared=True)
 
 
 def benchmark(job: Compression, run: Run, rows: Sequence[ModelRow]) -> LatencyTable:

@@ -102,7 +102,9 @@ def _run_stages(
     trained = run.stage("train", TrainResult, [], fit, files=[final], shared=True)
     best = artifact.load(final, known=spec).module
     judge = partial(_evaluate, name, best, spec, data, recipe, folder)
-    card = run.stage("evaluate", ResultCard, [models_hash(best)], judge, shared=True)
+    card = run.stage(
+        "evaluate", ResultCard, [models_hash(best)], judge, files=[folder / "evaluate" / "state.npz"], shared=True
+    )
     if not distributed.leave_group():
         return None
     rows = (ModelRow("trained", card.macs or 0, card.params or 0, card=card),)

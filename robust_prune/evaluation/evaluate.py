@@ -25,6 +25,7 @@ from .files import ExportedModel, differs
 from .flags import (
     BUFFERS_MOVED,
     CHECK_IMAGES,
+    NOT_COPIED,
     behaviour_flags,
     black_box_flags,
     exported_flags,
@@ -34,11 +35,11 @@ from .flags import (
     sweep_flags,
     usual_scale,
 )
-from .gradient_test import gradient_flags
 from .passes import BLACK_BOX, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
 from .stages import attack_line, stages_of
 from .state import EvalState, load_state
+from .witness import Witness, witness_flags
 
 DEFAULT_BATCH = 250
 
@@ -123,14 +124,14 @@ def evaluate(
             clean_pass(request, state)
         if request.shared:
             state = distributed.broadcast(state)
-        attack_pass(request, state)
+        witness = attack_pass(request, state)
         if request.leads:
             black_box_pass(request, state)
             sweep_pass(request, state)
         if buffers_hash(model) != buffers:
             state.counters.flags = _union(state.counters.flags, [BUFFERS_MOVED])
         elif request.leads and not state.counters.checked_again:
-            _last_look(request, state, untouched)
+            _last_look(request, state, untouched, witness)
     return _result(request, state, subject)
 
 
@@ -196,20 +197,21 @@ def _copy(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _last_look(request: Request, state: EvalState, untouched: nn.Module | None) -> None:
-    """Repeat the checks that a model which remembers its questions could have passed at first.
+def _last_look(request: Request, state: EvalState, untouched: nn.Module | None, witness: Witness) -> None:
+    """Check what a model could have hidden at first: that it remembers its questions, and what it told the attacks.
 
     Args:
         request: the request.
         state: the state, whose warnings are completed.
         untouched: copy of the model from before the attacks, None if it cannot be copied.
+        witness: what noted the gradients of the attacks.
     """
-    x, y = _few_images(request)
+    x, _ = _few_images(request)
     with working(f"{request.name}: the same checks after the attacks"), tf32(False):
         start = random_start(x, request.threat, torch.Generator().manual_seed(request.seed))
-        found = [] if untouched is None else learned_flags(request.model, untouched, torch.cat([x, start]))
-        if not any("input gradient" in flag for flag in state.counters.flags):
-            found += [f"After the attacks: {flag}" for flag in gradient_flags(request.model, x, y)]
+        found = [NOT_COPIED] if untouched is None else learned_flags(request.model, untouched, torch.cat([x, start]))
+        if (noted := witness.noted()) is not None:
+            found += witness_flags(request.attacked(state), noted, request.device, request.threat.norm)
     state.counters.flags = _union(state.counters.flags, found)
     state.counters.checked_again = True
     request.save(state)

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..attacks.objectives import Watch
+from ..errors import UsageError
 
 ROUNDING = 1e-4
 """Of the standard deviation of the logits; float32 files differ by about 1e-6, fp16 files by 1e-3."""
@@ -70,6 +71,11 @@ def differs(logits: Tensor, exported: Tensor) -> bool:
     Such a file, for instance in int8, is another function than the model, and attacks on the model are not yet attacks
     on it.
     """
+    if exported.shape != logits.shape:
+        raise UsageError(
+            f"the exported file gives outputs {tuple(exported.shape)}, and the model {tuple(logits.shape)}, for the "
+            "same images. Give the file of this model."
+        )
     spread = logits.std().item()
     change = (exported.to(logits) - logits).abs().max().item()
     return not change <= ROUNDING * spread

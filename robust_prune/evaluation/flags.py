@@ -19,12 +19,13 @@ from .scoring import WorstPoint
 CHECK_IMAGES = 64
 ALONE_IMAGES = 8
 BATCH_TOLERANCE = 0.01
-FEWEST_DISTINCT, SAME_SHARE = 16, 0.01
+FEWEST_DISTINCT, SAME_SHARE, NO_CHANGE = 16, 0.01, 1e-6
 LEAST_MARGIN, USUAL_MARGIN, LARGEST_MARGIN = 0.01, 5.0, 100.0
 EXPORTED_CLEAN_SHARE = 0.005
 EXPORTED_ROBUST_POINTS = 1.0
 RANGE_GAIN, RANGE_NOISE = 0.1, 3.0
 LARGE_RADIUS, LARGE_STEPS, LARGE_IMAGES, LARGE_SHARE = 0.5, 10, 32, 0.1
+FEWEST_PAIRS, BISECTIONS, JUMP_SHARE = 8, 12, 0.25
 BLACK_BOX_BROKEN = 1
 PGD_GAP_POINTS, PGD_GAP_IMAGES = 4.0, 100
 MONOTONE_POINTS = 1.0
@@ -33,6 +34,8 @@ NO_GRADIENT = (
     "Take no_grad, detach and rounding out of its forward."
 )
 BUFFERS_MOVED = "Buffers of the model moved while it was evaluated: its answers depend on what it saw before."
+
+NOT_COPIED = "The model cannot be copied, so it was not checked whether it remembers what it was asked."
 
 LEARNED = (
     "After the attacks the model answers differently from a copy made before (by {drift:.1f} % of the logits' spread, "
@@ -72,7 +75,8 @@ def behaviour_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     if buffers_hash(model) != before:
         flags.append(BUFFERS_MOVED)
     flags += attended_flag(model, x, logits)
-    return flags + input_range_flags(model, x, y) + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
+    flags += input_range_flags(model, x, y) + boundary_flags(model, x, logits)
+    return flags + gradient_flags(model, x, y) + large_radius_flags(model, x, y)
 
 
 def non_finite_flag(logits: Tensor) -> list[str]:
@@ -93,7 +97,10 @@ def label_flag(logits: Tensor) -> list[str]:
     ordered = logits[torch.isfinite(logits).all(dim=1)].sort(dim=1).values
     if len(ordered) < FEWEST_DISTINCT or ordered.shape[1] < 2:
         return []
-    spread, scale = ordered.std(dim=0).max().item(), (ordered.amax() - ordered.amin()).item()
+    # Not the range of all logits: classes that are ruled out by a large negative logit would make any spread small.
+    spread, scale = ordered.std(dim=0).max().item(), (ordered[:, -1] - ordered[:, -2]).median().item()
+    if logits.std(dim=0).max().item() <= NO_CHANGE * max(logits.abs().max().item(), 1.0):
+        return ["The outputs do not depend on the image."]
     if spread < SAME_SHARE * scale:
         return [
             f"The sorted outputs of {len(ordered)} images are the same to {100 * SAME_SHARE:.0f} %: the model returns "
@@ -218,10 +225,47 @@ def batch_drift(model: nn.Module, x: Tensor, logits: Tensor) -> float:
 
 
 def _change(found: Tensor, before: Tensor, logits: Tensor) -> float:
-    spread = logits.std().item()
+    # Over the images, class by class: a class that is ruled out by a large negative logit says nothing of the others.
+    spread = logits.std(dim=0).max().item() if len(logits) > 1 else logits.std().item()
     if not torch.isfinite(logits).all() or spread == 0:
         return 0.0
     return (found.float() - before).abs().max().item() / spread
+
+
+@torch.no_grad()
+def boundary_flags(model: nn.Module, x: Tensor, logits: Tensor) -> list[str]:
+    """Return a warning if the two largest logits stay apart where the predicted class changes.
+
+    Between two images of different predicted classes, bisection finds where the prediction changes. There the two
+    largest logits of a continuous model are nearly the same; those of a model that adds something to the predicted
+    class jump, and gradients do not show the way across.
+
+    Args:
+        model: maps images [N, C, H, W] to logits [N, K].
+        x: images [N, C, H, W].
+        logits: their logits [N, K].
+    """
+    classes = logits.argmax(dim=1)
+    order = torch.arange(len(x)).roll(1)
+    pairs = (classes != classes[order]).nonzero().flatten()[:LARGE_IMAGES]
+    apart = logits.topk(min(2, logits.shape[1]), dim=1).values
+    usual = (apart[:, 0] - apart[:, -1]).median().item()
+    if len(pairs) < FEWEST_PAIRS or usual <= 0:
+        return []
+    begin, end, first = x[pairs], x[order[pairs]], classes[pairs]
+    low, high = torch.zeros(len(pairs)).to(x), torch.ones(len(pairs)).to(x)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        same = model(torch.lerp(begin, end, middle[:, None, None, None])).argmax(dim=1) == first
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    near = model(torch.lerp(begin, end, low[:, None, None, None])).float().topk(2, dim=1).values
+    gap = (near[:, 0] - near[:, 1]).median().item()
+    if gap > JUMP_SHARE * usual:
+        return [
+            f"Where the predicted class changes, the two largest logits are still {gap:.2g} apart (median; {usual:.2g} "
+            f"at the images, limit {100 * JUMP_SHARE:.0f} % of it): the outputs jump, which gradients do not show."
+        ]
+    return []
 
 
 def no_gradient(model: nn.Module, x: Tensor) -> bool:

@@ -32,6 +32,7 @@ from .flags import CHECK_IMAGES
 from .scoring import CountedModel, Precision, Rescaled, check_points, score
 from .stages import PGD, Stage, stages_of
 from .state import EvalState, Flags
+from .witness import Witness
 from .worst_case import Attacker, start_seed, worst_points
 
 BLACK_BOX_QUERIES = 500
@@ -150,12 +151,17 @@ def clean_pass(request: Request, state: EvalState) -> None:
             advance(stop - start, f"clean {state.clean[:stop].mean():.1%}")
 
 
-def attack_pass(request: Request, state: EvalState) -> None:
-    """Run the remaining stages of the tier, each on the survivors of the previous ones."""
+def attack_pass(request: Request, state: EvalState) -> Witness:
+    """Run the remaining stages of the tier, each on the survivors of the previous ones.
+
+    Returns:
+        What noted the gradients that the attacks of this process saw.
+    """
     counters = state.counters
     stages = request.stages(state)
+    witness = Witness(request.attacked(state), request.seed)
     attacker = Attacker(
-        request.attacked(state),
+        witness,
         request.threat,
         counters.classes,
         request.section.steps,
@@ -178,6 +184,7 @@ def attack_pass(request: Request, state: EvalState) -> None:
                 so_far = state.robust[active[: counters.attacked]].mean() * standing.mean()
                 advance(len(indices), f"robust about {so_far:.1%}")
         counters.stage, counters.attacked = index + 1, 0
+    return witness
 
 
 def _title(request: Request, stage: Stage, stages: tuple[Stage, ...]) -> str:

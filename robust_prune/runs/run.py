@@ -32,6 +32,7 @@ FORMAT = 3
 """Format of run folders; folders of another format cannot be resumed."""
 
 LOCK = ".lock"
+RECORD = "stage.json"
 _CLAIM = (LOCK, "environment.json", "recipe.yaml", "run.json")
 _WRITTEN = (
     "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
@@ -146,7 +147,7 @@ class Run:
                 missing or was changed, or if that happened to an earlier stage.
             shared: whether all processes call `make`.
         """
-        first, mark = distributed.is_first(), self.folder / name / "stage.json"
+        first, mark = distributed.is_first(), self.folder / name / RECORD
         key = digest([self.key, name, *inputs])
         stored, problem = self._stored(mark, key, kind, files) if first else (None, "")
         stored = distributed.broadcast(stored)
@@ -160,7 +161,7 @@ class Run:
                 value = make() if first or shared else None
             seconds = time.monotonic() - begin
             if first:
-                stored = _sealed({
+                stored = sealed({
                     "key": key, "seconds": seconds, "value": to_json(value),
                     "files": {self._relative(file): file_sha256(file) for file in files if file.is_file()},
                 })  # fmt: skip
@@ -189,7 +190,7 @@ class Run:
         if self.damaged or (isinstance(stored, dict) and stored.get("key") != key):
             return None, ""
         try:
-            whole = stored == _sealed(stored) and math.isfinite(stored["seconds"])
+            whole = is_sealed(stored) and math.isfinite(stored["seconds"])
             from_json(kind, stored["value"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
@@ -219,7 +220,12 @@ class Run:
         return duration(now) + (f", {duration(now + earlier)} with the stages of earlier runs" if earlier else "")
 
 
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Return whether the record of a stage carries the hash of its values."""
+    return record == sealed(record)
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a stage with the hash of its other values."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return {**rest, "sha256": digest(rest)}
