@@ -332,6 +332,8 @@ CHEATS: dict[str, type[Wrapped]] = {
     "lure": Lure,
     "memory outside the model": RemembersOutside,
 }
+DURING_ATTACK = tuple(name for name in list(CHEATS)[13:] if name != "lure")
+"""Cheats that answer truthfully before the attack."""
 
 
 class Bfloat16Inside(Wrapped):

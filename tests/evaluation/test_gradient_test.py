@@ -28,7 +28,7 @@ def looked_at(model: nn.Module, images: TensorImages) -> list[str]:
         return behaviour_flags(model, images.images[:64].float() / 255, images.labels[:64])
 
 
-@pytest.mark.parametrize("name", odd_models.CHEATS)
+@pytest.mark.parametrize("name", [name for name in odd_models.CHEATS if name not in odd_models.DURING_ATTACK])
 def test_every_cheat_rings_an_alarm_before_any_attack(trained: Tiny, images: TensorImages, name: str) -> None:
     assert looked_at(odd_models.CHEATS[name](trained), images)
 
