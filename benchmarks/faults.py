@@ -237,9 +237,9 @@ def table(result: dict[str, Any]) -> str:
         total = sum(counts.values())
         lines.append(f"| {name} | {total:,} | {counts.get('refused', 0):,} | {counts.get('opened', 0):,} | {others} |")
     lines.append(
-        '\n"Anything else" would be a traceback, a message of several lines, more than ten seconds or two gigabytes, a '
-        "model with other weights than were written, or a table with a cell that a spreadsheet runs. A recipe or an ONNX "
-        "file that opens may say something else than before: a changed number is a number."
+        "\n*Anything else* would be a traceback, a message of several lines, more than ten seconds or two gigabytes, "
+        "a model with other weights than were written, or a table with a cell that a spreadsheet runs. A recipe or an "
+        "ONNX file that opens may say something else than before: a changed number is a number."
     )
     return "\n".join(lines) + "\n"
 
