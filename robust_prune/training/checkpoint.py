@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..console import console
+from ..models.integrity import tensor_sha256
+from ..runs.files import atomic_write
 from .validation import Score
+
+SHA256 = "sha256"
 
 
 @dataclass
@@ -36,6 +43,34 @@ class RunState:
     note: str = ""
 
 
+def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
+    """Write a checkpoint atomically, with the hash of all that it holds.
+
+    Raises:
+        EnvironmentProblem: the file cannot be written.
+    """
+    atomic_write(path, lambda part: torch.save({**value, SHA256: contents_sha256(value)}, part))
+
+
+def contents_sha256(value: Any) -> str:
+    """Return the SHA-256 (hex) of tensors and plain values inside dicts, lists and tuples."""
+    sha = hashlib.sha256()
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            sha.update(tensor_sha256(item).encode())
+        elif isinstance(item, Mapping):
+            sha.update(f"{len(item)}{{".encode())
+            waiting += [part for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple):
+            sha.update(f"{len(item)}[".encode())
+            waiting += item
+        else:
+            sha.update(f"{item!r};".encode())
+    return sha.hexdigest()
+
+
 def read_checkpoint(path: Path | None, key: str, device: torch.device) -> dict[str, Any] | None:
     """Return the checkpoint that a run with hash `key` saved at `path`, or None.
 
@@ -47,6 +82,9 @@ def read_checkpoint(path: Path | None, key: str, device: torch.device) -> dict[s
         value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for a damaged file
         console.print(f"{path.name} is damaged ({error}); training starts over", markup=False)
+        return None
+    if not isinstance(value, dict) or value.pop(SHA256, None) != contents_sha256(value):
+        console.print(f"{path.name} is damaged (SHA-256); training starts over", markup=False)
         return None
     if value.get("key") != key:
         console.print(f"{path.name} belongs to other settings; training starts over", markup=False)

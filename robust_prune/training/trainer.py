@@ -24,11 +24,11 @@ from ..introspect.fingerprint import images_hash, models_hash
 from ..models import user_file
 from ..models.layout import tf32
 from ..recipe import TrainSettings
-from ..runs.files import atomic_write, digest
+from ..runs.files import digest
 from ..serialization import to_json
 from ..training import compilation
 from .acceleration import divisible, make_accelerator
-from .checkpoint import RunState, read_checkpoint
+from .checkpoint import RunState, read_checkpoint, write_checkpoint
 from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
 from .optimizer import make_optimizer, make_schedule
@@ -125,7 +125,7 @@ class _Run:
             "best_weights": self.best_weights,
             "precision": asdict(self.precision),
         }
-        atomic_write(self.checkpoint, lambda part: torch.save(value, part))
+        write_checkpoint(self.checkpoint, value)
 
     def resume(self) -> bool:
         value = read_checkpoint(self.checkpoint, self.key, self.device)

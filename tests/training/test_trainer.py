@@ -83,12 +83,16 @@ def test_a_checkpoint_of_other_settings_or_a_torn_one_is_not_used(tmp_path, caps
     )
     assert len(result.history) == 2
     assert "other settings" in capsys.readouterr().out
-    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
-    result = train(
-        make_model(), make_images(96), make_images(30, 1), THREAT, make_settings(epochs=2), checkpoint=checkpoint
-    )
-    assert len(result.history) == 2
-    assert "damaged" in capsys.readouterr().out
+    value = torch.load(checkpoint, weights_only=True)
+    next(iter(value["model"].values())).flatten()[0] += 1
+    torch.save(value, checkpoint)
+    for words in ("damaged (SHA-256)", "damaged"):
+        result = train(
+            make_model(), make_images(96), make_images(30, 1), THREAT, make_settings(epochs=2), checkpoint=checkpoint
+        )
+        assert len(result.history) == 2
+        assert words in capsys.readouterr().out
+        checkpoint.write_bytes(checkpoint.read_bytes()[:200])
 
 
 def test_a_nan_loss_stops_the_run_in_one_clear_line():
