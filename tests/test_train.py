@@ -41,7 +41,7 @@ def test_other_images_or_settings_are_another_run(
     values: dict[str, Any], answers: dict[str, Any], tmp_path: Path
 ) -> None:
     recorded("train", {}, tmp_path / "run")
-    with pytest.raises(UsageError, match="holds a run with another model, code, data, recipe or version"):
+    with pytest.raises(UsageError, match=r"holds a run with another (model|data|recipe|code)"):
         recorded("train", values, tmp_path / "run", answers=answers)
 
 
@@ -51,7 +51,7 @@ def test_a_run_with_another_version_of_a_users_file_is_another_run(name: str, tm
     source.write_text("def mine(*_):\n    return None\n")
     recorded("train", {name: f"{source}:mine"}, tmp_path / "run", {"training"})
     source.write_text("def mine(*_):\n    return 1\n")
-    with pytest.raises(UsageError, match="holds a run with another model, code, data, recipe or version"):
+    with pytest.raises(UsageError, match=r"holds a run with another (model|data|recipe|code)"):
         recorded("train", {name: f"{source}:mine"}, tmp_path / "run", {"training"})
 
 

@@ -173,8 +173,8 @@ def _check_values(value: Any, path: Path) -> None:
 
 
 def _unusable(tensor: torch.Tensor) -> str:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-        return f"is of a kind that weights do not have ({tensor.layout}, {tensor.device})"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return ""  # what kinds weights can be is said by name, later
     stored = tensor.untyped_storage().nbytes()
     wanted = tensor.numel() * tensor.element_size()
     return f"shows {wanted:,} bytes and holds {stored:,}" if wanted > max(stored, _FREE_BYTES) else ""

@@ -149,7 +149,10 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
     """Where each function that does a stage's work is looked up, its name there, ours, and what it answers."""
     given, small = PREPARED, PREPARED.surgery.model
 
-    def evaluated(*_: Any, subject: Any, exported: Any = None, **__: Any) -> ResultCard:
+    def evaluated(*_: Any, subject: Any, exported: Any = None, state_path: Any = None, **__: Any) -> ResultCard:
+        if state_path is not None:
+            state_path.parent.mkdir(parents=True, exist_ok=True)
+            state_path.write_bytes(b"state")
         found = card(subject.model, 20, 10, 24)
         right = ExportedAccuracy(found.clean, found.robust)
         return replace(found, split=subject.split, exported=dict.fromkeys(exported or {}, right))

@@ -25,7 +25,7 @@ BAD = {
     ),
     "ratio word": (
         ["compress", "weights.pt", "--data", "toy.npz", "--ratio", "half"],
-        "ratio must be in (0, 1), got half. Try 0.5.",
+        "ratio must be in (0, 1), got 'half'. Try 0.5.",
     ),
     "unknown key": (["compress", "demo", "--recipe", "bad.yaml"], "unknown recipe key pruning.speed. Known:"),
     "unknown recipe": (["compress", "demo", "--recipe", "dem"], "Did you mean demo?"),

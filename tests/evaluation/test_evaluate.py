@@ -26,6 +26,7 @@ from robust_prune.errors import QualityGateError, UsageError
 from robust_prune.evaluation import evaluate as module
 from robust_prune.evaluation import worst_case
 from robust_prune.evaluation.card import ResultCard
+from robust_prune.evaluation.flags import NOT_COPIED
 from robust_prune.evaluation.scoring import check_points
 from robust_prune.evaluation.state import load_state
 from robust_prune.evaluation.worst_case import start_seed, worst_points
@@ -306,7 +307,8 @@ def test_a_model_that_cannot_be_copied_is_attacked_all_the_same(trained: Tiny, i
             return self.model(x)
 
     card = evaluated(Locked().eval(), images, THREAT, steps=3)
-    assert card.robust == evaluated(trained, images, THREAT, steps=3).robust and card.flags == ()
+    assert card.robust == evaluated(trained, images, THREAT, steps=3).robust
+    assert card.flags == (NOT_COPIED,)
 
 
 def test_start_seeds_differ_everywhere() -> None:

@@ -332,9 +332,11 @@ def test_an_artifact_cannot_pass_arguments_to_code_on_the_readers_disk(tmp_path:
     path = tmp_path / "m.safetensors"
     artifact.save(path, model, spec)
     ran = tmp_path / "ran"
-    evil = to_json(spec) | {"arch": f"{source}:make", "kwargs": {"ran": str(ran)}, "source_sha256": ""}
+    evil = to_json(spec) | {"arch": f"{source}:make", "kwargs": {"ran": str(ran)}, "source_sha256": "0" * 64}
     with pytest.raises(UsageError, match="runs that file"):
         artifact.load(rewritten(path, spec=evil))
+    with pytest.raises(UsageError, match="is damaged: it lacks the hash of"):
+        artifact.load(rewritten(path, spec=evil | {"source_sha256": ""}), arch=evil["arch"])
     assert not ran.exists()
     evil = to_json(spec) | {"arch": "timm/resnet10t", "kwargs": {"checkpoint_path": str(source)}}
     with pytest.raises(UsageError, match="read other files"):

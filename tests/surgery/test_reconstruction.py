@@ -97,7 +97,7 @@ def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pyt
         surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6)})
         assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third")
         found.append(surgery.model.third.weight.detach())
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_a_large_ridge_leaves_the_cut_weights(net: Net) -> None:
