@@ -1,4 +1,4 @@
-"""Alarms of the evaluation on models that cheat and on honest ones that look odd (`odd_models.py`).
+"""Alarms of the evaluation on models that cheat (`cheating_models.py`) and honest ones that look odd (`odd_models.py`).
 
     python benchmarks/alarms.py --images 200
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cheating_models
 import odd_models
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def models(base: nn.Module, data: DataBundle, work: Path) -> dict[tuple[str, str
     for name in odd_models.TRAINED:
         own = trained(name, data, work)
         found["honest", name] = own, own
-    for kind, wrappers in (("honest", odd_models.HONEST), ("cheat", odd_models.CHEATS)):
+    for kind, wrappers in (("honest", odd_models.HONEST), ("cheat", cheating_models.CHEATS)):
         for name, wrapper in wrappers.items():
             model = wrapper(base).eval()
             found[kind, name] = model, (base if kind == "cheat" else model)

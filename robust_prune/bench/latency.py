@@ -15,8 +15,9 @@ from ..bench import hardware
 from ..console import FOLDED, FirstThatFits, track
 from ..errors import UsageError
 from ..machine import nvml
+from ..machine.runtime import import_onnxruntime
 from ..recipe import BenchSection
-from .providers import PROVIDERS, import_onnxruntime, require
+from .providers import PROVIDERS, require
 from .sampler import LAUNCHES, Arm, Samples, Shape, measure
 from .session import signature
 from .statistics import Interval, excludes_one, judged, median_interval, paired_ratio, percentile

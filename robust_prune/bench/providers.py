@@ -14,28 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentProblem
+from ..machine.runtime import import_onnxruntime
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 """Device whose memory each provider uses."""
-
-
-def import_onnxruntime() -> Any:
-    """Return the onnxruntime module.
-
-    Raises:
-        EnvironmentProblem: it is not installed, or broken by another build in the same folder.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EnvironmentProblem(f"onnxruntime does not import: {error}. Run `robust-prune doctor`.") from error
-    if not hasattr(onnxruntime, "InferenceSession"):
-        raise EnvironmentProblem(
-            "onnxruntime is installed without InferenceSession: two of its builds share one folder and one was "
-            "removed. `robust-prune doctor` prints the repair."
-        )
-    return onnxruntime
 
 
 def provider_options(provider: str, precision: str, graph: bool) -> dict[str, str]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import EnvironmentProblem, UsageError
 from ..exporters.types import MANIFEST_KEY
-from .providers import PROVIDERS, import_onnxruntime, provider_options, require
+from ..machine.runtime import first_line, import_onnxruntime
+from .providers import PROVIDERS, provider_options, require
 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
@@ -134,11 +135,6 @@ def _precision(session: Any) -> str:
         return str(json.loads(stored).get("precision", "fp32"))
     except (ValueError, AttributeError):
         return "fp32"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def example(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:

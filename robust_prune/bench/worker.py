@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import EnvironmentProblem, RobustPruneError
 from ..machine.child import Frame, serve
-from .providers import DEVICES, import_onnxruntime, provider_problem
+from ..machine.runtime import import_onnxruntime
+from .providers import DEVICES, provider_problem
 from .session import example, open_session
 
 # Captured kernels may sum in another order.

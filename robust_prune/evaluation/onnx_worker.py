@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.providers import import_onnxruntime
-from ..bench.session import first_line
 from ..errors import UsageError
 from ..machine.child import Frame, serve
+from ..machine.runtime import first_line, import_onnxruntime
 
 FREE_BYTES, BYTES_OF_FILE = 3 << 30, 12
 """Address space that opening a file and its first image may take: a fixed part, and a multiple of the file's size."""

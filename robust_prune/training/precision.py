@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..attacks import kept_buffers
 from ..introspect.modes import eval_mode, kept_modes
 from ..introspect.randomness import seeded
-from ..machine.decisions import decided
 from ..models.layout import has_fast_bf16
+from .decisions import decided
 
 
 @dataclass(frozen=True)

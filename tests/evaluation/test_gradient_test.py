@@ -18,6 +18,7 @@ from robust_prune.evaluation.gradient_test import agreement
 
 sys.path.insert(0, str(BENCHMARKS))
 
+import cheating_models
 import odd_models
 
 OF_TEN_CLASSES = "two classes"
@@ -28,9 +29,9 @@ def looked_at(model: nn.Module, images: TensorImages) -> list[str]:
         return behaviour_flags(model, images.images[:64].float() / 255, images.labels[:64])
 
 
-@pytest.mark.parametrize("name", [name for name in odd_models.CHEATS if name not in odd_models.DURING_ATTACK])
+@pytest.mark.parametrize("name", [name for name in cheating_models.CHEATS if name not in cheating_models.DURING_ATTACK])
 def test_every_cheat_rings_an_alarm_before_any_attack(trained: Tiny, images: TensorImages, name: str) -> None:
-    assert looked_at(odd_models.CHEATS[name](trained), images)
+    assert looked_at(cheating_models.CHEATS[name](trained), images)
 
 
 @pytest.mark.parametrize("name", [name for name in odd_models.HONEST if name != OF_TEN_CLASSES])
@@ -124,7 +125,7 @@ class RemembersLater(odd_models.Wrapped):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.asked, self.known = 0, odd_models.Remembers(model)
+        self.asked, self.known = 0, cheating_models.Remembers(model)
 
     def forward(self, x: Tensor) -> Tensor:
         self.asked += len(x)

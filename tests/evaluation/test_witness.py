@@ -16,6 +16,7 @@ from robust_prune.evaluation.witness import CAPACITY, Witness, witness_flags
 
 sys.path.insert(0, str(BENCHMARKS))
 
+import cheating_models
 import odd_models
 
 SAID = {
@@ -39,12 +40,12 @@ class HeavyTailed(nn.Module):
 
 
 # The radius of `THREAT` is not the one that "memory outside the model" waits for; `benchmarks/alarms.py` has it.
-@pytest.mark.parametrize("name", [name for name in odd_models.DURING_ATTACK if "memory" not in name])
+@pytest.mark.parametrize("name", [name for name in cheating_models.DURING_ATTACK if "memory" not in name])
 def test_cheats_that_show_themselves_to_attacks_alone_ring_an_alarm(
     trained: Tiny, images: TensorImages, name: str
 ) -> None:
     model = HeavyTailed() if "small values" in name else trained
-    card = evaluated(odd_models.CHEATS[name](model).eval(), images, THREAT, batch_size=75, precision="bf16")
+    card = evaluated(cheating_models.CHEATS[name](model).eval(), images, THREAT, batch_size=75, precision="bf16")
     said = SAID.get(name, "The gradients that the attack saw are not those of the outputs")
     assert any(said in flag for flag in card.flags), card.flags
 
@@ -61,7 +62,7 @@ def test_a_model_that_answers_an_attack_otherwise_is_flagged(trained: Tiny, imag
         """Mirrors those images of an attack that are not of 8 bits."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(torch.where(odd_models.on_grid(x), x, x.flip(-1)) if x.requires_grad else x)
+            return super().forward(torch.where(cheating_models.on_grid(x), x, x.flip(-1)) if x.requires_grad else x)
 
     card = evaluated(Mirrored(trained).eval(), images, THREAT, batch_size=75)
     assert any("answered it otherwise than it answers without a gradient" in flag for flag in card.flags), card.flags
@@ -90,7 +91,7 @@ def test_a_sample_of_all_gradients_is_kept_whatever_the_objective() -> None:
 def test_outputs_that_jump_where_the_class_changes_are_flagged(trained: Tiny, images: TensorImages) -> None:
     x = images.images[:64].float() / 255
     for name, rings in (("lure", True), ("hard label and a whisper", True), ("tiny logits", False)):
-        model = odd_models.CHEATS[name](trained).eval()
+        model = cheating_models.CHEATS[name](trained).eval()
         with torch.no_grad():
             flags = boundary_flags(model, x, model(x))
         assert bool(flags) is rings, (name, flags)

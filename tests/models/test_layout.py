@@ -7,10 +7,9 @@ import torch
 from builders.branches import Plain
 from torch import Tensor
 
-from robust_prune.machine import decisions
 from robust_prune.models import layout
 from robust_prune.models.layout import runs_in_bf16
-from robust_prune.training import precision
+from robust_prune.training import decisions, precision
 from robust_prune.training.precision import choose_precision
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RobustPruneError
+from ..machine import host
 from ..runs.files import digest, read_json, write_json
-from . import host
 
 _FILE = "decisions.json"
 
