@@ -94,7 +94,8 @@ def test_damage_is_said_and_the_stage_and_those_after_it_are_done_again(tmp_path
     damage(tmp_path)
     capsys.readouterr()
     assert go() == ["one", "two"]
-    assert f"{words}. This stage and those after it are done again." in " ".join(capsys.readouterr().out.split())
+    said = f"{words}. This stage and those after it are done again."
+    assert "".join(said.split()) in "".join(capsys.readouterr().out.split())  # a long path is folded anywhere
     assert go() == []
 
 
