@@ -163,8 +163,10 @@ def test_a_refused_run_leaves_no_trace_but_a_resumed_one_stays(tmp_path):
     folder = tmp_path / "run"
 
     def begin(error=None):
-        run = Run.open(folder, INPUTS, load("demo"), "robust-prune")
-        with run.refusable(folder / "dense.onnx"):
+        with (
+            Run.open(folder, INPUTS, load("demo"), "robust-prune") as run,
+            run.refusable(folder / "dense.onnx"),
+        ):
             run.stage("preflight", Length, [], lambda: Length(5, 1))
             (folder / "dense.onnx").touch()
             if error:
@@ -182,7 +184,11 @@ def test_a_refused_run_leaves_no_trace_but_a_resumed_one_stays(tmp_path):
     other = tmp_path / "mine"
     other.mkdir()
     (other / "notes.txt").touch()
-    with pytest.raises(UsageError), Run.open(other, "key", load("demo"), "robust-prune").refusable():
+    with (
+        pytest.raises(UsageError, match="no"),
+        Run.open(other, INPUTS, load("demo"), "robust-prune") as run,
+        run.refusable(),
+    ):
         raise UsageError("no")
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
 
