@@ -106,10 +106,13 @@ def gap(row: dict[str, Any], arm: str, count: int) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown table."""
-    count, environment = result["images"], result["environment"]
+    count = result["images"]
+    machines = sorted(
+        {f"{row['environment']['cpu']}, commit {row['environment']['commit'][:7]}" for row in result["rows"]}
+    )
     lines = [
         f"# Gap of the default attack to aa-fast\n\n`benchmarks/attack_gap.py`, {count:,} test images of CIFAR-10, "
-        f"Linf 8/255, {environment['cpu']}; in percent, gaps in points with the paired 95 % interval over images. "
+        f"Linf 8/255, {'; '.join(machines)}; in percent, gaps in points with the paired 95 % interval over images. "
         "Passes: backward passes of single images, in thousands.\n",
         "| MACs removed | clean | cross-entropy twice | margin and cross-entropy (default) | aa-fast "
         "| gap, cross-entropy twice | gap, default | passes: twice, default, aa-fast |",
@@ -143,8 +146,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for ratio in args.ratios:
         if ratio not in {row["ratio"] for row in result["rows"]}:
-            result["rows"].append(measure(ratio, args.images, args.work))
-            result["environment"] = snapshot()
+            result["rows"].append({**measure(ratio, args.images, args.work), "environment": snapshot()})
             write_json(args.out, result)
             write_text(args.out.with_suffix(".md"), table(result))
     print(table(result))
