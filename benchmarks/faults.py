@@ -1,13 +1,14 @@
-"""What becomes of damaged and hostile files: every one is refused in one line, or opens as what it was.
+"""What becomes of damaged files and disturbed runs: refused in one line, or as if nothing had happened.
 
-    python benchmarks/faults.py --only recipes=10000 artifacts=10000 results=2000 onnx=500
+    python benchmarks/faults.py --only recipes=10000 artifacts=10000 results=2000 onnx=5000
+    python benchmarks/faults.py --only killed=200 starved=60 damaged=60 shared=20 changed=60
 
 Files are changed at random, by a fixed seed: recipes in their lines, values and bytes; model files in their bytes, in
 their manifest and in their tensors, with and without new hashes; result files in their values; ONNX files in their
 bytes. Each is opened as the commands do. Counted are those that are refused with one line, those that open, those that
 open with other weights than were written and say nothing, tracebacks, and files that take more than ten seconds or two
-gigabytes above what the process had. Results are written after each kind, and the same command goes on with the missing
-ones.
+gigabytes above what the process had. What is done to runs of `train` and `compress` stands in `hostile_runs.py`.
+Results are written after every fifty files and every run, and the same command goes on with the missing ones.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hostile_runs
 import numpy as np
 import safetensors.torch
 import torch
@@ -95,6 +97,8 @@ def changed(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD_VALUES) -
 class Recipes:
     """Recipes, changed in lines, values and bytes."""
 
+    slow_seconds = SLOW_SECONDS
+
     def __init__(self, work: Path) -> None:
         self.file = work / "changed.yaml"
         self.texts = [path.read_text(encoding="utf-8") for path in recipe_reader.shipped().values()]
@@ -122,6 +126,8 @@ class Recipes:
 
 class Artifacts:
     """Model files, changed in bytes, manifest and tensors."""
+
+    slow_seconds = SLOW_SECONDS
 
     def __init__(self, work: Path) -> None:
         torch.manual_seed(0)
@@ -161,6 +167,8 @@ class Artifacts:
 class Results:
     """Result files, changed in their values."""
 
+    slow_seconds = SLOW_SECONDS
+
     def __init__(self, work: Path) -> None:
         self.file = work / "result.json"
         self.values = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.rglob("result.json"))]
@@ -179,6 +187,8 @@ class Results:
 
 class OnnxFiles:
     """ONNX files, changed in their bytes, and run on two images."""
+
+    slow_seconds = SLOW_SECONDS
 
     def __init__(self, work: Path) -> None:
         self.file, whole = work / "changed.onnx", work / "whole.onnx"
@@ -199,49 +209,76 @@ class OnnxFiles:
         return True
 
 
-KINDS: dict[str, Callable[[Path], Any]] = {
+FILES: dict[str, Callable[[Path], Any]] = {
     "recipes": Recipes, "artifacts": Artifacts, "results": Results, "onnx": OnnxFiles,
 }  # fmt: skip
+RUNS: dict[str, Callable[[Path], Any]] = {
+    "killed": hostile_runs.Killed, "starved": hostile_runs.Starved, "damaged": hostile_runs.Damaged,
+    "shared": hostile_runs.Shared, "changed": hostile_runs.Changed,
+}  # fmt: skip
+KINDS = FILES | RUNS
 
 
 def tried(kind: Any, rng: random.Random) -> str:
-    """Return what became of one changed file."""
-    kind.make(rng)
+    """Return what became of one changed file or disturbed run."""
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
+        kind.make(rng)
+        begin = time.monotonic()
         outcome = "opened" if kind.open() else "opened with other contents"
     except RobustPruneError as error:
         outcome = "refused" if "\n" not in str(error) else "refused in several lines"
     except Exception as error:  # what is counted
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome = f"traceback: {type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
-    if time.monotonic() - begin > SLOW_SECONDS:
-        outcome = "longer than 10 s"
+        if isinstance(error, hostile_runs.Failure):
+            outcome = str(error)
+    if time.monotonic() - begin > kind.slow_seconds:
+        outcome = f"longer than {kind.slow_seconds:g} s"
     # Kilobytes on Linux.
     if 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) > LARGE_BYTES:
         outcome = "more than 2 GB"
     return outcome
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table."""
-    environment = result["environment"]
-    lines = [
-        f"# Damaged and hostile files\n\n`benchmarks/faults.py`, seed {result['seed']}, {environment['cpu']}.\n",
-        "| files | changed at random | refused in one line | opened, contents as written | anything else |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    for name, counts in result["kinds"].items():
+def counts_table(head: str, kinds: dict[str, dict[str, int]]) -> list[str]:
+    """Return the lines of a Markdown table of outcomes."""
+    lines = [head, "| --- | ---: | ---: | ---: | --- |"]
+    for name, counts in kinds.items():
         rest = {key: count for key, count in counts.items() if key not in ("refused", "opened")}
         others = "; ".join(f"{count} {key}" for key, count in rest.items()) or "none"
         total = sum(counts.values())
         lines.append(f"| {name} | {total:,} | {counts.get('refused', 0):,} | {counts.get('opened', 0):,} | {others} |")
-    lines.append(
-        "\n*Anything else* would be a traceback, a message of several lines, more than ten seconds or two gigabytes, "
-        "a model with other weights than were written, or a table with a cell that a spreadsheet runs. A recipe or an "
-        "ONNX file that opens may say something else than before: a changed number is a number."
-    )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown tables."""
+    machines = sorted({f"{e['cpu']}, commit {e['commit'][:7]}" for e in result["environments"].values()})
+    made = f"`benchmarks/faults.py`, seed {result['seed']}, {'; '.join(machines)}."
+    lines = [f"# Damaged files and disturbed runs\n\n{made}\n"]
+    if files := {name: counts for name, counts in result["kinds"].items() if name in FILES}:
+        lines += counts_table(
+            "| files | changed at random | refused in one line | opened, as written | anything else |", files
+        )
+        lines.append(
+            "\n*Anything else* would be a traceback, a message of several lines, more than ten seconds or two "
+            "gigabytes, a model with other weights than were written, or a table with a cell that a spreadsheet runs. "
+            "A recipe or an ONNX file that opens may say something else than before: a changed number is a number.\n"
+        )
+    if runs := {name: counts for name, counts in result["kinds"].items() if name in RUNS}:
+        lines += counts_table(
+            "| runs of `train` and `compress` | disturbed at random | refused in one line "
+            "| finished, equal to an undisturbed run | anything else |",
+            runs,
+        )
+        lines.append(
+            "\nBy turns under `precision: auto` and fp32. *Equal*: weights, ONNX files, correct images, file names.\n"
+        )
+        for name in runs:
+            where = ", ".join(f"{text} {count}" for text, count in sorted(result["where"][name].items()))
+            lines.append(f"- **{name}** ({hostile_runs.__dict__[name.capitalize()].what}): {where}.")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
@@ -251,20 +288,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     args = parser.parse_args()
-    result: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"kinds": {}}
+    empty: dict[str, Any] = {"kinds": {}, "where": {}, "environments": {}}
+    result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else empty
     result["seed"] = args.seed
-    with tempfile.TemporaryDirectory() as folder:
-        for text in args.only:
-            name, _, count = text.partition("=")
-            if sum(result["kinds"].get(name, {}).values()) >= int(count):
-                continue
-            kind, rng = KINDS[name](Path(folder)), random.Random(args.seed)
-            counts = Counter(tried(kind, rng) for _ in range(int(count)))
-            result["kinds"][name] = dict(counts.most_common())
-            result["environment"] = snapshot()
-            write_json(args.out, result)
-            write_text(args.out.with_suffix(".md"), table(result))
-            print(name, result["kinds"][name], flush=True)
+    for text in args.only:
+        name, _, count = text.partition("=")
+        counts = Counter(result["kinds"].get(name, {}))
+        if counts.total() >= int(count):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            kind = KINDS[name](Path(folder))
+            kind.turn, rng = counts.total(), random.Random(args.seed + counts.total())
+            earlier: Counter[str] = Counter(result["where"].get(name, {}))
+            while counts.total() < int(count):
+                counts[tried(kind, rng)] += 1
+                if name in RUNS or counts.total() % 50 == 0 or counts.total() == int(count):
+                    result["kinds"][name] = dict(counts.most_common())
+                    result["where"][name] = dict(earlier + Counter(getattr(kind, "where", {})))
+                    result["environments"][name] = snapshot()
+                    write_json(args.out, result)
+                    write_text(args.out.with_suffix(".md"), table(result))
+        print(name, result["kinds"][name], flush=True)
     print(table(result))
 
 

@@ -36,7 +36,7 @@ from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = {
+MODELS: dict[str, str | Path] = {
     "dense": "demo",
     "half": RESULTS / RECIPE / "half.safetensors",
     "quarter": RESULTS / RECIPE / "quarter.safetensors",

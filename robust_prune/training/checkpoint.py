@@ -80,8 +80,8 @@ def read_checkpoint(path: Path | None, key: str, device: torch.device) -> dict[s
         return None
     try:
         value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds of errors for a damaged file
-        console.print(f"{path.name} is damaged ({error}); training starts over", markup=False)
+    except Exception as error:  # torch raises many kinds of errors for a damaged file, some of a page
+        console.print(f"{path.name} is damaged ({type(error).__name__}); training starts over", markup=False)
         return None
     if not isinstance(value, dict) or value.pop(SHA256, None) != contents_sha256(value):
         console.print(f"{path.name} is damaged (SHA-256); training starts over", markup=False)
