@@ -147,10 +147,13 @@ def measure(model: nn.Module, plain: nn.Module, images: ImageSet, tier: str, ste
 
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown table."""
-    count, environment = result["images"], result["environment"]
+    count = result["images"]
+    machines = sorted(
+        {f"{row['environment']['cpu']}, commit {row['environment']['commit'][:7]}" for row in result["rows"]}
+    )
     lines = [
         f"# Alarms\n\n`benchmarks/alarms.py`, {count:,} test images of CIFAR-10, tier {result['tier']}, Linf 8/255, "
-        f"{environment['cpu']}; accuracies in percent.\n",
+        f"{'; '.join(machines)}; accuracies in percent.\n",
         "| | model | clean | claimed robust | after an adaptive attack | alarms |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
@@ -193,8 +196,7 @@ def main() -> None:
         if name in {row["name"] for row in result["rows"]} or (args.only and name not in args.only):
             continue
         figures = measure(model, plain, images_for(name, images), args.tier, args.steps)
-        result["rows"].append({"kind": kind, "name": name, **figures})
-        result["environment"] = snapshot()
+        result["rows"].append({"kind": kind, "name": name, **figures, "environment": snapshot()})
         write_json(args.out, result)
         write_text(args.out.with_suffix(".md"), table(result))
         print(kind, name, figures, flush=True)

@@ -203,6 +203,19 @@ class SeesPrecision(ChangedGradient):
         return _false(gradient) if self.lowered else gradient
 
 
+class OneClass(ChangedGradient):
+    """A random gradient where the fourth class, or the last of fewer, is answered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self.model(x)
+            self.hidden = logits.argmax(dim=1) == min(3, logits.shape[1] - 1)
+        return super().forward(x)
+
+    def change(self, gradient: Tensor, x: Tensor) -> Tensor:
+        return torch.where(self.hidden[:, None, None, None], _false(gradient), gradient)
+
+
 class PartlyOnGrid(ChangedGradient):
     """A random gradient where some values are multiples of 1/255 and others are not, as at the border of the ball."""
 
@@ -290,6 +303,7 @@ CHEATS: dict[str, type[Wrapped]] = {
     "infinite values": Infinite,
     "lure": Lure,
     "memory outside the model": RemembersOutside,
+    "false for one class": OneClass,
 }
 DURING_ATTACK = tuple(name for name in list(CHEATS)[13:] if name != "lure")
 """Cheats that answer truthfully before the attack."""

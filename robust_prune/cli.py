@@ -15,7 +15,6 @@ from typing import Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.completion.detect import ShellDetectionError
-from rich.console import Console
 
 from . import __version__, last_resort
 from .errors import EnvironmentProblem, RobustPruneError, UsageError
@@ -186,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(text: str, code: int) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(" ".join(text.split())), markup=False)
+    # Not by rich, which imports more of itself when it prints: there may be no memory left.
+    print(printable(" ".join(text.split())), file=sys.stderr)
     sys.exit(code)
 
 

@@ -15,7 +15,7 @@ from .errors import EnvironmentProblem, RobustPruneError, UsageError
 EXIT_CODE = 70
 """Exit status after an error in this package, EX_SOFTWARE of sysexits.h."""
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "failed to allocate memory", "bad_alloc",
-                  "bad allocation", "out of memory")  # fmt: skip
+                  "bad allocation", "out of memory", "can't start new thread", "failed to map segment")  # fmt: skip
 
 
 def explain(error: Exception) -> RobustPruneError | None:

@@ -65,11 +65,12 @@ def _written(path: Path, write: Callable[[Path], None], parts: ExitStack) -> Pat
             os.fsync(stream.fileno())
         part.chmod(0o666 & ~_umask())
     except Exception as error:
-        # torch and safetensors raise errors of their own for a full disk.
-        full = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
-        if not (full or isinstance(error, OSError)):
+        # torch and safetensors raise errors of their own for a full disk, those of torch without a reason.
+        torchs = any(sign in str(error) for sign in ("inline_container", "iostream error"))
+        if not (torchs or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
             raise
-        raise EnvironmentProblem(f"cannot write {path}: {error}. Free some space or choose another --out.") from error
+        why = "the disk is full, or the file too large" if torchs else error
+        raise EnvironmentProblem(f"cannot write {path}: {why}. Free some space or choose another --out.") from error
     return part
 
 

@@ -50,6 +50,8 @@ def no_array() -> BaseException:
     ("error", "code", "words"),
     [
         (no_memory(), 3, "the memory is not enough"),
+        (RuntimeError("can't start new thread"), 3, "the memory is not enough"),
+        (ImportError("x.so: failed to map segment from shared object"), 3, "the memory is not enough"),
         (no_array(), 3, r"the memory is not enough \(Unable to allocate"),
         (PermissionError(13, "Permission denied", "/data/x.png"), 3, r"/data/x\.png: permission denied\."),
         (OSError(36, "File name too long", "x" * 500), 2, "a file name is too long"),
