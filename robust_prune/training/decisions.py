@@ -1,7 +1,7 @@
 """Decisions that were made by timing, kept in the user's cache so that the same machine decides the same again.
 
-Two precisions can be equally fast, and a choice between them by timing would differ from run to run, and with it the
-last bits of every weight.
+Two precisions can be equally fast, and so can a step with and without compilation. A choice between them by timing would
+differ from run to run, and with it the last bits of every weight.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..errors import RobustPruneError
 from ..machine import host
@@ -42,6 +44,11 @@ def decided(what: str, inputs: Any, decide: Callable[[], dict[str, bool]]) -> di
     with suppress(RobustPruneError):  # without a writable cache the decision holds for this run only
         write_json(file, _stored(file) | {key: made})
     return made
+
+
+def structure(model: nn.Module) -> list[Any]:
+    """Return the class of a model and the names and shapes of its parameters, as JSON values."""
+    return [str(type(model)), [(name, list(value.shape)) for name, value in model.named_parameters()]]
 
 
 def _stored(file: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..attacks import kept_buffers
 from ..introspect.modes import eval_mode, kept_modes
 from ..introspect.randomness import seeded
 from ..models.layout import has_fast_bf16
-from .decisions import decided
+from .decisions import decided, structure
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
     Raises:
         RuntimeError: the model does not run in contiguous fp32.
     """
-    structure = [str(type(model)), [(name, list(value.shape)) for name, value in model.named_parameters()]]
-    inputs = [structure, list(images.shape), str(images.device.type), torch.get_num_threads()]
+    inputs = [structure(model), list(images.shape), str(images.device.type), torch.get_num_threads()]
     return Precision(**decided("precision", inputs, lambda: _fastest(model, images, repeats)))
 
 

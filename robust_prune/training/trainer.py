@@ -29,6 +29,7 @@ from ..serialization import to_json
 from ..training import compilation
 from .acceleration import divisible, make_accelerator
 from .checkpoint import RunState, read_checkpoint, write_checkpoint
+from .decisions import decided, structure
 from .figures import StepFigures
 from .losses import Batch, LossResult, make_loss
 from .optimizer import make_optimizer, make_schedule
@@ -289,10 +290,15 @@ class _Run:
                 self._gradients_of(indices.to(self._index_device), generator, self.settings.awp)
 
         total = self.settings.epochs * self.steps_per_epoch
-        pays = compilation.pays(self.model, step, self.device, steps=total, always=wanted == "on")
+        method = [self.settings.loss, self.settings.steps, self.settings.awp, asdict(self.precision), self.batch_size]
+        inputs = [structure(self.model), method, total, wanted]
+        found = decided(
+            "compilation", inputs,
+            lambda: {"pays": compilation.pays(self.model, step, self.device, steps=total, always=wanted == "on")},
+        )  # fmt: skip
         self.trained, self.attacked = self.wrapped, self.model
         self.optimizer.zero_grad(set_to_none=True)
-        return pays
+        return found["pays"]
 
     def _compile_if(self, wanted: bool) -> None:
         if wanted:

@@ -145,6 +145,23 @@ def test_compiling_pays_where_steps_are_faster_and_the_run_is_long(
     assert pays == expected
 
 
+def test_the_same_machine_compiles_the_same_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def pays(*_: object, **__: object) -> bool:
+        asked.append(True)
+        return len(asked) == 1
+
+    monkeypatch.setattr(compilation, "pays", pays)
+    monkeypatch.setattr(compilation, "compiled", lambda model: model)
+    for name, loss, timed in (("a", "n_fgsm", 1), ("b", "n_fgsm", 1), ("c", "clean", 2)):
+        checkpoint = tmp_path / name
+        settings = make_settings(compile="on", loss=loss)
+        train(make_model(), make_images(96), make_images(30, 1), THREAT, settings, checkpoint=checkpoint)
+        assert len(asked) == timed
+        assert torch.load(checkpoint, weights_only=True)["precision"]["compiled"] is (timed == 1)
+
+
 @pytest.mark.slow
 def test_compiled_training_resumes_and_reaches_what_uncompiled_training_reaches(tmp_path: Path) -> None:
     plain, both = make_model(), make_model()
