@@ -114,6 +114,8 @@ def _obstacle(tensor: Tensor) -> str:
         return f"is stored as {_short(tensor.layout)}. Give dense tensors (`.to_dense()`)."
     if hasattr(tensor, "device_mesh"):
         return "is spread over devices. Gather the model on one device first."
+    if tensor.is_inference():
+        return "was made under torch.inference_mode, and has no gradient. Build the model outside of it."
     if tensor.is_complex():
         return "is complex, and only real numbers are supported. Hold real and imaginary part as two real tensors."
     return ""

@@ -1,6 +1,6 @@
 """Decisions that were made by timing, kept in the user's cache so that the same machine decides the same again.
 
-Two precisions can be equally fast, and so can a step with and without compilation. A choice between them by timing would
+Two precisions can be equally fast, and so can steps with and without compilation. A choice between them by timing would
 differ from run to run, and with it the last bits of every weight.
 """
 

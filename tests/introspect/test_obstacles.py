@@ -61,6 +61,7 @@ def test_layers_that_cannot_be_watched_or_cut(change: Callable[[nn.Module], obje
         (lambda: Plain().to("meta"), "is on the meta device"),
         (lambda: with_tensor(torch.eye(3).to_sparse()), "extra of Plain is stored as sparse_coo"),
         (lambda: with_tensor(torch.ones(3, dtype=torch.cfloat)), "extra of Plain is complex"),
+        (torch.inference_mode()(Plain), "stem.0.weight of Plain was made under torch.inference_mode"),
         (lambda: with_body(lambda _: nn.LazyConv2d(16, 3)), "layer body.0 (LazyConv2d) is lazy"),
         (lambda: with_body(lambda _: torch.ao.nn.quantized.Conv2d(12, 16, 3)), "layer body.0 (Conv2d) is quantized"),
     ],
