@@ -38,3 +38,14 @@ def test_what_the_counts_would_show(tmp_path: Path) -> None:
     broken, rng = Broken(tmp_path), random.Random(0)
     assert faults.tried(broken, rng).startswith("traceback: ZeroDivisionError in test_faults.py")
     assert faults.tried(broken, rng) == "opened with other contents"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "count"), [("killed", 4), ("damaged", 8), ("changed", 4), ("starved", 4), ("shared", 1)]
+)
+def test_disturbed_runs_end_as_if_nothing_had_happened(tmp_path: Path, kind: str, count: int) -> None:
+    runs, rng = faults.KINDS[kind](tmp_path), random.Random(1)
+    found = Counter(faults.tried(runs, rng) for _ in range(count))
+    assert found.keys() <= {"refused", "opened"}, found
+    assert found["refused" if kind == "changed" else "opened"], found
