@@ -85,6 +85,13 @@ def test_sixteen_bits_are_scaled_and_other_depths_refused(tmp_path: Path) -> Non
         decode(tmp_path / "real.tif", "real.tif", (1, 8, 8))
 
 
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (15_000, 15_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 50_000
+    with pytest.raises(UsageError, match=r"cannot decode the image bomb\.png: .*exceeds limit"):
+        decode(tmp_path / "bomb.png", "bomb.png", (3, 32, 32))
+
+
 def test_mixed_sizes_get_a_default_and_a_note(tmp_path: Path) -> None:
     for part in ("train", "test"):
         class_folders(tmp_path / part, {"ant": 3, "bee": 3})
