@@ -15,7 +15,9 @@ from .errors import EnvironmentProblem, RobustPruneError, UsageError
 EXIT_CODE = 70
 """Exit status after an error in this package, EX_SOFTWARE of sysexits.h."""
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "failed to allocate memory", "bad_alloc",
-                  "bad allocation", "out of memory", "can't start new thread", "failed to map segment")  # fmt: skip
+                  "bad allocation", "out of memory", "can't start new thread", "failed to map segment",
+                  "could not create a primitive")  # fmt: skip
+"""What Python, torch, ONNX Runtime, the loader of libraries and oneDNN say."""
 
 
 def explain(error: Exception) -> RobustPruneError | None:

@@ -50,6 +50,7 @@ def no_array() -> BaseException:
     ("error", "code", "words"),
     [
         (no_memory(), 3, "the memory is not enough"),
+        (RuntimeError("could not create a primitive"), 3, "the memory is not enough"),
         (RuntimeError("can't start new thread"), 3, "the memory is not enough"),
         (ImportError("x.so: failed to map segment from shared object"), 3, "the memory is not enough"),
         (no_array(), 3, r"the memory is not enough \(Unable to allocate"),
