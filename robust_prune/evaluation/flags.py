@@ -27,7 +27,7 @@ RANGE_GAIN, RANGE_NOISE = 0.1, 3.0
 LARGE_RADIUS, LARGE_STEPS, LARGE_IMAGES, LARGE_SHARE = 0.5, 10, 32, 0.1
 FEWEST_PAIRS, BISECTIONS, JUMP_SHARE = 8, 12, 0.25
 BLACK_BOX_BROKEN = 1
-PGD_GAP_POINTS, PGD_GAP_IMAGES = 4.0, 100
+PGD_GAP_POINTS, PGD_GAP_IMAGES = 8.0, 300
 MONOTONE_POINTS = 1.0
 NO_GRADIENT = (
     "the model's outputs have no gradient with respect to the images, so a gradient attack cannot judge it. "
@@ -297,10 +297,11 @@ def large_radius_flags(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
-    """Return a warning if stronger attacks break more than 4 points of the images that survive PGD.
+    """Return a warning if stronger attacks break more than 8 points of the images that survive PGD.
 
-    Honest models lost 1.3 points of 1,000 images, with intervals to 2.0 (`benchmarks/results/attack_gap.md`). The rule
-    needs 100 images, of which honest models lose at most 4 points with a probability of 99 %.
+    Honest models lose about a point at 8/255 and five at a radius of 0.1, where 20 steps are few
+    (`benchmarks/results/attack_gap.md`). The rule needs 300 images, of which a model that loses five points of all
+    images shows more than eight with a probability of one percent.
 
     Args:
         after_pgd: number of images that survive PGD.
@@ -310,8 +311,8 @@ def gap_flags(after_pgd: int, robust: int, total: int) -> list[str]:
     gap = 100 * (after_pgd - robust) / total
     if gap > PGD_GAP_POINTS and total >= PGD_GAP_IMAGES:
         return [
-            f"Stronger attacks found {gap:.1f} points that PGD missed (limit 4): the model makes gradients hard to "
-            "follow, and its figures under PGD flatter it."
+            f"Stronger attacks found {gap:.1f} points that PGD missed (limit 8): gradients of this model are hard to "
+            "follow, and figures under PGD flatter it. Quote the stronger tier."
         ]
     return []
 

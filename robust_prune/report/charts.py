@@ -13,7 +13,7 @@ from ..budget.types import PruningPlan
 from ..report import svg, text
 from ..sensitivity.profile import SensitivityProfile
 from ..training.types import EpochRecord
-from .table import find_latency, latency_keys
+from .table import find_latency, key_of, latency_keys, short_latency
 from .types import RunReport
 
 WIDTH, HEIGHT = 420, 290
@@ -87,7 +87,8 @@ def speedups(run: RunReport) -> Markup:
     if not rows:
         return Markup("")
     many = len(run.models) > 2
-    names = [f"{name}, b{row.batch}" if many else f"batch {row.batch}" for name, row, _ in rows]
+    keys = latency_keys(run)
+    names = [", ".join([name] * many + [short_latency(key_of(row), keys)]) for name, row, _ in rows]
     step = 30.0
     bottom = TOP + step * len(rows) + 6
     start = min(max(LEFT + 66, LETTER * max(map(len, names)) + 14), RIGHT - 150)

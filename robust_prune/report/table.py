@@ -119,7 +119,7 @@ def _latency_line(run: RunReport, key: LatencyKey, keys: list[LatencyKey]) -> Li
             Cell(f"{row.p50_ms:.{digits}f}{doubted(row)}", text.span(row.p50_low, row.p50_high, digits), change)
         )
     detail = f"median, batch {batch}, {_threads(threads)}, {provider.removesuffix('ExecutionProvider')}, {kind}"
-    return Line(f"Latency {_short_latency(key, keys)}, ms", "Latency", detail, " ms", tuple(cells))
+    return Line(f"Latency {short_latency(key, keys)}, ms", "Latency", detail, " ms", tuple(cells))
 
 
 def doubted(row: LatencyRow) -> str:
@@ -127,7 +127,7 @@ def doubted(row: LatencyRow) -> str:
     return "*" if row.doubts else ""
 
 
-def _short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
+def short_latency(key: LatencyKey, keys: list[LatencyKey]) -> str:
     """Return a short name of the conditions that differ between measurements, e.g. ``b32 t2``."""
     _, kind, batch, threads = key
     kinds = {k[1] for k in keys}
@@ -184,7 +184,7 @@ def is_wide(run: RunReport) -> bool:
 def wide_heads(run: RunReport, brief: bool = False) -> list[str]:
     """Return the column headings of the table with one line for each model; see `wide_rows`."""
     keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
-    times = [f"{_short_latency(key, keys)}, ms" for key in keys]
+    times = [f"{short_latency(key, keys)}, ms" for key in keys]
     sizes = ["MACs", "file"] if brief else ["MACs", "params", "file"]
     return ["model", *sizes, *times, *(["clean", "robust"] if brief else ["clean, %", "robust, %"])]
 

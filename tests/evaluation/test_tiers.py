@@ -180,8 +180,8 @@ def test_models_built_to_cheat_ring_the_alarms(
 
 
 def test_limits_of_the_alarms() -> None:
-    assert gap_flags(440, 400, 1000) == [] and "4.1 points" in gap_flags(441, 400, 1000)[0]
-    assert gap_flags(46, 30, 99) == [], "a few images are not a gap"
+    assert gap_flags(480, 400, 1000) == [] and "8.1 points" in gap_flags(481, 400, 1000)[0]
+    assert gap_flags(146, 100, 299) == [], "a few images are not a gap"
     assert black_box_flags("the model", 64, 1) == [] and "2 of 64" in black_box_flags("the model", 64, 2)[0]
     assert sweep_flags({0.02: 0.4, 0.01: 0.391, 0.03: 0.2}) == []
     assert "rises by 2.0 points from radius 0.01 to 0.02" in sweep_flags({0.02: 0.41, 0.01: 0.39})[0]

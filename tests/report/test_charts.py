@@ -68,6 +68,14 @@ def test_tradeoff_needs_two_models_with_both_figures() -> None:
     assert charts.speedups(replace(run, models=run.models[:1])) == ""
 
 
+def test_rows_of_the_speed_chart_name_what_differs() -> None:
+    run = sample_run()
+    dense, pruned = run.models[:2]
+    own = [replace(m, latency=(*m.latency, replace(m.latency[0], kind="defaults", threads=0))) for m in (dense, pruned)]
+    names = re.findall(r"<text[^>]*>([^<]*b1[^<]*)<", charts.speedups(replace(run, models=tuple(own))))
+    assert len(names) == 2 and len(set(names)) == 2, names
+
+
 def test_names_in_the_plot_cover_neither_each_other_nor_the_edge() -> None:
     run = sample_run()
     crowd = tuple(
