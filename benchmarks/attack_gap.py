@@ -5,8 +5,8 @@
 The demo is pruned by half, three quarters and 86 % of its MACs and fine-tuned for one pass over 15,000, 25,000 and
 35,000 images of CIFAR-10; two more dense models are the bases in `results/`. Each model is attacked by PGD on the
 margin and the cross-entropy (the default), by PGD on the cross-entropy twice (the default until November 2026, with
-the same number of steps) and by `aa-fast`, on the same test images. Results are written after each model, and the same command goes on with the missing ones; the models are
-kept in `--work`.
+the same number of steps) and by `aa-fast`, on the same test images. Results are written after each model, and the same
+command goes on with the missing ones; the models are kept in `--work`.
 """
 
 from __future__ import annotations

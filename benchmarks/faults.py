@@ -246,7 +246,7 @@ def counts_table(head: str, kinds: dict[str, dict[str, int]]) -> list[str]:
     lines = [head, "| --- | ---: | ---: | ---: | --- |"]
     for name, counts in kinds.items():
         rest = {key: count for key, count in counts.items() if key not in ("refused", "opened")}
-        others = "; ".join(f"{count} {key}" for key, count in rest.items()) or "none"
+        others = "; ".join(f"{count} {' '.join(key.split())}" for key, count in rest.items()) or "none"
         total = sum(counts.values())
         lines.append(f"| {name} | {total:,} | {counts.get('refused', 0):,} | {counts.get('opened', 0):,} | {others} |")
     return lines
