@@ -282,10 +282,12 @@ class Shared(Runs):
         time.sleep(rng.uniform(0, self.whole[self.verb, self.precision][1] / 2))
         self.note_stage()
         self.log, log = self.work / "second.txt", self.log
-        code = self.run()
-        said = self.said() if code else "went on"
-        self.log = log
-        if str(first.pid) not in said:
+        try:
+            code = self.run()
+            said = self.said() if code else "went on"
+        finally:
+            self.log = log
+        if f"process {first.pid} " not in said:
             raise Failure(f"the second process: {said}")
         first.join()
         if first.exitcode:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .printable import one_line
 
 _ROOT = Path(__file__).parent
 
@@ -94,7 +95,7 @@ class Catalogue:
         try:
             found = point.load()
         except Exception as error:  # other people's code may raise any error when it is imported
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = one_line(error, 200)
             raise UsageError(
                 f"{self.kind} {point.name!r} of {package} ({point.value}) cannot be imported: {said}. Repair or "
                 f"uninstall {package}."

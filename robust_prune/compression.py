@@ -54,9 +54,9 @@ from .machine.snapshot import snapshot
 from .models import artifact, user_file
 from .preflight import Preflight, preflight
 from .recipe import Recipe, TrainSettings
-from .report.files import write
+from .report.files import NAMES, write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
-from .report.terminal import show_end, stored_report
+from .report.terminal import show_end
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, RunInputs
@@ -152,16 +152,17 @@ def open_run(job: Compression) -> Run:
     """
     recipe, data = job.recipe, job.data
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    inputs = RunInputs.of(
-        [models_hash(job.dense.module), to_json(job.dense.spec)], images, recipe.model_dump(mode="json"),
-        user_file.versions(
-            recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
-            recipe.evaluation.tier,
-        ),
+    functions = (
+        recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
+        recipe.evaluation.tier,
     )  # fmt: skip
+    versions = user_file.versions(*functions)
+    model = [models_hash(job.dense.module), to_json(job.dense.spec)]
+    inputs = RunInputs.of(model, images, recipe.model_dump(mode="json"), versions)
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{inputs.key[:6]}"
-    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe))
+    check = partial(user_file.check_unchanged, functions, versions)
+    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe), check)
 
 
 def look_at_dense(job: Compression, run: Run) -> str:
@@ -395,36 +396,36 @@ def report(
     table: LatencyTable,
     notes: Sequence[str],
 ) -> RunReport:
-    """Write the report to the run folder, unless it is there already, print what it says, and return it."""
-    if (stored := stored_report(run, rows)) is not None:
-        show_end(stored, run, FILES)
-        return stored
+    """Run the stage that writes the report, print what it says, and return it."""
     recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
-    whole = compose([cut.plan for cut in cuts], section.ratio)
-    late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
-    made = RunReport(
-        title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.metric]} removed",
-        command=job.command,
-        recipe=recipe.model_dump(mode="json"),
-        notes=tuple(note for note in (*job.data.cautions, late, *notes) if note),
-        models=tuple(rows),
-        profile=cuts[0].planned.profile,
-        plan=whole,
-        rolled_back=last.pruned.rolled_back,
-        history=last.tuned.history,
-        before_finetune=last.pruned.before_finetune,
-        environment=snapshot() | {"bench": table.environment},
-        seconds=run.seconds,
-        latency_protocol=table.protocol,
-        noise_floor=table.noise_floor,
-    )
-    with working("Attacking a few images for the report"):
+
+    def make() -> RunReport:
+        late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
+        made = RunReport(
+            title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.metric]} removed",
+            command=job.command,
+            recipe=recipe.model_dump(mode="json"),
+            notes=tuple(note for note in (*job.data.cautions, late, *notes) if note),
+            models=tuple(rows),
+            profile=cuts[0].planned.profile,
+            plan=compose([cut.plan for cut in cuts], section.ratio),
+            rolled_back=last.pruned.rolled_back,
+            history=last.tuned.history,
+            before_finetune=last.pruned.before_finetune,
+            environment=snapshot() | {"bench": table.environment},
+            seconds=dict(run.seconds),
+            latency_protocol=table.protocol,
+            noise_floor=table.noise_floor,
+        )
         examples = make_examples(
             {label: model.to(job.device) for label, model in models.items() if label != SCRATCH},
             job.data.test, recipe.threat_model, job.data.class_names,
             attacked=PRUNED, seed=recipe.seed, device=job.device,
         )  # fmt: skip
         write(made, run.folder, examples)
+        return made
+
+    made = run.stage("report", RunReport, to_json(tuple(rows)), make, files=[run.folder / name for name in NAMES])
     show_end(made, run, FILES)
     return made
 

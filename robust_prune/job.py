@@ -149,7 +149,7 @@ def stage_titles(recipe: Recipe) -> dict[str, str]:
         if label == PRUNED and precisions:
             titles[f"export-{label}-reduced"] = f"Export in {' and '.join(precisions)}"
     titles |= {f"evaluate-{label}": f"Evaluation of the {label} model on test images" for label in labels}
-    return titles | {"bench": "Latency"}
+    return titles | {"bench": "Latency", "report": "Report"}
 
 
 def onnx_name(label: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .printable import one_line
+
 LONGEST_TEXT = 200_000
 """Characters of a text; the longest shipped recipe has fewer than 2,000."""
 MOST_VALUES, DEEPEST = 10_000, 20
@@ -49,7 +51,7 @@ def parse(text: str) -> Any:
         return yaml.safe_load(text)
     # The constructors of PyYAML raise whatever Python does for an explicit tag that does not fit its value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _check(root: yaml.Node | None) -> None:

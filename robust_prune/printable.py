@@ -13,6 +13,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the kind and the text of an error in one line of at most `limit` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return printable(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
 LARGEST = 2.0**63
 
 

@@ -30,8 +30,8 @@ from .models.published import configured
 from .models.spec import ModelSpec
 from .preflight import Preflight, preflight
 from .recipe import Recipe
-from .report.files import write
-from .report.terminal import show_end, stored_report
+from .report.files import NAMES, write
+from .report.terminal import show_end
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
 from .runs.run import Run, RunInputs
@@ -43,6 +43,7 @@ STAGES = {
     "preflight": "Trial of the model on a few images",
     "train": "Training",
     "evaluate": "Evaluation on test images",
+    "report": "Report",
 }
 FILES = {
     "report.html": "the run in one page",
@@ -73,9 +74,11 @@ def train_model(name: str, data: DataBundle, recipe: Recipe, folder: Path, comma
     torch.manual_seed(recipe.seed)
     spec, model = _built(data, recipe)
     images = [images_hash(part) for part in (data.train, data.validation, data.test)]
-    versions = user_file.versions(recipe.training.loss, recipe.evaluation.tier)
+    functions = (recipe.training.loss, recipe.evaluation.tier)
+    versions = user_file.versions(*functions)
     inputs = RunInputs.of(to_json(spec), images, _settings(recipe), versions)
-    with Run.open(folder, inputs, recipe, command, STAGES) as run:
+    check = partial(user_file.check_unchanged, functions, versions)
+    with Run.open(folder, inputs, recipe, command, STAGES, check) as run:
         return _run_stages(name, spec, model, data, recipe, run)
 
 
@@ -108,20 +111,22 @@ def _run_stages(
     if not distributed.leave_group():
         return None
     rows = (ModelRow("trained", card.macs or 0, card.params or 0, card=card),)
-    if (stored := stored_report(run, rows)) is not None:
-        show_end(stored, run, FILES)
-        return stored
-    report = RunReport(
-        title=f"{name}: adversarial training ({recipe.training.loss})",
-        command=command,
-        recipe=recipe.model_dump(mode="json"),
-        notes=tuple(note for note in (*data.cautions, *notes, trained.note) if note),
-        models=rows,
-        history=trained.history,
-        environment=snapshot(),
-        seconds=run.seconds,
-    )
-    write(report, folder)
+
+    def write_report() -> RunReport:
+        made = RunReport(
+            title=f"{name}: adversarial training ({recipe.training.loss})",
+            command=command,
+            recipe=recipe.model_dump(mode="json"),
+            notes=tuple(note for note in (*data.cautions, *notes, trained.note) if note),
+            models=rows,
+            history=trained.history,
+            environment=snapshot(),
+            seconds=dict(run.seconds),
+        )
+        write(made, folder)
+        return made
+
+    report = run.stage("report", RunReport, to_json(rows), write_report, files=[folder / file for file in NAMES])
     show_end(report, run, FILES)
     return report
 

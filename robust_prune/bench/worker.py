@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import EnvironmentProblem, RobustPruneError
 from ..machine.child import Frame, serve
-from ..machine.runtime import import_onnxruntime
+from ..machine.runtime import import_onnxruntime, limit_memory
 from .providers import DEVICES, provider_problem
 from .session import example, open_session
 
@@ -92,9 +92,13 @@ def replayed(plain: Any, session: Any, name: str, images: Any, other: Any, devic
 def open_file(request: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Open the requested file, run it once, and return the function to time and the answer to the command."""
     path, provider, batch, kind = Path(request["path"]), request["provider"], request["batch"], request["kind"]
+    if provider == "cpu" and path.is_file():  # CUDA reserves more addresses than there is memory
+        limit_memory(path)
     session, signature = open_session(path, provider, request["threads"], batch)
     shape, device = signature.batched(batch, path.name), DEVICES[provider]
     images = example(shape, signature.dtype, request["seed"])
+    if provider == "cpu":
+        limit_memory(path, images.nbytes)
     if kind == "graph":
         plain = session
         session, _ = open_session(path, provider, request["threads"], batch, graph=True)

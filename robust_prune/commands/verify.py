@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +37,11 @@ def verify(
 
 
 def _classify_again(run: Path, data: str | None, count: int, arch: str | None) -> None:
-    """Compare the models of a finished run with its table, on a sample of the test images.
+    """Compare what the models of a finished run say to a sample of the test images with what the run recorded.
 
     Raises:
         UsageError: the run is not finished, or `count` is below 1.
-        QualityGateError: a model or an ONNX file classifies otherwise than the table says.
+        QualityGateError: a model or an ONNX file classifies otherwise than the run recorded.
     """
     import torch
 
@@ -67,7 +66,7 @@ def _classify_again(run: Path, data: str | None, count: int, arch: str | None) -
     labels = labels_of(chosen)
     with working("Classifying images again"), torch.no_grad():
         right = {"model.safetensors": torch.cat([model(x).argmax(dim=1) == y for x, y in batches(chosen, BATCH)])}
-        if (file := run / "model.onnx").is_file():
+        if (file := run / "model.onnx").is_file() and file.name in stored:
             exported = OnnxModel(file)
             right["model.onnx"] = torch.cat([exported.predict(x) == y for x, y in batches(chosen, BATCH)])
     for name, found in right.items():
@@ -86,16 +85,17 @@ def _classify_again(run: Path, data: str | None, count: int, arch: str | None) -
 
 def _stored_verdicts(run: Path, count: int) -> dict[str, Any]:
     """Return which images the run classified correctly without an attack, bool [N], by the name of the file."""
-    import numpy as np
+    from ..evaluation.state import read_state
 
     place = next((f for f in (run / "evaluate-pruned", run / "evaluate") if (f / "state.npz").is_file()), None)
     if place is None:
         raise UsageError(f"{run} holds no evaluation. Give the folder of a finished run.")
     try:
-        with np.load(place / "state.npz", allow_pickle=False) as state:
-            found = {"model.safetensors": state["clean"], "model.onnx": state["exported_clean"][:1].reshape(-1)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise QualityGateError(f"{place / 'state.npz'} is damaged ({type(error).__name__}).") from error
+        _, state = read_state(place / "state.npz")
+    except UsageError as error:
+        raise QualityGateError(f"{error}.") from error
+    found = {"model.safetensors": state["clean"]}
+    found |= {"model.onnx": state["exported_clean"][0]} if len(state["exported_clean"]) else {}
     if len(found["model.safetensors"]) != count:
         raise UsageError(
             f"the run was evaluated on {len(found['model.safetensors'])} images, and the data have {count}. Give the "

@@ -122,10 +122,6 @@ def stratified(images: ImageSet, count: int | None, seed: int = 0) -> ImageSet:
     return Subset(images, stratified_order(labels_of(images), seed)[:count])
 
 
-first = stratified
-"""The name of `stratified` in 0.1, where it took the first images of a file."""
-
-
 def stratified_images(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
     """Return the images of `stratified` as float [N, C, H, W] in [0, 1], and their labels [N]."""
     return _all_of(stratified(images, count))

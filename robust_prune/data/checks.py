@@ -108,8 +108,8 @@ def class_names_of(labels: Mapping[str, Tensor], given: Sequence[str] = ()) -> t
             raise UsageError(f"{part} holds the label {strange[-1]}, {train} {reach}")
     names = tuple(given) or tuple(str(k) for k in range(last + 1))
     notes = (
-        _absence(part, [name for k, name in enumerate(names) if k not in set(found.unique().tolist())])
-        for part, found in labels.items()
+        _absence(part, [name for k, name in enumerate(names) if k not in present])
+        for part, present in ((part, set(found.unique().tolist())) for part, found in labels.items())
     )
     return names, tuple(note for note in notes if note)
 

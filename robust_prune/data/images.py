@@ -139,8 +139,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
-    scale = max(width / image.width, height / image.height)
-    new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(new, Image.Resampling.BICUBIC)
-    left, top = (new[0] - width) // 2, (new[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    # Cropped first, so that a narrow image does not become a huge one on the way.
+    scale = min(image.width / width, image.height / height)
+    kept = (width * scale, height * scale)
+    left, top = (image.width - kept[0]) / 2, (image.height - kept[1]) / 2
+    box = (left, top, min(image.width, left + kept[0]), min(image.height, top + kept[1]))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box)

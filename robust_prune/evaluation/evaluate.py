@@ -38,7 +38,7 @@ from .flags import (
 from .passes import BLACK_BOX, Request, attack_pass, black_box_pass, check_labels, clean_pass, sweep_pass
 from .scoring import Precision
 from .stages import attack_line, stages_of
-from .state import EvalState, load_state
+from .state import EvalState, load_state, stored_key
 from .witness import Witness, witness_flags
 
 DEFAULT_BATCH = 250
@@ -152,13 +152,26 @@ def _check_request(model: nn.Module, images: ImageSet) -> None:
 def _begin(request: Request) -> EvalState:
     if request.state_path is None:
         return EvalState.fresh("", len(request.images), len(request.exported))
-    state, note = load_state(request.state_path, request.key, len(request.images), len(request.exported))
+    path, key, sizes = request.state_path, request.key, (len(request.images), len(request.exported))
+    state, note = load_state(path, key, *sizes)
     if note:
         # A mistyped option would otherwise discard hours of a strong attack.
-        kept = request.state_path.with_name(f"{request.state_path.name}.old")
-        request.state_path.replace(kept)
+        kept = _put_aside(path, stored_key(path))
+        path.replace(kept)
         console.print(f"{note} It is kept as {kept.name}.", markup=False)
+    aside = _put_aside(path, key)
+    if path.exists() or not aside.exists():
+        return state
+    state, note = load_state(aside, key, *sizes)
+    if not note:
+        aside.replace(path)
+        console.print(f"{aside.name} fits: the evaluation goes on from it.", markup=False)
     return state
+
+
+def _put_aside(path: Path, key: str) -> Path:
+    """Return where the progress of an evaluation with this key is kept while another one uses its file."""
+    return path.with_name(f"{path.name}.{key[:8] or 'damaged'}.old")
 
 
 def _union(known: list[str], more: list[str]) -> list[str]:

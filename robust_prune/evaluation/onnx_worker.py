@@ -5,7 +5,6 @@ ONNX Runtime can be crashed, filled or kept busy for ever by a file; the process
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,13 @@ import numpy as np
 
 from ..errors import UsageError
 from ..machine.child import Frame, serve
-from ..machine.runtime import first_line, import_onnxruntime
-
-FREE_BYTES, BYTES_OF_FILE = 3 << 30, 12
-"""Address space that opening a file and its first image may take: a fixed part, and a multiple of the file's size."""
-
-
-def _limit_memory(path: Path) -> None:
-    """Let allocations beyond what a sound file needs fail, where the system can do that."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    import psutil
-
-    wanted = psutil.Process().memory_info().vms + FREE_BYTES + BYTES_OF_FILE * path.stat().st_size
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def _lift_limit() -> None:
-    if sys.platform == "linux":
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+from ..machine.runtime import first_line, import_onnxruntime, limit_memory
 
 
 def open_file(path: Path, threads: int) -> tuple[Any, str, list[Any]]:
     """Return a session, the name of its input and the shape of that."""
     ort = import_onnxruntime()
-    _limit_memory(path)
+    limit_memory(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Worker threads would otherwise spin between batches and slow down the attack on the torch model.
@@ -59,24 +35,22 @@ def open_file(path: Path, threads: int) -> tuple[Any, str, list[Any]]:
 
 
 def main() -> None:
-    """Answer ``open``, which limits memory until the first ``run``, and ``run``, whose payload are float32 images."""
+    """Answer ``open``, and ``run``, whose payload are float32 images; memory is limited by what they need."""
     session: Any = None
-    name, path, limited = "", Path(), True
+    name, path = "", Path()
 
     def answer(request: dict[str, Any], payload: bytes) -> Frame:
-        nonlocal session, name, path, limited
+        nonlocal session, name, path
         if request["op"] == "open":
             path = Path(request["path"])
             session, name, shape = open_file(path, request["threads"])
             return {"shape": shape}, b""
         images = np.frombuffer(payload, np.float32).reshape(request["shape"])
+        limit_memory(path, images.nbytes)
         try:
             found = session.run(None, {name: images})
         except Exception as error:  # onnxruntime raises classes of its own
             raise UsageError(f"{path} does not run on images of {images.shape}: {first_line(error)}") from error
-        if limited:
-            _lift_limit()
-            limited = False
         logits = np.ascontiguousarray(found[0], dtype=np.float32) if found else np.zeros(0, np.float32)
         if logits.ndim != 2 or len(logits) != len(images):
             raise UsageError(f"{path} must return logits [{len(images)}, classes], but gave {logits.shape}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError
 from ..runs.files import atomic_write
 
 Flags = NDArray[np.bool_]
@@ -85,18 +88,52 @@ class EvalState:
 
     def save(self, path: Path) -> None:
         """Write the state to `path` atomically."""
-        head = np.frombuffer(json.dumps({"key": self.key, **asdict(self.counters)}).encode(), dtype=np.uint8)
+        head = json.dumps({"key": self.key, **asdict(self.counters)})
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, *EXPORTED_ARRAYS, "fell")}
+        texts = {"head": head, "sha256": _sha256(head, arrays)}
 
         def write(part: Path) -> None:
             with part.open("wb") as stream:
-                np.savez(
-                    stream,
-                    head=head,
-                    fell=self.fell,
-                    **{name: getattr(self, name) for name in (*ARRAYS, *EXPORTED_ARRAYS)},
-                )
+                bits = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+                np.savez(stream, **{**bits, **arrays})
 
         atomic_write(path, write)
+
+
+def _sha256(head: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    sha = hashlib.sha256(head.encode())
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].dtype} {arrays[name].shape};".encode())
+        sha.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return sha.hexdigest()
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return the counters and the arrays of a stored state.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            head, sha256 = (stored[name].tobytes().decode() for name in ("head", "sha256"))
+            arrays = {name: np.array(stored[name]) for name in (*ARRAYS, *EXPORTED_ARRAYS, "fell")}
+        whole = sha256 == _sha256(head, arrays)
+        counters: dict[str, Any] = json.loads(head)
+    except Exception as error:  # numpy and zipfile raise errors of many kinds for a damaged file
+        raise UsageError(f"{path} is damaged ({type(error).__name__})") from error
+    if not whole:
+        raise UsageError(f"{path} is damaged (SHA-256)")
+    return counters, arrays
+
+
+def stored_key(path: Path) -> str:
+    """Return the key of a stored state in hexadecimal digits; empty for a damaged file."""
+    try:
+        key = read_state(path)[0].get("key")
+    except (UsageError, AttributeError):
+        return ""
+    return key if isinstance(key, str) and key.isalnum() else ""
 
 
 def load_state(path: Path, key: str, total: int, exported: int = 0) -> tuple[EvalState, str]:
@@ -114,23 +151,18 @@ def load_state(path: Path, key: str, total: int, exported: int = 0) -> tuple[Eva
     if not path.exists():
         return EvalState.fresh(key, total, exported), ""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            head = json.loads(stored["head"].tobytes().decode())
-            arrays = {name: np.array(stored[name]) for name in (*ARRAYS, *EXPORTED_ARRAYS)}
-            fell = np.array(stored["fell"])
+        head, arrays = read_state(path)
         found = head.pop("key")
         counters = Counters(**head)
-        shapes = {**dict.fromkeys(ARRAYS, (total,)), **dict.fromkeys(EXPORTED_ARRAYS, (exported, total))}
-        whole = all(a.shape == shapes[name] and a.dtype == np.bool_ for name, a in arrays.items())
-        whole = whole and fell.shape == (total,) and fell.dtype == np.int8
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        return EvalState.fresh(
-            key, total, exported
-        ), f"{path} is damaged ({type(error).__name__}): the evaluation starts over."
+    except UsageError as error:
+        return EvalState.fresh(key, total, exported), f"{error}: the evaluation starts over."
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{path} is damaged ({type(error).__name__}): the evaluation starts over."
+        return EvalState.fresh(key, total, exported), problem
     if found != key:
-        return EvalState.fresh(
-            key, total, exported
-        ), f"{path} belongs to another model or other settings: starting over."
-    if not whole:
+        problem = f"{path} belongs to another model or other settings: starting over."
+        return EvalState.fresh(key, total, exported), problem
+    shapes = {**dict.fromkeys((*ARRAYS, "fell"), (total,)), **dict.fromkeys(EXPORTED_ARRAYS, (exported, total))}
+    if {name: array.shape for name, array in arrays.items()} != shapes:
         return EvalState.fresh(key, total, exported), f"{path} is damaged (wrong shapes): the evaluation starts over."
-    return EvalState(key=key, counters=counters, fell=fell, **arrays), ""
+    return EvalState(key=key, counters=counters, **arrays), ""

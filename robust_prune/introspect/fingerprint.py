@@ -60,6 +60,9 @@ def images_hash(images: ImageSet, sample: int = 256) -> str:
     chosen = torch.linspace(0, len(everything) - 1, min(sample, len(everything))).round().long()
     for part in (everything if in_memory else everything[chosen]).split(_AT_ONCE):
         _feed(sha, "images", images.get(part)[0])
+    keys: Sequence[object] = () if in_memory else getattr(images, "keys", ())
+    for position in everything.tolist() if keys else ():
+        sha.update(f"{keys[position]!r}|".encode())
     paths: Sequence[Path] = getattr(images, "paths", ())
     for position in everything.tolist() if paths else ():
         found = paths[position].stat()

@@ -22,6 +22,7 @@ from typing import IO, Any
 import robust_prune
 
 from ..errors import EnvironmentProblem, RobustPruneError, UsageError
+from ..printable import one_line
 
 Frame = tuple[dict[str, Any], bytes]
 
@@ -126,8 +127,10 @@ def serve(answer: Callable[[dict[str, Any], bytes], Frame]) -> None:
     requests: queue.Queue[Frame | None] = queue.Queue()
 
     def watch() -> None:
-        _pump(sys.stdin.buffer, requests.put)
-        os._exit(0)
+        try:
+            _pump(sys.stdin.buffer, requests.put)
+        finally:  # also without memory for a request: the parent would wait, and this process outlive it
+            os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
     while (found := requests.get()) is not None:
@@ -139,7 +142,7 @@ def serve(answer: Callable[[dict[str, Any], bytes], Frame]) -> None:
         except MemoryError as error:
             said = {"error": f"the memory is not enough ({error}). Use smaller batches.", "environment": True}
         except Exception as error:  # libraries raise errors of many kinds
-            said = {"error": " ".join(f"{type(error).__name__}: {error}".split()), "environment": False}
+            said = {"error": one_line(error), "environment": False}
         _write(answers, said, payload)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
 from ..models import fixed_image, registry, user_file, weight_files
-from ..printable import check_plain
+from ..printable import check_plain, one_line
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
 from ..shown import Shown
@@ -200,7 +200,7 @@ def _read_manifest(path: Path, text: str, tensors: Any) -> _Manifest:
             )
         manifest = from_json(_Manifest, {key: value[key] for key in _FIELDS if key in value})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        said = one_line(error)
         raise UsageError(f"the manifest of {path} is damaged: {said}") from error
     check_plain(value, f"the manifest of {path}")
     if version > 1:
@@ -228,9 +228,7 @@ def _consented(path: Path, spec: ModelSpec, arch: str | None, known: ModelSpec |
         return replace(spec, arch=arch) if arch is not None else spec
     if arch is not None and arch != spec.arch:
         raise UsageError(f"{path} holds a {spec.arch}, not {arch}. Leave --arch out: the file knows its architecture.")
-    forbidden = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights"} & spec.kwargs.keys()
-    if forbidden:
-        raise UsageError(f"{path} asks its architecture to read other files ({', '.join(sorted(forbidden))}). Refused.")
+    registry.check_kwargs(spec)
     return spec
 
 

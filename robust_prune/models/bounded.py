@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ DENSE_SHARE = 16
 """Largest ratio of the weights of an architecture to those stored, as for a model of which 94 % were removed."""
 FREE_TENSORS, TENSORS_SHARE = 2000, 8
 """The same for the number of parameters, which architectures may register several times."""
-LONGEST_SIDE, MOST_CLASSES = 4096, 1_000_000
-"""Largest number of channels, of pixels of a side, and of classes."""
+LONGEST_SIDE, MOST_CLASSES, MOST_VALUES = 4096, 1_000_000, 2**23
+"""Largest number of channels, of pixels of a side, of classes, and of values of an image."""
+LARGEST_ARGUMENT = 100_000
+"""Largest number among the arguments of an architecture, which builds lists of that length before any layer."""
 
 
 def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -39,11 +42,14 @@ def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], what: str) -> Non
     Raises:
         UsageError: the architecture is out of proportion, or cannot be built.
     """
-    if max(spec.input_size) > LONGEST_SIDE or spec.num_classes > MOST_CLASSES:
+    sizes = spec.input_size
+    if max(sizes) > LONGEST_SIDE or math.prod(sizes) > MOST_VALUES or spec.num_classes > MOST_CLASSES:
         size = "x".join(map(str, spec.input_size))
         raise UsageError(f"{what} asks for {spec.num_classes:,} classes and {size} images. It is damaged.")
     if user_file.is_reference(spec.arch) or spec.arch.startswith(f"{registry.OBJECT}/"):
         return
+    if (largest := max((abs(n) for n in _numbers(spec.kwargs)), default=0)) > LARGEST_ARGUMENT:
+        raise UsageError(f"{what} asks for {spec.arch} with the number {largest:,.6g}. It is damaged.")
     stored = sum(tensor.numel() for tensor in tensors.values())
     with _few_parameters(max(FREE_TENSORS, TENSORS_SHARE * len(tensors)), spec.arch, what), torch.device("meta"):
         model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
@@ -53,6 +59,13 @@ def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], what: str) -> Non
             f"{what} asks for {spec.arch} with {wanted:,} weights and holds {stored:,}. It is damaged, or made to fill "
             "the memory."
         )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _numbers(part)
 
 
 @contextmanager

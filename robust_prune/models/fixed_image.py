@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import RobustPruneError, UsageError
 from ..introspect.fingerprint import buffers_hash
 from ..introspect.modes import kept_modes
+from ..printable import one_line
 from . import user_file
 from .spec import ModelSpec
 
@@ -87,7 +88,7 @@ def check(found: Fingerprint, model: nn.Module, spec: ModelSpec, what: str) -> N
     except RobustPruneError:
         raise
     except Exception as error:  # a model may raise any error
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = one_line(error, 200)
         raise UsageError(f"{what} cannot run any more: {user_file.blame(error, spec.arch)}{said}") from error
     same_number = logits is not None and logits.shape == stored.shape
     apart = _difference(stored, logits) if same_number and logits is not None else math.inf

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..data.base import DataBundle
 from ..errors import EnvironmentProblem, RobustPruneError, UsageError
+from ..printable import one_line
 from . import registry, robustbench
 from .artifact import Model
 from .normalization import AUTO, Normalization, NormalizedClassifier, no_normalization, parse
@@ -221,7 +222,7 @@ def _cached_first(name: str, make: Callable[[], T]) -> T:
 def _reported(name: str, error: Exception) -> RobustPruneError:
     if isinstance(error, RobustPruneError):
         return error
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    reason = one_line(error, 160)
     return EnvironmentProblem(f"cannot load {name}: {reason}. Check the name, or give a file and --arch.")
 
 

@@ -9,6 +9,7 @@ from ..data.base import DataBundle
 from ..errors import UsageError
 from ..introspect.modes import eval_mode
 from ..introspect.obstacles import check_tensors
+from ..printable import one_line
 from . import registry
 from .artifact import Model
 from .normalization import NormalizedClassifier, no_normalization, parse
@@ -41,7 +42,7 @@ def as_model(module: nn.Module, data: DataBundle, normalization: str | None = No
         with eval_mode(module), torch.no_grad():
             logits = module(image)
     except Exception as error:  # a module may raise any error on images of another size
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = one_line(error, 200)
         raise UsageError(f"{type(module).__name__} cannot run on {size} images of {data.name}: {said}") from error
     check_tensors(module)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

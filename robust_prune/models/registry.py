@@ -17,6 +17,7 @@ from ..introspect.fingerprint import models_hash
 from ..introspect.modes import eval_mode, kept_modes
 from ..introspect.obstacles import check_tensors
 from ..models import cifar, robustbench, user_file
+from ..printable import one_line
 from ..suggest import did_you_mean
 from .normalization import NormalizedClassifier
 from .spec import ModelSpec
@@ -27,6 +28,8 @@ OBJECT = "object"
 """Source of architectures that are Python objects of this process."""
 _OBJECTS: dict[str, nn.Module] = {}
 _FORMS = "timm/<name>, torchvision/<name>, cifar/<name>, robustbench/<data>/<threat>/<id> or path/to/file.py:function"
+READS_FILES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone"}
+"""Arguments by which timm and torchvision read a file of weights, in ways that may run code from it."""
 _AUX_HEADS = ("googlenet", "inception_v3")
 # Exceptions of download libraries that do not derive from OSError.
 _NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")
@@ -167,6 +170,7 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
         EnvironmentProblem: published weights cannot be downloaded.
     """
     kwargs = dict(spec.kwargs)
+    check_kwargs(spec)
     wanted = bool(kwargs.pop("pretrained", False))
     wanted = wanted if pretrained is None else pretrained
     source, _, name = spec.arch.partition("/")
@@ -196,6 +200,20 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
     return model.train()
 
 
+def check_kwargs(spec: ModelSpec) -> None:
+    """Refuse arguments by which timm and torchvision read other files, which may hold code.
+
+    Raises:
+        UsageError: the specification has such an argument.
+    """
+    forbidden = sorted(READS_FILES & spec.kwargs.keys())
+    if forbidden and not user_file.is_reference(spec.arch):
+        raise UsageError(
+            f"{', '.join(forbidden)} would let {spec.arch} read other files. Leave it out, and give the weights as the "
+            "model file."
+        )
+
+
 def check_output(model: nn.Module, spec: ModelSpec) -> None:
     """Run one black image through `model` in eval mode, and restore the modes of all modules.
 
@@ -212,7 +230,7 @@ def check_output(model: nn.Module, spec: ModelSpec) -> None:
         raise
     except Exception as error:  # a model may raise any error on images of another size
         where = user_file.blame(error, spec.arch)
-        raise UsageError(f"{spec.arch} cannot run on {size} images: {where}{_one_line(error)}") from error
+        raise UsageError(f"{spec.arch} cannot run on {size} images: {where}{one_line(error, 200)}") from error
     with kept_modes(model):
         model.train()  # some transformers cache a bias table in eval mode, which only train mode clears
     if not isinstance(output, torch.Tensor) or output.shape != (1, spec.num_classes):
@@ -298,14 +316,9 @@ def _guarded(spec: ModelSpec, pretrained: bool, make: Any) -> nn.Module:
         network = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
         if pretrained and network:
             raise EnvironmentProblem(
-                f"cannot download the published weights of {spec.arch}: {_one_line(error)}. "
+                f"cannot download the published weights of {spec.arch}: {one_line(error, 200)}. "
                 "Connect to the internet once, or give a file and --arch."
             ) from error
         raise UsageError(
-            f"cannot build {spec.arch} with {spec.kwargs or 'no arguments'}: {_one_line(error)}"
+            f"cannot build {spec.arch} with {spec.kwargs or 'no arguments'}: {one_line(error, 200)}"
         ) from error
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

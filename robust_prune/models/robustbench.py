@@ -13,6 +13,7 @@ from torch import nn
 from ..attacks.threat import ThreatModel
 from ..data.sources import data_root
 from ..errors import EnvironmentProblem, UsageError
+from ..printable import one_line
 from ..suggest import did_you_mean
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -79,7 +80,7 @@ def load(name: str) -> nn.Module:
         with _quiet():
             model: nn.Module = load_model(identifier, model_dir=folder, dataset=dataset, threat_model=setting)
     except Exception as error:  # its downloads and its loader raise errors of many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(error, 160)
         # A download that failed may leave an empty or partial file, which would be taken for the weights next time.
         raise EnvironmentProblem(
             f"cannot load {identifier} of RobustBench ({reason}). Put its file at {folder / file}, or connect to the "

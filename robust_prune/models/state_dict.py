@@ -87,21 +87,26 @@ def find_weights(value: Any, what: str) -> tuple[FoundWeights, ...]:
     return tuple(found)
 
 
-def _sets(value: Any, path: tuple[str, ...]) -> Iterator[FoundWeights]:
+def _sets(value: Any, path: tuple[str, ...], seen: set[int] | None = None) -> Iterator[FoundWeights]:
+    seen = set() if seen is None else seen
+    if id(value) in seen:  # a file may refer to one dict from many places, and from those to the next
+        return
+    if isinstance(value, list | tuple | Mapping):
+        seen.add(id(value))
     where = ".".join(path)
     if isinstance(value, nn.Module):
         inner = _unwrap(value)
         yield FoundWeights(_clean(inner.state_dict()), where or "pickled module", inner)
     elif isinstance(value, list | tuple) and len(path) < _MAX_NESTING:
         for index, inner in enumerate(value[:_MAX_NESTING]):
-            yield from _sets(inner, (*path, str(index)))
+            yield from _sets(inner, (*path, str(index)), seen)
     elif isinstance(value, Mapping) and len(path) < _MAX_NESTING:
         tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, Tensor)}
         if tensors:
             yield FoundWeights(_clean(tensors), where)
         for key, inner in value.items():
             if isinstance(key, str) and not any(word in key.lower() for word in ("optim", "sched", "callback")):
-                yield from _sets(inner, (*path, key))
+                yield from _sets(inner, (*path, key), seen)
 
 
 def _rank(name: str) -> tuple[int, int]:

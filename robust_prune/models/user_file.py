@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ def versions(*names: str) -> list[str]:
         UsageError: as `sha256`.
     """
     return [sha256(name) for name in names if is_reference(name)]
+
+
+def check_unchanged(names: Sequence[str], before: Sequence[str]) -> None:
+    """Raise UsageError if users' files among `names` have other versions than `before`, what `versions` returned."""
+    if versions(*names) != list(before):
+        changed = [name for name in names if is_reference(name)]
+        raise UsageError(
+            f"{' or '.join(changed)}, or a file that it imports, was changed during the run, and this stage was not "
+            "stored. Restore it and repeat the command, or name another folder with --out."
+        )
 
 
 def load_function(reference: str) -> Callable[..., Any]:

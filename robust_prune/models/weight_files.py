@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..archives import check_archive
 from ..errors import UsageError
+from ..printable import one_line
 from ..suggest import did_you_mean
 
 _OTHERS = {
@@ -93,7 +94,7 @@ def read(path: Path, *, trust_pickle: bool = False) -> Contents:
     if head.startswith(b"PK") or head.startswith(b"\x80"):
         check_archive(path)
         value = _read_torch(path, trust_pickle)
-        _check_values(value, path)
+        check_values(value, path)
         return Contents(value)
     kind = "a text file" if _is_text(head) else "of an unknown kind"
     raise UsageError(f"{path} is {kind}, not a weight file. Give a .safetensors or a file written by torch.save.")
@@ -135,7 +136,7 @@ def _read_safetensors(path: Path) -> Contents:
         with safe_open(path, framework="pt", device="cpu") as stream:
             return Contents({key: stream.get_tensor(key) for key in stream.keys()}, stream.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is a damaged or incomplete safetensors file: {_one_line(error)}") from error
+        raise UsageError(f"{path} is a damaged or incomplete safetensors file: {one_line(error, 160)}") from error
 
 
 def _read_torch(path: Path, trust_pickle: bool) -> Any:
@@ -148,15 +149,15 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
             if culprit or "weights_only" in str(error).lower() or "weights only" in str(error).lower():
                 named = f" ({culprit[1]})" if culprit else ""
                 raise UsageError(f"{path} {_PICKLED.replace('objects', 'objects' + named, 1)}") from error
-            raise UsageError(f"{path} is not a file written by torch.save: {_one_line(error)}") from error
+            raise UsageError(f"{path} is not a file written by torch.save: {one_line(error, 160)}") from error
     except Exception as error:  # a truncated archive raises RuntimeError, EOFError, KeyError or OSError
         if "TorchScript" in str(error):
             raise UsageError(f"{path} is a TorchScript archive. Give a state_dict and --arch instead.") from error
-        raise UsageError(f"{path} is damaged, incomplete or not from torch.save: {_one_line(error)}") from error
+        raise UsageError(f"{path} is damaged, incomplete or not from torch.save: {one_line(error, 160)}") from error
     return _read_pickle(path, lambda: torch.load(path, map_location="cpu", weights_only=False))
 
 
-def _check_values(value: Any, path: Path) -> None:
+def check_values(value: Any, path: Path) -> None:
     """Refuse containers that hold themselves, and tensors that show more values than the file holds."""
     waiting: list[tuple[Any, tuple[int, ...]]] = [(value, ())]
     seen: set[int] = set()
@@ -185,10 +186,5 @@ def _read_pickle(path: Path, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:  # unpickling runs foreign code
         raise UsageError(
-            f"cannot unpickle {path}: {_one_line(error)}. Run from the folder that holds the model's Python files."
+            f"cannot unpickle {path}: {one_line(error, 160)}. Run from the folder that holds the model's Python files."
         ) from error
-
-
-def _one_line(error: BaseException, limit: int = 160) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

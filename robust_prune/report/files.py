@@ -17,6 +17,9 @@ from .summary import summary, warnings
 from .table import headline_markdown
 from .types import ModelRow, RunReport
 
+NAMES = ("result.json", "result.csv", "result.md", "report.html")
+"""Names of the files that `write` writes."""
+
 
 def write(run: RunReport, folder: Path, examples: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write ``result.json``, ``result.csv``, ``result.md`` and ``report.html`` to `folder`: all of them, or none.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ..console import alarm, console, duration, warn
-from ..errors import UsageError
 from ..runs.run import Run
-from .compare import RESULT, load_run
 from .summary import warnings
 from .table import headline_table
 from .text import moment
-from .types import ModelRow, RunReport
-
-_WRITTEN = (RESULT, "result.csv", "result.md", "report.html")
+from .types import RunReport
 
 
 def show(report: RunReport) -> None:
@@ -23,17 +19,6 @@ def show(report: RunReport) -> None:
         alarm(sentence)
     for note in dict.fromkeys(report.notes):
         warn(note)
-
-
-def stored_report(run: Run, models: Sequence[ModelRow]) -> RunReport | None:
-    """Return the written report if every stage of the run was stored and the report is of these `models`, else None."""
-    if run.made or not all((run.folder / name).is_file() for name in _WRITTEN):
-        return None
-    try:
-        found = load_run(run.folder)
-    except UsageError:
-        return None
-    return found if found.models == tuple(models) else None
 
 
 def show_end(report: RunReport, run: Run, files: Mapping[str, str]) -> None:

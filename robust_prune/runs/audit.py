@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UsageError
+from ..printable import printable
 from .files import file_sha256, read_json
 from .run import FORMAT, RECORD, is_sealed
 
@@ -22,7 +23,11 @@ def damaged(folder: Path) -> tuple[list[str], int]:
     found = read_json(mark)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UsageError(f"{folder} was made by another version of robust-prune, which stored no hashes.")
-    problems, count = [], 0
+    stages = found.get("stages")
+    missing = (
+        [name for name in stages if not (folder / str(name) / RECORD).is_file()] if isinstance(stages, list) else []
+    )
+    problems, count = [f"{folder / printable(str(name)) / RECORD} is missing" for name in missing], 0
     for record in sorted(folder.glob(f"*/{RECORD}")):
         count += 1
         try:
@@ -35,7 +40,9 @@ def damaged(folder: Path) -> tuple[list[str], int]:
         for name, sha256 in stored["files"].items():
             count += 1
             file = folder / name
-            if not file.is_file():
+            if not file.resolve().is_relative_to(folder.resolve()):
+                problems.append(f"{record} names {printable(name)}, which lies elsewhere")
+            elif not file.is_file():
                 problems.append(f"{file} is missing")
             elif file_sha256(file) != sha256:
                 problems.append(f"{file} is damaged or was changed")

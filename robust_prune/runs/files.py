@@ -27,10 +27,11 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def atomic_writes(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write several files, or none of them if one cannot be written.
+    """Write several files, or none of them if the contents of one cannot be written.
 
-    Each function writes a temporary file beside its path. When all are on the disk, they are renamed. A link is kept,
-    and the file behind it is written. In a distributed run only the first process writes.
+    Each function writes a temporary file beside its path. When all are on the disk, they are renamed one after the
+    other. A link is kept, and the file behind it is written. A file keeps its permissions. In a distributed run only
+    the first process writes.
 
     Raises:
         UsageError: a path is a folder, a device or a pipe, which would be replaced.
@@ -63,7 +64,7 @@ def _written(path: Path, write: Callable[[Path], None], parts: ExitStack) -> Pat
         write(part)
         with part.open("r+b") as stream:
             os.fsync(stream.fileno())
-        part.chmod(0o666 & ~_umask())
+        part.chmod(stat.S_IMODE(real.stat().st_mode) if real.exists() else 0o666 & ~_umask())
     except Exception as error:
         # torch and safetensors raise errors of their own for a full disk, those of torch without a reason.
         torchs = any(sign in str(error) for sign in ("inline_container", "iostream error"))
@@ -86,9 +87,13 @@ def check_replaceable(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in a folder, which no other process may be writing to."""
-    for part in folder.rglob(f".*{PART}"):
-        part.unlink(missing_ok=True)
+    """Remove the temporary files that a killed process left in a run folder and the folders of its stages.
+
+    No other process may be writing to the folder.
+    """
+    for part in (*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")):
+        if part.is_file() and not (part.parent != folder and (part.parent / "run.json").exists()):
+            part.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -142,7 +147,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 

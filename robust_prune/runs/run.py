@@ -28,15 +28,15 @@ from .files import digest, file_sha256, read_json, remove_parts, write_json, wri
 
 T = TypeVar("T")
 
-FORMAT = 3
+FORMAT = 4
 """Format of run folders; folders of another format cannot be resumed."""
 
 LOCK = ".lock"
 RECORD = "stage.json"
 _CLAIM = (LOCK, "environment.json", "recipe.yaml", "run.json")
 _WRITTEN = (
-    "environment.json", "model.onnx", "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json",
-    "result.md",
+    "dense.onnx", "environment.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx", "model.safetensors",
+    "recipe.yaml", "report.html", "result.csv", "result.json", "result.md", "scratch.onnx", "scratch.safetensors",
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ class Run:
         damaged: names of the stages whose records or files were found damaged.
         begin: when the run was opened, by the monotonic clock.
         fresh: whether this process claimed the folder first.
+        check: raises if something on which results depend has changed since the run began; called after each stage.
         lock: what keeps other processes out of the folder until the ``with`` block of the run ends.
     """
 
@@ -66,23 +67,34 @@ class Run:
     damaged: list[str] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
     fresh: bool = False
+    check: Callable[[], None] = lambda: None
     lock: FileLock | None = None
 
     @classmethod
     def open(
-        cls, folder: Path, inputs: RunInputs, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None
-    ) -> Run:
+        cls, folder: Path, inputs: RunInputs, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Run:  # fmt: skip
         """Claim `folder` for the run with these inputs, and write recipe, command and environment to it.
+
+        Args:
+            folder: folder of the run.
+            inputs: hashes of everything on which the run depends.
+            recipe: all settings.
+            command: command line that reproduces the run.
+            stages, check: as in the class.
 
         Raises:
             UsageError: the folder contains another run, a run of another format or other files that would be
                 overwritten, it is a file, or another process works in it.
             EnvironmentProblem: the folder cannot be written.
         """
-        fresh = not (folder / "run.json").exists()
+        refuse_links(folder)
         lock = locked(folder)
+        # After locking, since another process may have claimed the folder meanwhile.
+        fresh = not (folder / "run.json").exists()
         try:
-            claim(folder, inputs, command)
+            claim(folder, inputs, command, list(stages or {}))
             if lock is not None:
                 remove_parts(folder)
             write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -93,7 +105,7 @@ class Run:
                 if fresh and not (folder / "run.json").exists():
                     (folder / LOCK).unlink(missing_ok=True)
             raise
-        return cls(folder, inputs.key, command, stages or {}, fresh=fresh, lock=lock)
+        return cls(folder, inputs.key, command, stages or {}, fresh=fresh, check=check, lock=lock)
 
     def __enter__(self) -> Run:
         return self
@@ -160,6 +172,7 @@ class Run:
             with working(self.stages.get(name, name)):
                 value = make() if first or shared else None
             seconds = time.monotonic() - begin
+            self.check()
             if first:
                 stored = sealed({
                     "key": key, "seconds": seconds, "value": to_json(value),
@@ -190,9 +203,9 @@ class Run:
         if self.damaged or (isinstance(stored, dict) and stored.get("key") != key):
             return None, ""
         try:
-            whole = is_sealed(stored) and math.isfinite(stored["seconds"])
+            whole = is_sealed(stored) and math.isfinite(stored["seconds"]) and isinstance(stored["files"], dict)
             from_json(kind, stored["value"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             whole = False
         if not whole:
             return None, f"{mark} is damaged or was changed"
@@ -200,6 +213,7 @@ class Run:
             if not file.is_file():
                 return None, f"{file} is missing"
             if stored["files"].get(self._relative(file)) != file_sha256(file):
+                file.unlink()  # a stage may go on from a file of its own, such as the progress of an attack
                 return None, f"{file} is damaged or was changed"
         return stored, ""
 
@@ -289,6 +303,24 @@ def locked(folder: Path) -> FileLock | None:
     return lock
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder that holds links, through which a run would write to files elsewhere.
+
+    Raises:
+        UsageError: the folder or one of its own folders holds a link.
+    """
+    if not folder.is_dir():
+        return
+    inner = [path for path in folder.iterdir() if path.is_dir() and not (path / "run.json").exists()]
+    for place in (folder, *inner):
+        for path in place.iterdir():
+            if path.is_symlink():
+                raise UsageError(
+                    f"{path} is a link, and a run writes to no files elsewhere. Remove it, or name another folder with "
+                    "--out."
+                )
+
+
 def _holder(folder: Path) -> str:
     try:
         holder = read_json(folder / "run.json")["holder"]
@@ -297,7 +329,7 @@ def _holder(folder: Path) -> str:
         return ""
 
 
-def claim(folder: Path, inputs: RunInputs, command: str) -> None:
+def claim(folder: Path, inputs: RunInputs, command: str, stages: Sequence[str] = ()) -> None:
     """Claim `folder` for the run with these inputs; a further call with the same ones resumes the run.
 
     Raises:
@@ -328,4 +360,7 @@ def claim(folder: Path, inputs: RunInputs, command: str) -> None:
             "remove it."
         )
     holder = {"process": os.getpid(), "machine": platform.node(), "since": datetime.now(UTC).isoformat("T", "seconds")}
-    write_json(mark, {"format": FORMAT, "inputs": to_json(inputs), "command": command, "holder": holder})
+    write_json(
+        mark,
+        {"format": FORMAT, "inputs": to_json(inputs), "command": command, "stages": list(stages), "holder": holder},
+    )

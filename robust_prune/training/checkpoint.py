@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..archives import check_archive
 from ..console import console
 from ..models.integrity import tensor_sha256
+from ..models.weight_files import check_values
 from ..runs.files import atomic_write
 from .validation import Score
 
@@ -79,7 +81,9 @@ def read_checkpoint(path: Path | None, key: str, device: torch.device) -> dict[s
     if path is None or not path.exists():
         return None
     try:
+        check_archive(path)
         value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        check_values(value, path)
     except Exception as error:  # torch raises many kinds of errors for a damaged file, some of a page
         console.print(f"{path.name} is damaged ({type(error).__name__}); training starts over", markup=False)
         return None

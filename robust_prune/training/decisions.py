@@ -12,12 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import nn
 
 from ..errors import RobustPruneError
 from ..machine import host
 from ..runs.files import digest, read_json, write_json
 
+LOCK_SECONDS = 10
 _FILE = "decisions.json"
 
 
@@ -38,11 +40,14 @@ def decided(what: str, inputs: Any, decide: Callable[[], dict[str, bool]]) -> di
     key = digest([what, inputs, host.cpu_name(), host.device_name(), host.versions(("torch", "robust-prune"))])
     file = cache_folder() / _FILE
     known = _stored(file).get(key)
-    if isinstance(known, dict) and all(isinstance(value, bool) for value in known.values()):
+    if isinstance(known, dict) and known and all(isinstance(value, bool) for value in known.values()):
         return known
     made = decide()
-    with suppress(RobustPruneError):  # without a writable cache the decision holds for this run only
-        write_json(file, _stored(file) | {key: made})
+    # Without a writable cache the decision holds for this run only.
+    with suppress(RobustPruneError, OSError, NotImplementedError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock"), timeout=LOCK_SECONDS):  # a run beside this one may be deciding too
+            write_json(file, _stored(file) | {key: made})
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
     with pytest.raises(UsageError, match=r"cannot decode the image bomb\.png: .*exceeds limit"):
         decode(tmp_path / "bomb.png", "bomb.png", (3, 32, 32))
+
+
+def test_a_narrow_image_is_cropped_before_it_is_enlarged(tmp_path: Path) -> None:
+    Image.new("L", (1, 20_000), 255).save(tmp_path / "narrow.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (decode(tmp_path / "narrow.png", "narrow", (1, 224, 224)) == 255).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # 100 MB
 
 
 def test_mixed_sizes_get_a_default_and_a_note(tmp_path: Path) -> None:

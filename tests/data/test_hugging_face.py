@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 import robust_prune as rp
 from robust_prune.data import hugging_face
 from robust_prune.errors import EnvironmentProblem, UsageError
+from robust_prune.introspect.fingerprint import images_hash
 
 datasets = pytest.importorskip("datasets")
 
@@ -86,6 +88,14 @@ def test_large_ones_are_decoded_on_access(monkeypatch: pytest.MonkeyPatch) -> No
     both["test"] = datasets.concatenate_datasets([both["test"], both["train"].select([5])])
     with pytest.raises(UsageError, match=r"1 of 10 test images .* such as row 9 of img and row 5 of img"):
         rp.load_data(both)
+
+
+def test_every_image_of_a_large_table_counts_for_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hugging_face, "IN_MEMORY_BYTES", 0)
+    test = rp.load_data(pair(sizes=True), validation=3, image_size=8).test
+    assert isinstance(test, hugging_face.RowImages)
+    changed = replace(test, keys=(*test.keys[:4], b"another image", *test.keys[5:]))
+    assert images_hash(test, sample=2) != images_hash(changed, sample=2), "the images at both ends are the same"
 
 
 def test_grey_stays_grey_and_other_splits_take_their_roles() -> None:

@@ -6,13 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from builders.commands import compress, fails
 from builders.model_files import rewrite
 from builders.toy import QUICK, write_data, write_model
 
 from robust_prune import cli
+from robust_prune.evaluation.state import Counters, EvalState, read_state
 from robust_prune.models import artifact
 
 EVIL = """
@@ -124,6 +124,10 @@ def test_verify_says_what_changed(run: Path, here: Path, capsys: pytest.CaptureF
     (run / "model.onnx").unlink()
     assert fails(capsys, *command) == (4, "error: run/model.onnx is missing.\n")
     (run / "model.onnx").write_bytes(onnx)
+    report = (run / "report.html").read_bytes()
+    (run / "report.html").write_bytes(b"")
+    assert fails(capsys, *command) == (4, "error: run/report.html is damaged or was changed.\n")
+    (run / "report.html").write_bytes(report)
     record = run / "plan" / "stage.json"
     text = record.read_text()
     record.write_text(text.replace('"seconds"', '"second"'))
@@ -131,10 +135,9 @@ def test_verify_says_what_changed(run: Path, here: Path, capsys: pytest.CaptureF
     record.write_text(text)
     # Whoever writes the folder can write its hashes, but not what the model answers.
     state, mark = run / "evaluate-pruned" / "state.npz", run / "evaluate-pruned" / "stage.json"
-    with np.load(state) as stored:
-        arrays = {name: np.array(stored[name]) for name in stored.files}
-    arrays["clean"] = ~arrays["clean"]
-    np.savez(state, **arrays)
+    counters, arrays = read_state(state)
+    key = counters.pop("key")
+    EvalState(key, counters=Counters(**counters), **(arrays | {"clean": ~arrays["clean"]})).save(state)
     code, said = fails(capsys, *command)
     assert code == 4 and "evaluate-pruned/state.npz is damaged or was changed" in said
     from robust_prune.runs.files import file_sha256

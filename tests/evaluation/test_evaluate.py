@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,50 @@ def test_state_of_other_settings_or_models_is_not_reused(trained: Tiny, images: 
     assert same_but_for_time(stored, evaluated(trained, images, THREAT, steps=8))
     _, note = load_state(state, "another key", 150)
     assert "another model or other settings" in note
-    assert (tmp_path / "state.npz.old").read_bytes() == first
+    (aside,) = tmp_path.glob("state.npz.*.old")
+    assert aside.read_bytes() == first
+
+
+def test_progress_survives_a_command_with_other_settings(
+    trained: Tiny, images: TensorImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, model = tmp_path / "state.npz", DiesAfter(trained).eval()
+    whole = evaluated(model, images, THREAT, steps=5, batch_size=32)
+    model.calls[0] = 200
+    with pytest.raises(KilledError):
+        evaluated(model, images, THREAT, steps=5, batch_size=32, state_path=state)
+    begun = state.read_bytes()
+    model.calls[0] = 10**9
+    for steps in (1, 2):  # twice, since the second must not take the place of the first
+        evaluated(model, images, THREAT, steps=steps, batch_size=32, state_path=state)
+    assert begun in [path.read_bytes() for path in tmp_path.glob("*.old")]
+    model.calls[0] = 10**9
+    assert same_but_for_time(whole, evaluated(model, images, THREAT, steps=5, batch_size=32, state_path=state))
+    spent = 10**9 - model.calls[0]
+    model.calls[0] = 10**9
+    evaluated(model, images, THREAT, steps=5, batch_size=32)
+    assert spent < 10**9 - model.calls[0] and "the evaluation goes on from it" in capsys.readouterr().out
+
+
+def test_no_changed_bit_of_a_state_is_used_or_ends_in_a_traceback(
+    trained: Tiny, images: TensorImages, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.npz"
+    evaluated(trained, images, THREAT, steps=1, restarts=1, state_path=state)
+    whole, numbers = state.read_bytes(), np.random.default_rng(0)
+    with np.load(state) as stored:
+        key = json.loads(stored["head"].tobytes())["key"]
+        arrays = {name: np.array(stored[name]) for name in stored.files}
+    first, _ = load_state(state, key, len(images))
+    for bit in numbers.integers(0, 8 * len(whole), 400).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        state.write_bytes(changed)
+        found, note = load_state(state, key, len(images))
+        assert "starts over" in note or (found.counters == first.counters and (found.robust == first.robust).all())
+    for change in ({"robust": np.ones_like(arrays["robust"])}, {"head": np.frombuffer(b"5", np.uint8)}):
+        np.savez(state, **(arrays | change))
+        assert "starts over" in load_state(state, key, len(images))[1]
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,8 @@ def test_files_without_hashes_still_open(tmp_path: Path) -> None:
         ({"num_classes": 10**8, "class_names": []}, "100,000,000 classes"),
         ({"num_classes": 10**6, "class_names": [], "arch": "cifar/vgg16_bn"}, "weights and holds"),
         ({"input_size": [3, 10**6, 10**6]}, "3x1000000x1000000 images"),
+        ({"input_size": [3, 4096, 4096]}, "3x4096x4096 images"),
+        ({"arch": "timm/vit_tiny_patch16_224", "kwargs": {"depth": 3_000_000}}, "with the number 3,000,000"),
         ({"mean": [float("nan")] * 3}, "mean"),
         ({"arch": "\x1b]0;title\x07x.py:f"}, r"control characters in '\\x1b\]0;title\\x07x"),
     ],

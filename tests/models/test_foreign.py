@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from robust_prune.introspect.copies import copied
 from robust_prune.models import cifar, registry
 from robust_prune.models.artifact import Model
 from robust_prune.models.foreign import open_model
+from robust_prune.models.state_dict import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +379,13 @@ def test_a_pickled_module_that_was_cut_keeps_its_shape(tmp_path: Path) -> None:
     loaded = open_model(tmp_path / "cut.pt", arch=SMALL, trust_pickle=True, data=data_of())
     assert loaded.module.backbone.layer1[0].conv1.out_channels == 3
     assert same_as(loaded, cut)
+
+
+def test_a_dict_that_is_shared_many_times_is_looked_at_once(tmp_path: Path, donor: nn.Module) -> None:
+    value: dict[str, Any] = dict(donor.state_dict())
+    for _ in range(5):
+        value = {f"part{number}": value for number in range(40)}
+    torch.save(value, tmp_path / "shared.pt")
+    begin = time.monotonic()
+    assert len(find_weights(torch.load(tmp_path / "shared.pt", weights_only=True), "shared.pt")) == 1
+    assert time.monotonic() - begin < 5

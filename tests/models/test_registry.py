@@ -117,3 +117,10 @@ def test_checking_the_output_leaves_every_modules_mode_alone() -> None:
     before = [module.training for module in model.modules()]
     registry.check_output(model, make_spec(SMALL))
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("arch", ["timm/resnet10t", "torchvision/resnet18"])
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "weights"])
+def test_no_argument_may_name_another_file_of_weights(arch: str, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} would let {arch} read other files"):
+        registry.build(make_spec(arch, kwargs={name: "x.pth"}))

@@ -9,7 +9,7 @@ import torch
 from builders.model_files import USER_FILE, make_spec
 
 from robust_prune.errors import UsageError
-from robust_prune.models import registry
+from robust_prune.models import registry, user_file
 
 
 def test_user_function_is_called_with_what_it_accepts(user_file: Path) -> None:
@@ -74,3 +74,14 @@ def test_a_changed_user_file_is_refused(user_file: Path) -> None:
 def test_a_file_without_a_function_is_explained(user_file: Path) -> None:
     with pytest.raises(UsageError, match="names no function"):
         make_spec(str(user_file))
+
+
+def test_a_file_that_changes_while_it_is_used_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "loss.py"
+    path.write_text("def mine(): ...\n")
+    names = ("n_fgsm", f"{path}:mine")
+    before = user_file.versions(*names)
+    user_file.check_unchanged(names, before)
+    path.write_text("def mine(): return 1\n")
+    with pytest.raises(UsageError, match=r"loss\.py:mine, or a file that it imports, was changed during the run"):
+        user_file.check_unchanged(names, before)

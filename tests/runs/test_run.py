@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from robust_prune.errors import UsageError
 from robust_prune.job import Length
 from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import load
+from robust_prune.runs import audit
 from robust_prune.runs import run as runs
 from robust_prune.runs.files import read_json
 from robust_prune.runs.run import Run, RunInputs, claim
@@ -24,11 +26,12 @@ INPUTS = RunInputs.of("model", ["images"], {"seed": 0}, [])
 def test_a_folder_with_other_files_is_not_claimed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     claim(tmp_path, INPUTS, "robust-prune")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "model.safetensors").write_text("mine")
-    with pytest.raises(UsageError, match=r"not a run folder and holds model\.safetensors, which a run would overwrite"):
-        claim(other, INPUTS, "robust-prune")
+    for number, name in enumerate(("model.safetensors", "dense.onnx", "scratch.onnx", "model.int8.onnx")):
+        other = tmp_path / f"other{number}"
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"not a run folder and holds {name}, which a run would overwrite"):
+            claim(other, INPUTS, "robust-prune")
     for changed, words in (({"model": "b"}, "model"), ({"data": "b", "version": "0"}, "data and another version")):
         with pytest.raises(UsageError, match=f"holds a run with another {words}. Name another folder"):
             claim(tmp_path, replace(INPUTS, **changed), "robust-prune")
@@ -214,3 +217,80 @@ def test_a_second_process_is_told_who_works_in_the_folder_and_a_dead_one_holds_n
         assert list(left.iterdir()) == []
     with Run.open(tmp_path, INPUTS, Recipe(), "x"):
         pass
+
+
+def test_a_folder_with_links_is_refused_and_what_they_lead_to_stays(tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text("mine")
+    for link in ("environment.json", "evaluate/state.npz", "evaluate"):
+        folder = tmp_path / "run"
+        Run.open(folder, INPUTS, Recipe(), "").lock.release()
+        (folder / link).parent.mkdir(exist_ok=True)
+        (folder / link).unlink(missing_ok=True)
+        (folder / link).symlink_to(mine)
+        with pytest.raises(UsageError, match=rf"{link} is a link, and a run writes to no files elsewhere\. Remove it"):
+            Run.open(folder, INPUTS, Recipe(), "")
+        assert mine.read_text() == "mine"
+        shutil.rmtree(folder)
+
+
+def test_only_the_temporary_files_of_the_run_itself_are_removed(tmp_path):
+    other = tmp_path / "runs" / "half"
+    Run.open(other, INPUTS, Recipe(), "").lock.release()
+    kept = [other / ".model.onnx.ab12.part", tmp_path / "runs" / "a" / "b" / ".x.part", tmp_path / "runs" / ".a.part"]
+    gone = [tmp_path / "runs" / ".run.json.cd34.part", tmp_path / "runs" / "prune" / ".model.ef56.part"]
+    for part in (*kept[:2], *gone):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("x")
+    kept[2].mkdir()
+    Run.open(tmp_path / "runs", INPUTS, Recipe(), "").lock.release()
+    assert all(part.exists() for part in kept) and not any(part.exists() for part in gone)
+
+
+def test_a_stage_does_not_go_on_from_a_file_that_was_changed(tmp_path):
+    progress = tmp_path / "progress"
+
+    def make():
+        found = progress.exists()
+        progress.write_text("made")
+        return Length(5, 1 if found else 0)
+
+    for text in ("made", "changed"):
+        run = Run(tmp_path, "key")
+        progress.write_text(text) if text == "changed" else None
+        assert run.stage("attack", Length, [], make, files=[progress]) == Length(5, 0)
+
+
+def test_a_stage_is_not_stored_when_what_it_depends_on_has_changed_meanwhile(tmp_path):
+    def check():
+        raise UsageError("loss.py was changed")
+
+    with pytest.raises(UsageError, match=r"loss\.py was changed"):
+        Run(tmp_path, "key", check=check).stage("cut", Length, [], lambda: Length(5, 1))
+    assert not (tmp_path / "cut" / "stage.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"seconds": 10**400}, {"files": None}, {"value": {}}])
+def test_a_record_of_another_form_is_damaged(tmp_path, capsys, change):
+    Run(tmp_path, "key").stage("cut", Length, [], lambda: Length(5, 1))
+    mark = tmp_path / "cut" / "stage.json"
+    mark.write_text(json.dumps(runs.sealed(read_json(mark) | change)))
+    assert Run(tmp_path, "key").stage("cut", Length, [], lambda: Length(5, 2)) == Length(5, 2)
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_deeply_nested_json_is_refused_in_one_line(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"run\.json is not valid JSON"):
+        claim(tmp_path, INPUTS, "")
+
+
+def test_an_audit_reads_nothing_outside_the_folder_and_misses_removed_records(tmp_path):
+    run = Run.open(tmp_path / "run", INPUTS, Recipe(), "", {"cut": "Cut", "bench": "Latency"})
+    run.stage("cut", Length, [], lambda: Length(5, 1))
+    run.lock.release()
+    assert audit.damaged(run.folder)[0] == [f"{run.folder}/bench/stage.json is missing"]
+    mark = run.folder / "cut" / "stage.json"
+    for name in ("/etc/passwd", "../mine"):
+        mark.write_text(json.dumps(runs.sealed(read_json(mark) | {"files": {name: "00"}})))
+        assert any(f"names {name}, which lies elsewhere" in problem for problem in audit.damaged(run.folder)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from builders.training_sample import THREAT, Killed, make_images, make_model, make_settings, weights_of
@@ -93,6 +95,18 @@ def test_a_checkpoint_of_other_settings_or_a_torn_one_is_not_used(tmp_path, caps
         assert len(result.history) == 2
         assert words in capsys.readouterr().out
         checkpoint.write_bytes(checkpoint.read_bytes()[:200])
+
+
+def test_a_hostile_checkpoint_is_not_read(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint.pt"
+    endless: list[object] = []
+    endless.append(endless)
+    for hostile in (endless, {"model": torch.zeros(1).expand(3 * 10**8)}):
+        torch.save({"key": hostile}, checkpoint)
+        begin = time.monotonic()
+        train(make_model(), make_images(96), make_images(30, 1), THREAT, make_settings(epochs=1), checkpoint=checkpoint)
+        assert "checkpoint.pt is damaged (UsageError)" in capsys.readouterr().out
+        assert time.monotonic() - begin < 30
 
 
 def test_a_nan_loss_stops_the_run_in_one_clear_line():
