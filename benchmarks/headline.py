@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attack_gap import RECIPE, bits, survivors
+from attack_gap import DEMO, bits, survivors
 from make_sample import store_model
 from recovered import paired
 
@@ -95,7 +95,7 @@ def main() -> None:
             store_model(Path(file), Path(MODELS[name]))
         return
     tune_allocator()
-    recipe = load(RECIPE, {"data.name": "cifar10"})
+    recipe = load(DEMO, {"data.name": "cifar10"})
     test = open_data(recipe).test
     order = stratified_order(labels_of(test))
     args.work.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,7 @@ _CALLED = {"MODEL": "a model", "RUN": "a run folder", "NAME": "a recipe", "TO": 
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM; it ends as after Ctrl-C."""
+    """The process was asked to end by SIGTERM, or its terminal was closed; it ends as after Ctrl-C."""
 
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -201,7 +201,7 @@ def _is_text(token: str) -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, with files and workers put in order."""
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, with files and workers put in order."""
 
     def end(*_: object) -> None:
         raise Terminated
@@ -209,11 +209,15 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    # Windows has no SIGHUP, which tells that the terminal was closed.
+    numbers = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
+    # A signal that is ignored, as by nohup, stays so.
+    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _said(error: Exception) -> str:

@@ -70,6 +70,10 @@ def _check(root: yaml.Node | None) -> None:
         if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
             raise ValueError(f"line {line} holds a number of {len(node.value):,} characters")
         if isinstance(node, yaml.MappingNode):
+            names = [(key.tag, str(key.value)) for key, _ in node.value]
+            if len(set(names)) < len(names):
+                twice = next(name for _, name in names if sum(name == other for _, other in names) > 1)
+                raise ValueError(f"line {line} begins a mapping that has the key {twice[:40]!r} twice")
             waiting += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(part, depth + 1) for part in node.value]

@@ -19,19 +19,21 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return printable(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
-LARGEST = 2.0**63
+LARGEST, DEEPEST = 2.0**63, 50
 
 
 def check_plain(value: Any, what: str) -> None:
     """Hold every text and number inside a JSON value against what terminals, files and arithmetic can take.
 
     Raises:
-        UsageError: a text has characters that are not printable (line breaks and tabs are), or the size of a number
-            is above 2^63.
+        UsageError: a text has characters that are not printable (line breaks and tabs are), the size of a number is
+            above 2^63, or values lie more than `DEEPEST` levels deep.
     """
-    waiting = [value]
+    waiting = [(value, 0)]
     while waiting:
-        item = waiting.pop()
+        item, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise UsageError(f"{what} holds values inside each other, which no robust-prune has written.")
         if isinstance(item, str) and not all(c.isprintable() or c in "\n\t" for c in item):
             raise UsageError(
                 f"{what} holds control characters in '{printable(item)[:80]}', which no robust-prune has written. "
@@ -40,6 +42,6 @@ def check_plain(value: Any, what: str) -> None:
         if isinstance(item, int | float) and abs(item) > LARGEST:
             raise UsageError(f"{what} holds the number {str(item)[:20]}, which no robust-prune has written.")
         if isinstance(item, Mapping):
-            waiting += [*item, *item.values()]
+            waiting += [(part, depth + 1) for part in (*item, *item.values())]
         elif isinstance(item, list | tuple):
-            waiting += item
+            waiting += [(part, depth + 1) for part in item]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -35,6 +37,12 @@ def _unusable(value: Any) -> str:
     return next(filter(None, map(_unusable, value)), "") if isinstance(value, list | tuple) else ""
 
 
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types of which an annotation consists."""
+    parts = get_args(annotation)
+    yield from chain.from_iterable(map(_leaves, parts)) if parts else (annotation,)
+
+
 def _switch(value: Any) -> Any:
     """Convert the booleans that YAML makes of unquoted on and off back to text."""
     return ("on" if value else "off") if isinstance(value, bool) else value
@@ -58,6 +66,16 @@ class Section(BaseModel):
     """Base class of recipe sections: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_truth_values(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and {int, float} & set(_leaves(field.annotation)):
+                problem = f"must be a number, got {'true' if value else 'false'}"
+                raise PydanticCustomError("refused", "{problem}", {"key": (name,), "problem": problem})
+        return values
 
     @model_validator(mode="after")
     def _values_can_be_used(self) -> Self:

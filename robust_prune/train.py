@@ -23,7 +23,7 @@ from .introspect.fingerprint import images_hash, models_hash
 from .introspect.obstacles import check_layers
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
-from .models import artifact, registry, user_file
+from .models import artifact, bounded, registry, user_file
 from .models.normalization import AUTO, NormalizedClassifier, no_normalization, parse
 from .models.normalization_choice import normalizes_inside
 from .models.published import configured
@@ -137,6 +137,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _built(data: DataBundle, recipe: Recipe) -> tuple[ModelSpec, NormalizedClassifier]:
     spec = _spec(data, recipe)
+    bounded.check_buildable(spec)
     model = registry.build(spec)
     if recipe.model.normalization != AUTO or not normalizes_inside(model.backbone, data.input_size[0]):
         return spec, model

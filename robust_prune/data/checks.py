@@ -79,6 +79,8 @@ def class_names_of(labels: Mapping[str, Tensor], given: Sequence[str] = ()) -> t
             no name, or a part has labels that the training part lacks.
     """
     train, *others = labels
+    if odd := next((name for name in given if not name.isprintable()), None):
+        raise UsageError(f"the class name {ascii(odd)[:80]} has control characters. Rename the class.")
     for part, found in labels.items():
         if len(found) == 0:
             raise UsageError(f"{part}: there are no images")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,6 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
+
+# Pillow refuses images of twice its limit; between the two it only warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DEFAULT_SIDE = 224
 """Height and width in pixels of resized images, if sizes differ and the caller names none."""
@@ -30,6 +34,8 @@ _Out = TypeVar("_Out")
 _WAITING = 4096
 """Number of images that are handed to the threads at once."""
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F"})
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""Formats that Pillow decodes itself; for others, such as PostScript, it starts programs."""
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
@@ -107,7 +113,9 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _opened(source: Source) -> Image.Image:
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError("it is missing, or no file")
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS)
 
 
 def _header(source: Source, name: str) -> tuple[tuple[int, int], bool, bool]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -27,6 +28,8 @@ FREE_TENSORS, TENSORS_SHARE = 2000, 8
 """The same for the number of parameters, which architectures may register several times."""
 LONGEST_SIDE, MOST_CLASSES, MOST_VALUES = 4096, 1_000_000, 2**23
 """Largest number of channels, of pixels of a side, of classes, and of values of an image."""
+MOST_TENSORS, COPIES = 20_000, 4
+"""Largest number of parameters of an architecture that is trained, and number of copies: gradients, momentum, average."""
 LARGEST_ARGUMENT = 100_000
 """Largest number among the arguments of an architecture, which builds lists of that length before any layer."""
 
@@ -49,7 +52,7 @@ def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], what: str) -> Non
     if user_file.is_reference(spec.arch) or spec.arch.startswith(f"{registry.OBJECT}/"):
         return
     if (largest := max((abs(n) for n in _numbers(spec.kwargs)), default=0)) > LARGEST_ARGUMENT:
-        raise UsageError(f"{what} asks for {spec.arch} with the number {largest:,.6g}. It is damaged.")
+        raise UsageError(f"{what} asks for {spec.arch} with the number {largest:,.0f}. It is damaged.")
     stored = sum(tensor.numel() for tensor in tensors.values())
     with _few_parameters(max(FREE_TENSORS, TENSORS_SHARE * len(tensors)), spec.arch, what), torch.device("meta"):
         model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
@@ -58,6 +61,25 @@ def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], what: str) -> Non
         raise UsageError(
             f"{what} asks for {spec.arch} with {wanted:,} weights and holds {stored:,}. It is damaged, or made to fill "
             "the memory."
+        )
+
+
+def check_buildable(spec: ModelSpec) -> None:
+    """Refuse an architecture that this machine cannot hold; architectures of the user's code are not built.
+
+    Raises:
+        UsageError: the architecture has more than `MOST_TENSORS` parameters, or its weights, their gradients, momentum
+            and average need more than the free memory.
+    """
+    if user_file.is_reference(spec.arch) or spec.arch.startswith((f"{registry.OBJECT}/", "robustbench/")):
+        return
+    with _few_parameters(MOST_TENSORS, spec.arch, "the recipe"), torch.device("meta"):
+        model = registry.build(registry.without_pretrained(spec), pretrained=False, check=False)
+    wanted = COPIES * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if wanted > (free := psutil.virtual_memory().available):
+        raise UsageError(
+            f"{spec.arch} needs {wanted / 1e9:.1f} GB for its weights and their training, and {free / 1e9:.1f} GB of "
+            "memory are free. Choose a smaller architecture."
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.base import DataBundle
 from ..errors import EnvironmentProblem, UsageError
 from ..introspect.copies import copied
-from ..models import artifact, published, registry, weight_files
+from ..models import artifact, bounded, published, registry, weight_files
 from .artifact import Model
 from .manifest import apply_changes, describe_changes
 from .normalization import AUTO, Normalization, NormalizedClassifier, no_normalization, parse
@@ -155,6 +155,7 @@ def _open_weights(
     given: Normalization | None,
     stored: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Model:
+    bounded.check_buildable(spec)
     network = registry.build(spec, pretrained=False).backbone.eval()
     fitting = fit_all(network.state_dict(), found, spec, str(path), network)[:_MOST_SETS]
     candidates = []

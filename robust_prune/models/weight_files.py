@@ -26,7 +26,8 @@ _OTHERS = {
     ".engine": "a TensorRT engine",
     ".tflite": "a TFLite file",
 }
-_SAFETENSORS_HEADER_LIMIT = 100_000_000
+_SAFETENSORS_HEADER_LIMIT = 16_000_000
+"""Bytes of the header; the largest models of timm have a hundred thousand."""
 _DEEPEST = 50
 _FREE_BYTES = 1 << 20
 """Bytes that a tensor may show beyond those of its storage; expanded tensors occur as constants of modules."""

@@ -10,10 +10,13 @@ from typing import Never
 
 from ..errors import UsageError
 from ..printable import check_plain, printable
+from ..runs.files import LONGEST_JSON
 from ..serialization import from_json
 from .types import ModelRow, RunReport
 
 RESULT = "result.json"
+MOST_MODELS = 200
+"""Largest number of models of a result that is read."""
 
 
 def load_run(path: str | Path) -> RunReport:
@@ -27,12 +30,16 @@ def load_run(path: str | Path) -> RunReport:
     if not file.is_file():
         raise UsageError(f"{path} holds no {RESULT}. Give the folder of a finished run.")
     try:
+        if file.stat().st_size > LONGEST_JSON:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes")
         value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
         found = from_json(RunReport, value)
     except (ValueError, OSError, RecursionError) as error:
         said = printable(" ".join(str(error).split()))[:300]
         raise UsageError(f"{file} is not a result of robust-prune ({said}).") from error
     check_plain(value, str(file))
+    if len(found.models) > MOST_MODELS or any("\n" in text for text in (found.title, *(m.label for m in found.models))):
+        raise UsageError(f"{file} is not a result of robust-prune (its models or their names).")
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UsageError
 from ..printable import printable
+from ..serialization import from_json
 from .files import file_sha256, read_json
-from .run import FORMAT, RECORD, is_sealed
+from .run import FORMAT, RECORD, RunInputs, is_sealed, stage_key
 
 
 def damaged(folder: Path) -> tuple[list[str], int]:
@@ -23,27 +24,37 @@ def damaged(folder: Path) -> tuple[list[str], int]:
     found = read_json(mark)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UsageError(f"{folder} was made by another version of robust-prune, which stored no hashes.")
-    stages = found.get("stages")
-    missing = (
-        [name for name in stages if not (folder / str(name) / RECORD).is_file()] if isinstance(stages, list) else []
-    )
-    problems, count = [f"{folder / printable(str(name)) / RECORD} is missing" for name in missing], 0
-    for record in sorted(folder.glob(f"*/{RECORD}")):
-        count += 1
+    try:
+        key, stages = from_json(RunInputs, found["inputs"]).key, [str(name) for name in found["stages"]]
+        problems = _changed(folder, mark, found["files"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{mark} is damaged.") from error
+    count = 1 + len(found["files"])
+    records = sorted(folder.glob(f"*/{RECORD}"))
+    missing = sorted(set(stages) - {record.parent.name for record in records})
+    problems += [f"{folder / printable(name) / RECORD} is missing" for name in missing]
+    for record in records:
         try:
-            stored = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            stored = None
-        if not isinstance(stored, dict) or not is_sealed(stored) or not isinstance(stored.get("files"), dict):
-            problems.append(f"{record} is damaged or was changed")
-            continue
-        for name, sha256 in stored["files"].items():
-            count += 1
-            file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()):
-                problems.append(f"{record} names {printable(name)}, which lies elsewhere")
-            elif not file.is_file():
-                problems.append(f"{file} is missing")
-            elif file_sha256(file) != sha256:
-                problems.append(f"{file} is damaged or was changed")
+            stored = read_json(record)
+            whole = is_sealed(stored) and stored["key"] == stage_key(key, record.parent.name, stored["inputs"])
+            files = dict(stored["files"])
+        except (UsageError, LookupError, TypeError, ValueError, AttributeError):
+            whole, files = False, {}
+        problems += [] if whole else [f"{record} is damaged or was changed"]
+        problems += _changed(folder, record, files)
+        count += 1 + len(files)
     return problems, count
+
+
+def _changed(folder: Path, record: Path, files: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the files whose hashes a record holds."""
+    problems = []
+    for name, sha256 in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{record} names {printable(name)}, which lies elsewhere")
+        elif not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file_sha256(file) != sha256:
+            problems.append(f"{file} is damaged or was changed")
+    return problems

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,9 @@ from ..errors import EnvironmentProblem, UsageError
 
 PART = ".part"
 """Suffix of temporary files."""
+LONGEST_JSON = 30_000_000
+"""Largest number of bytes of a JSON file that is read; a result with a sweep over ten radii has less than one million."""
+_TEMPORARY = re.compile(rf"\..+\.\w{{8}}{re.escape(PART)}")
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -92,7 +96,11 @@ def remove_parts(folder: Path) -> None:
     No other process may be writing to the folder.
     """
     for part in (*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")):
-        if part.is_file() and not (part.parent != folder and (part.parent / "run.json").exists()):
+        if (
+            part.is_file()
+            and _TEMPORARY.fullmatch(part.name)
+            and not (part.parent != folder and (part.parent / "run.json").exists())
+        ):
             part.unlink(missing_ok=True)
 
 
@@ -138,15 +146,23 @@ def json_text(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value of a JSON file.
+    """Return the value of a JSON file of this package, which has at most `LONGEST_JSON` bytes.
 
     Raises:
-        UsageError: the file is missing or is not valid JSON.
+        UsageError: the file is missing, is no file, is too long, or is not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        found = path.stat()
+    except OSError as error:
         raise UsageError(f"{path} does not exist") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UsageError(f"{path} is no file")
+    if found.st_size > LONGEST_JSON:
+        raise UsageError(f"{path} has {found.st_size:,} bytes, which no file of robust-prune has")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import platform
@@ -24,7 +24,7 @@ from ..machine.snapshot import snapshot
 from ..printable import printable
 from ..recipe import Recipe
 from ..serialization import from_json, to_json
-from .files import digest, file_sha256, read_json, remove_parts, write_json, write_text
+from .files import digest, file_sha256, json_text, read_json, remove_parts, write_json, write_text
 
 T = TypeVar("T")
 
@@ -94,11 +94,12 @@ class Run:
         # After locking, since another process may have claimed the folder meanwhile.
         fresh = not (folder / "run.json").exists()
         try:
-            claim(folder, inputs, command, list(stages or {}))
+            texts = {"recipe.yaml": recipe.to_yaml(), "environment.json": json_text(snapshot())}
+            claim(folder, inputs, command, list(stages or {}), texts)
             if lock is not None:
                 remove_parts(folder)
-            write_text(folder / "recipe.yaml", recipe.to_yaml())
-            write_json(folder / "environment.json", snapshot())
+            for name, text in texts.items():
+                write_text(folder / name, text)
         except RobustPruneError:
             if lock is not None:
                 lock.release()
@@ -160,7 +161,8 @@ class Run:
             shared: whether all processes call `make`.
         """
         first, mark = distributed.is_first(), self.folder / name / RECORD
-        key = digest([self.key, name, *inputs])
+        given = digest(list(inputs))
+        key = stage_key(self.key, name, given)
         stored, problem = self._stored(mark, key, kind, files) if first else (None, "")
         stored = distributed.broadcast(stored)
         if stored is None:
@@ -175,7 +177,7 @@ class Run:
             self.check()
             if first:
                 stored = sealed({
-                    "key": key, "seconds": seconds, "value": to_json(value),
+                    "key": key, "inputs": given, "seconds": seconds, "value": to_json(value),
                     "files": {self._relative(file): file_sha256(file) for file in files if file.is_file()},
                 })  # fmt: skip
                 write_json(mark, stored)
@@ -194,11 +196,11 @@ class Run:
         self, mark: Path, key: str, kind: type[Any], files: Sequence[Path]
     ) -> tuple[dict[str, Any] | None, str]:
         """Return the record of a stage, if it is of this key and whole, and what is wrong with it otherwise."""
-        try:
-            stored = json.loads(mark.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not mark.exists():
             return None, ""
-        except (OSError, ValueError, RecursionError):
+        try:
+            stored = read_json(mark)
+        except UsageError:
             return None, f"{mark} is damaged"
         if self.damaged or (isinstance(stored, dict) and stored.get("key") != key):
             return None, ""
@@ -232,6 +234,11 @@ class Run:
         now = time.monotonic() - self.begin
         earlier = sum(seconds for name, seconds in self.seconds.items() if name not in self.made)
         return duration(now) + (f", {duration(now + earlier)} with the stages of earlier runs" if earlier else "")
+
+
+def stage_key(run: str, name: str, inputs: str) -> str:
+    """Return the key of a stage from that of its run, its name and the hash of its inputs."""
+    return digest([run, name, inputs])
 
 
 def is_sealed(record: Mapping[str, Any]) -> bool:
@@ -329,8 +336,17 @@ def _holder(folder: Path) -> str:
         return ""
 
 
-def claim(folder: Path, inputs: RunInputs, command: str, stages: Sequence[str] = ()) -> None:
+def claim(
+    folder: Path, inputs: RunInputs, command: str, stages: Sequence[str] = (), texts: Mapping[str, str] | None = None
+) -> None:
     """Claim `folder` for the run with these inputs; a further call with the same ones resumes the run.
+
+    Args:
+        folder: folder of the run.
+        inputs: hashes of everything on which the run depends.
+        command: command line that reproduces the run.
+        stages: names of its stages.
+        texts: contents of the files that are written to the folder before the stages, by name.
 
     Raises:
         UsageError: the folder contains a run with other inputs, a run of another format or other files that would be
@@ -360,7 +376,8 @@ def claim(folder: Path, inputs: RunInputs, command: str, stages: Sequence[str] =
             "remove it."
         )
     holder = {"process": os.getpid(), "machine": platform.node(), "since": datetime.now(UTC).isoformat("T", "seconds")}
-    write_json(
-        mark,
-        {"format": FORMAT, "inputs": to_json(inputs), "command": command, "stages": list(stages), "holder": holder},
-    )
+    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (texts or {}).items()}
+    write_json(mark, {
+        "format": FORMAT, "inputs": to_json(inputs), "command": command, "stages": list(stages), "files": files,
+        "holder": holder,
+    })  # fmt: skip
