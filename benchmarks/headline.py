@@ -38,8 +38,8 @@ from robust_prune.runs.files import write_json, write_text
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, str | Path] = {
     "dense": "demo",
-    "half": RESULTS / RECIPE / "half.safetensors",
-    "quarter": RESULTS / RECIPE / "quarter.safetensors",
+    "half": RESULTS / DEMO / "half.safetensors",
+    "quarter": RESULTS / DEMO / "quarter.safetensors",
 }
 """The demo, and its cuts by the share of the MACs that they keep."""
 AT_ONCE = 1000

@@ -65,7 +65,7 @@ def read_names(path: Path) -> np.ndarray | None:
             shape, _, dtype = header(stream)
     if math.prod(shape) > MOST_CLASSES or dtype.kind not in "USiu" or dtype.itemsize > 4 * LONGEST_NAME:
         raise UsageError(
-            f"{path}: {NAMES} must be at most {MOST_CLASSES:,} texts of {LONGEST_NAME} characters, got the type {dtype} "
+            f"{path}: {NAMES} must be at most {MOST_CLASSES:,} texts of {LONGEST_NAME} characters, got {dtype} "
             f"and the shape {shape}"
         )
     with np.load(path, allow_pickle=False) as data:

@@ -29,7 +29,7 @@ FREE_TENSORS, TENSORS_SHARE = 2000, 8
 LONGEST_SIDE, MOST_CLASSES, MOST_VALUES = 4096, 1_000_000, 2**23
 """Largest number of channels, of pixels of a side, of classes, and of values of an image."""
 MOST_TENSORS, COPIES = 20_000, 4
-"""Largest number of parameters of an architecture that is trained, and number of copies: gradients, momentum, average."""
+"""Largest number of parameters of an architecture that is trained, and copies: gradients, momentum, average."""
 LARGEST_ARGUMENT = 100_000
 """Largest number among the arguments of an architecture, which builds lists of that length before any layer."""
 

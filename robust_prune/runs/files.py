@@ -21,7 +21,7 @@ from ..errors import EnvironmentProblem, UsageError
 PART = ".part"
 """Suffix of temporary files."""
 LONGEST_JSON = 30_000_000
-"""Largest number of bytes of a JSON file that is read; a result with a sweep over ten radii has less than one million."""
+"""Largest number of bytes of a JSON file that is read; a result has less than one million."""
 _TEMPORARY = re.compile(rf"\..+\.\w{{8}}{re.escape(PART)}")
 
 
@@ -95,12 +95,9 @@ def remove_parts(folder: Path) -> None:
 
     No other process may be writing to the folder.
     """
-    for part in (*folder.glob(f".*{PART}"), *folder.glob(f"*/.*{PART}")):
-        if (
-            part.is_file()
-            and _TEMPORARY.fullmatch(part.name)
-            and not (part.parent != folder and (part.parent / "run.json").exists())
-        ):
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir() and not (path / "run.json").exists())]
+    for part in (path for place in folders for path in place.glob(f".*{PART}")):
+        if part.is_file() and _TEMPORARY.fullmatch(part.name):
             part.unlink(missing_ok=True)
 
 
