@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 
 import pytest
 
+from robust_prune.cli import app
 from robust_prune.errors import UsageError
 from robust_prune.recipe import EvaluationSection, FinetuneSettings, Recipe
 from robust_prune.recipe_reader import find, load, make_section, shipped
@@ -121,3 +123,39 @@ def test_keys_by_their_former_names_are_taken_with_a_note(tmp_path: Path, capsys
     assert (found.pruning.metric, found.pruning.repair, found.pruning.repair_images) == ("params", "none", 64)
     said = " ".join(capsys.readouterr().out.split())
     assert "Note: the recipe key pruning.of is called pruning.metric now." in said and said.count("Note:") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pruning: {ratio: 0.5, ratio: 0.9}\n", "line 1 begins a mapping that has the key 'ratio' twice"),
+        ("seed: 0\nevaluation:\n  images: true\n", r"evaluation\.images must be a number, got true.*mine\.yaml:3"),
+        ("training: {lr: false}\n", "training.lr must be a number, got false"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load(_write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("{arch: cifar/wideresnet_1000006_10}", "with more than 20,000 parameters"),
+        ("{arch: cifar/resnet20_x9000}", "needs .* GB for its weights and their training"),
+        ("{arch: timm/resnet18, kwargs: {layers: [100000, 1, 1, 1]}}", "with more than 20,000 parameters"),
+        (
+            "{arch: timm/resnet18, kwargs: {checkpoint_path: x.pth}}",
+            "checkpoint_path would let timm/resnet18",
+        ),
+    ],
+)
+def test_a_recipe_of_one_line_asks_for_no_more_than_the_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(f"model: {model}\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match=words):
+        app(["train", "--recipe", "r.yaml", "--data", "sample", "--out", "run"], exit_on_error=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000 and not Path("run").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,20 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
     with pytest.raises(UsageError, match=r"cannot decode the image bomb\.png: .*exceeds limit"):
         decode(tmp_path / "bomb.png", "bomb.png", (3, 32, 32))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the planted program is a shell script")
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/RAN\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
+    with pytest.raises(UsageError, match=r"cannot decode the image a\.png"):
+        decode(tmp_path / "a.png", "a.png", (3, 16, 16))
+    assert not (tmp_path / "RAN").exists()
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(UsageError, match=r"cannot decode the image b\.png: it is missing, or no file"):
+        decode(tmp_path / "b.png", "b.png", (3, 16, 16))
 
 
 def test_a_narrow_image_is_cropped_before_it_is_enlarged(tmp_path: Path) -> None:

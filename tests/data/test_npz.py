@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,26 @@ def test_files_that_are_not_npz(tmp_path: Path) -> None:
         load_data(tmp_path / "d.csv")
     with pytest.raises(UsageError, match="Did you mean cifar10"):
         load_data("cifar_10")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (np.zeros(2_000_000, "<U1"), r"class_names must be at most 1,000,000 texts .* the shape \(2000000,\)"),
+        (np.zeros(4, "<U2000"), "must be at most 1,000,000 texts of 200 characters, got <U2000"),
+        (np.zeros((4, 2)), "got float64"),
+        (np.array(["a", "b\x1b[2J", "c", "d"]), r"the class name 'b\\x1b\[2J' has control characters"),
+    ],
+)
+def test_names_of_classes_are_few_short_and_printable(tmp_path: Path, names: np.ndarray, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_data(write_npz(tmp_path / "d.npz", class_names=names))
+
+
+def test_a_hundred_bytes_cannot_describe_billions_of_names(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "d.npz")
+    header = "{'descr': '<U0', 'fortran_order': False, 'shape': (2000000000,), }"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("class_names.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(UsageError, match=r"the shape \(2000000000,\)"):
+        load_data(path)

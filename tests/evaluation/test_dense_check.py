@@ -8,7 +8,7 @@ from builders.training_sample import make_images
 from torch import Tensor, nn
 
 from robust_prune.attacks import ThreatModel
-from robust_prune.data.base import TensorImages, first
+from robust_prune.data.base import TensorImages, stratified
 from robust_prune.errors import UsageError
 from robust_prune.evaluation import dense_check
 from robust_prune.evaluation.card import Accuracy
@@ -85,7 +85,7 @@ def test_robustness_is_lost_at_half_the_margin_and_the_model_is_as_before(images
 
 
 def test_training_images_are_used_where_none_are_held_out(images: TensorImages) -> None:
-    found = check_dense(_Brightest(), first(images, 0), images, 3, THREAT, 0, "cpu")
+    found = check_dense(_Brightest(), stratified(images, 0), images, 3, THREAT, 0, "cpu")
     assert found.split == "training" and found.clean.total == 150
 
 

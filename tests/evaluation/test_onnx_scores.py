@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from builders.evaluation_sample import (
     evaluated,
     same_but_for_time,
 )
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from robust_prune.data.base import TensorImages
@@ -81,3 +83,29 @@ def test_files_that_cannot_be_scored(trained: Tiny, images: TensorImages, onnx_f
     onnx.save(proto, tmp_path / "one.onnx")
     with pytest.raises(UsageError, match=r"takes batches of 1 only.*Export it with a dynamic batch"):
         OnnxModel(tmp_path / "one.onnx")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_a_file_whose_memory_grows_faster_than_its_batch_is_stopped(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["count"]),
+        helper.make_node("Mul", ["count", "count"], ["square"]),
+        helper.make_node("Mul", ["square", "many"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["filler"]),
+        helper.make_node("ReduceSum", ["filler"], ["sum"], keepdims=1),
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Add", ["flat", "sum"], ["logits"]),
+    ]
+    constants = {"first": [0], "many": [50_000_000]}
+    graph = helper.make_graph(
+        nodes, "growing",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 2, 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 12])],
+        [helper.make_tensor(name, TensorProto.INT64, [1], value) for name, value in constants.items()],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "g.onnx")
+    model = OnnxModel(tmp_path / "g.onnx")
+    assert model.logits(torch.zeros(1, 3, 2, 2)).shape == (1, 12)
+    with pytest.raises(UsageError, match="does not run on images"):
+        model.logits(torch.zeros(8, 3, 2, 2))  # 13 GB

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.report_sample import artifact, sample_run
@@ -12,6 +15,7 @@ from robust_prune.cli import app
 from robust_prune.errors import UsageError
 from robust_prune.report import RunReport, headline_markdown, write
 from robust_prune.report.compare import compare, load_run, run_names
+from robust_prune.serialization import to_json
 
 
 def other_run() -> RunReport:
@@ -87,3 +91,25 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
         load_run(tmp_path)
     with pytest.raises(UsageError, match="no run given"):
         app(["report"], exit_on_error=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value["models"][0].update(label="a\n\n# forged"), "its models or their names"),
+        (lambda value: value.update(models=value["models"] * 150), "its models or their names"),
+        (lambda value: value["environment"].update(deep=nested(60)), "values inside each other"),
+        (lambda value: value["environment"].update(filler="x" * 31_000_000), "it has 31,.* bytes"),
+    ],
+)
+def test_forged_results_are_refused_at_once(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    value = to_json(sample_run())
+    change(value)
+    (tmp_path / "result.json").write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        load_run(tmp_path)
+
+
+def nested(depth: int) -> Any:
+    """Return lists inside each other."""
+    return [nested(depth - 1)] if depth else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -207,10 +208,10 @@ def test_a_second_process_is_told_who_works_in_the_folder_and_a_dead_one_holds_n
     assert other.stdout is not None and other.stdout.readline() == b"open\n"
     left = tmp_path / "train"
     left.mkdir()
-    (left / ".checkpoint.pt.abc.part").write_text("half")
+    (left / ".checkpoint.pt.abcdefgh.part").write_text("half")
     with pytest.raises(UsageError, match=rf"another process works in .* \(process {other.pid} on ") as raised:
         Run.open(tmp_path, INPUTS, Recipe(), "x")
-    assert "\n" not in str(raised.value) and (left / ".checkpoint.pt.abc.part").exists()
+    assert "\n" not in str(raised.value) and (left / ".checkpoint.pt.abcdefgh.part").exists()
     other.kill()
     other.wait()
     with Run.open(tmp_path, INPUTS, Recipe(), "x"):
@@ -237,8 +238,12 @@ def test_a_folder_with_links_is_refused_and_what_they_lead_to_stays(tmp_path):
 def test_only_the_temporary_files_of_the_run_itself_are_removed(tmp_path):
     other = tmp_path / "runs" / "half"
     Run.open(other, INPUTS, Recipe(), "").lock.release()
-    kept = [other / ".model.onnx.ab12.part", tmp_path / "runs" / "a" / "b" / ".x.part", tmp_path / "runs" / ".a.part"]
-    gone = [tmp_path / "runs" / ".run.json.cd34.part", tmp_path / "runs" / "prune" / ".model.ef56.part"]
+    kept = [
+        other / ".model.onnx.ab12cd34.part",
+        tmp_path / "runs" / "a" / "b" / ".x.part",
+        tmp_path / "runs" / ".a.part",
+    ]
+    gone = [tmp_path / "runs" / ".run.json.abcd3_45.part", tmp_path / "runs" / "prune" / ".model.k2j3h4_5.part"]
     for part in (*kept[:2], *gone):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("x")
@@ -294,3 +299,39 @@ def test_an_audit_reads_nothing_outside_the_folder_and_misses_removed_records(tm
     for name in ("/etc/passwd", "../mine"):
         mark.write_text(json.dumps(runs.sealed(read_json(mark) | {"files": {name: "00"}})))
         assert any(f"names {name}, which lies elsewhere" in problem for problem in audit.damaged(run.folder)[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+def test_a_pipe_or_an_endless_file_in_place_of_a_record_is_not_read(tmp_path):
+    run = Run.open(tmp_path / "run", INPUTS, Recipe(), "")
+    run.stage("cut", Length, [], lambda: Length(5, 1))
+    mark = run.folder / "cut" / "stage.json"
+    mark.unlink()
+    os.mkfifo(mark)
+    assert Run(run.folder, run.key).stage("bench", Length, [], lambda: Length(5, 2)) == Length(5, 2)
+    assert audit.damaged(run.folder)[0] == [f"{mark} is damaged or was changed"]
+    assert run._stored(mark, "key", Length, [])[1] == f"{mark} is damaged"
+    mark.unlink()
+    mark.touch()
+    os.truncate(mark, 10**12)
+    assert audit.damaged(run.folder)[0] == [f"{mark} is damaged or was changed"]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json", "run.json"])
+def test_an_audit_finds_what_was_changed_beside_the_stages(tmp_path, name):
+    run = Run.open(tmp_path / "run", INPUTS, Recipe(), "", {"cut": "Cut"})
+    run.stage("cut", Length, [], lambda: Length(5, 1))
+    assert audit.damaged(run.folder)[0] == []
+    file = run.folder / name
+    file.write_text(file.read_text().replace(INPUTS.model, "0" * 16) if name == "run.json" else "")
+    expected = run.folder / "cut" / "stage.json" if name == "run.json" else file
+    assert audit.damaged(run.folder)[0] == [f"{expected} is damaged or was changed"]
+
+
+def test_a_record_of_another_stage_is_found(tmp_path):
+    run = Run.open(tmp_path / "run", INPUTS, Recipe(), "", {"cut": "Cut", "bench": "Latency"})
+    for name in ("cut", "bench"):
+        run.stage(name, Length, [], lambda: Length(5, 1))
+    mark = run.folder / "bench" / "stage.json"
+    shutil.copyfile(run.folder / "cut" / "stage.json", mark)
+    assert audit.damaged(run.folder)[0] == [f"{mark} is damaged or was changed"]
