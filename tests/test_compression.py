@@ -317,7 +317,7 @@ def test_a_dense_model_without_robustness_is_said_to_be_so_before_it_is_cut_and_
 
 
 @pytest.mark.parametrize(
-    ("values", "count"), [({}, 10), ({"baseline.kind": "scratch"}, 14), ({"export.precisions": ["fp16"]}, 11)]
+    ("values", "count"), [({}, 11), ({"baseline.kind": "scratch"}, 15), ({"export.precisions": ["fp16"]}, 12)]
 )
 def test_stages_are_numbered_in_order_and_none_is_missing(
     values: dict[str, Any], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

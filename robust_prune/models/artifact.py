@@ -229,6 +229,8 @@ def _consented(path: Path, spec: ModelSpec, arch: str | None, known: ModelSpec |
     if arch is not None and arch != spec.arch:
         raise UsageError(f"{path} holds a {spec.arch}, not {arch}. Leave --arch out: the file knows its architecture.")
     registry.check_kwargs(spec)
+    if "weights" in spec.kwargs:
+        raise UsageError(f"{path} asks its architecture to download other weights. Refused.")
     return spec
 
 

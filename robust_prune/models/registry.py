@@ -28,8 +28,8 @@ OBJECT = "object"
 """Source of architectures that are Python objects of this process."""
 _OBJECTS: dict[str, nn.Module] = {}
 _FORMS = "timm/<name>, torchvision/<name>, cifar/<name>, robustbench/<data>/<threat>/<id> or path/to/file.py:function"
-READS_FILES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone"}
-"""Arguments by which timm and torchvision read a file of weights, in ways that may run code from it."""
+READS_FILES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments by which timm reads a file of weights, in ways that may run code from it."""
 _AUX_HEADS = ("googlenet", "inception_v3")
 # Exceptions of download libraries that do not derive from OSError.
 _NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")
@@ -201,7 +201,7 @@ def build(spec: ModelSpec, *, pretrained: bool | None = None, check: bool = True
 
 
 def check_kwargs(spec: ModelSpec) -> None:
-    """Refuse arguments by which timm and torchvision read other files, which may hold code.
+    """Refuse arguments by which timm reads other files, which may hold code.
 
     Raises:
         UsageError: the specification has such an argument.
