@@ -33,7 +33,7 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     compress("run")
     text = capsys.readouterr().out
     assert "dense" in text and "pruned" in text and "report.html" in text
-    assert "[3/10] Robustness of the dense model\nDense model on " in text and "[10/10] Latency\n" in text
+    assert "[3/11] Robustness of the dense model\nDense model on " in text and "[10/10] Latency\n" in text
     assert "from an earlier run" not in text and "\nFinished in " in text
     commands = [shlex.split(line)[1:] for line in text.partition("\nNext: ")[2].replace("\n     ", "\n").splitlines()]
     assert [command[0] for command in commands] == ["evaluate", "bench", "report"]
@@ -126,7 +126,7 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     capsys.readouterr()
     compress("run", "--cuts", "2")
     text = capsys.readouterr().out
-    assert "[3/13] Robustness of the dense model (from an earlier run)\n" in text
+    assert "[3/14] Robustness of the dense model (from an earlier run)\n" in text
     assert "[6/13] Fine-tuning (cut 1 of 2) (from an earlier run)\n" in text
     assert "[9/13] Fine-tuning (cut 2 of 2)\n" in text and "[13/13] Latency\n" in text
     assert "with the stages of earlier runs." in text

@@ -27,7 +27,7 @@ def test_train_then_sensitivity_evaluate_export_and_bench(here, capsys):
     cli.main(train)
     assert time.monotonic() - begin < 60
     again = capsys.readouterr().out
-    assert "[3/3] Evaluation on test images (from an earlier run)" in again
+    assert "[3/4] Evaluation on test images (from an earlier run)" in again
     assert "\nAlready done: nothing was computed (finished in " in again
     assert "Next: robust-prune compress base/model.safetensors --data toy.npz --arch model.py:make_model" in again
     assert json.loads((here / "base" / "result.json").read_text())["models"] == result["models"]
