@@ -47,10 +47,10 @@ bench: {{batches: [1], seconds: 0.1, kinds: [host]}}
 """
 VERBS, PRECISIONS, CHECKPOINT_SECONDS = ("train", "compress"), ("auto", "fp32"), (0.0, 60.0)
 STAGES = {
-    "train": ("preflight", "train", "evaluate"),
+    "train": ("preflight", "train", "evaluate", "report"),
     "compress": (
         "preflight", "export-dense", "dense", "plan", "prune", "finetune", "export-pruned", "export-pruned-reduced",
-        "evaluate-dense", "evaluate-pruned", "bench",
+        "evaluate-dense", "evaluate-pruned", "bench", "report",
     ),
 }  # fmt: skip
 """Stages of both commands, in the order in which they end."""
@@ -170,7 +170,7 @@ class Runs:
     def note_stage(self) -> None:
         """Count the stage in which the run at hand is."""
         left = [name for name in STAGES[self.verb] if not (self.folder / name / "stage.json").exists()]
-        self.where[f"{self.verb}, {left[0] if left else 'report'}"] += 1
+        self.where[f"{self.verb}, {left[0] if left else 'end'}"] += 1
 
     def said(self) -> str:
         """Return the error line of the last command; raise if it said anything else on its way out."""

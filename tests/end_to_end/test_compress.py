@@ -33,7 +33,7 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     compress("run")
     text = capsys.readouterr().out
     assert "dense" in text and "pruned" in text and "report.html" in text
-    assert "[3/11] Robustness of the dense model\nDense model on " in text and "[10/10] Latency\n" in text
+    assert "[3/11] Robustness of the dense model\nDense model on " in text and "[10/11] Latency\n" in text
     assert "from an earlier run" not in text and "\nFinished in " in text
     commands = [shlex.split(line)[1:] for line in text.partition("\nNext: ")[2].replace("\n     ", "\n").splitlines()]
     assert [command[0] for command in commands] == ["evaluate", "bench", "report"]
@@ -89,7 +89,7 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     again = capsys.readouterr().out
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert [line for line in again.splitlines() if line.startswith("|")] == table
-    assert again.count("(from an earlier run)") == 10 and "[10/10] Latency (from an earlier run)" in again
+    assert again.count("(from an earlier run)") == 11 and "[10/11] Latency (from an earlier run)" in again
     assert "\nAlready done: nothing was computed (finished in " in again and "Finished in" not in again
 
     # So does one for its folder at another place, and the files are those there.
@@ -127,8 +127,8 @@ def test_several_cuts_land_on_the_whole_budget(here, capsys, monkeypatch):
     compress("run", "--cuts", "2")
     text = capsys.readouterr().out
     assert "[3/14] Robustness of the dense model (from an earlier run)\n" in text
-    assert "[6/13] Fine-tuning (cut 1 of 2) (from an earlier run)\n" in text
-    assert "[9/13] Fine-tuning (cut 2 of 2)\n" in text and "[13/13] Latency\n" in text
+    assert "[6/14] Fine-tuning (cut 1 of 2) (from an earlier run)\n" in text
+    assert "[9/14] Fine-tuning (cut 2 of 2)\n" in text and "[13/14] Latency\n" in text
     assert "with the stages of earlier runs." in text
     # The recovery after the first cut was kept; the models shrink from cut to cut.
     assert len(calls) == 3 and calls[0] > calls[1] == calls[2]
