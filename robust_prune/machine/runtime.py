@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentProblem
 
-FREE_BYTES, BYTES_OF_FILE, BYTES_OF_INPUT = 3 << 30, 12, 1024
-"""Address space for a file and its images: a fixed part, and multiples of the size of the file and of the images."""
+FREE_BYTES, BYTES_OF_CORE, BYTES_OF_FILE, BYTES_OF_INPUT = 3 << 30, 256 << 20, 12, 1024
+"""Address space for a file and its images: a fixed part, a part for the threads on each core, which reserve more than they
+use, and multiples of the size of the file and of the images."""
 
 
 def import_onnxruntime() -> Any:
@@ -43,7 +45,12 @@ def limit_memory(path: Path, input_bytes: int = 0) -> None:
 
     import psutil
 
-    needed = FREE_BYTES + BYTES_OF_FILE * path.stat().st_size + BYTES_OF_INPUT * input_bytes
+    needed = (
+        FREE_BYTES
+        + BYTES_OF_CORE * (os.cpu_count() or 1)
+        + BYTES_OF_FILE * path.stat().st_size
+        + BYTES_OF_INPUT * input_bytes
+    )
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     wanted = psutil.Process().memory_info().vms + needed
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
