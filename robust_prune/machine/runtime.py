@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import EnvironmentProblem
 
 FREE_BYTES, BYTES_OF_CORE, BYTES_OF_FILE, BYTES_OF_INPUT = 3 << 30, 256 << 20, 12, 1024
-"""Address space for a file and its images: a fixed part, a part for the threads on each core, which reserve more than they
-use, and multiples of the size of the file and of the images."""
+"""Address space for a file and its images: a fixed part, a part for the threads on each core, which
+reserve more than they use, and multiples of the size of the file and of the images."""
 
 
 def import_onnxruntime() -> Any:

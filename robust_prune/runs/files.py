@@ -95,7 +95,7 @@ def remove_parts(folder: Path) -> None:
 
     No other process may be writing to the folder.
     """
-    folders = [folder, *(path for path in folder.iterdir() if path.is_dir() and not (path / "run.json").exists())]
+    folders = [folder, *(path for path in folder.glob("*") if path.is_dir() and not (path / "run.json").exists())]
     for part in (path for place in folders for path in place.glob(f".*{PART}")):
         if part.is_file() and _TEMPORARY.fullmatch(part.name):
             part.unlink(missing_ok=True)

@@ -318,9 +318,10 @@ def refuse_links(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    inner = [path for path in folder.iterdir() if path.is_dir() and not (path / "run.json").exists()]
+    # Unlike iterdir, glob passes over folders that cannot be read.
+    inner = [path for path in folder.glob("*") if path.is_dir() and not (path / "run.json").exists()]
     for place in (folder, *inner):
-        for path in place.iterdir():
+        for path in place.glob("*"):
             if path.is_symlink():
                 raise UsageError(
                     f"{path} is a link, and a run writes to no files elsewhere. Remove it, or name another folder with "
