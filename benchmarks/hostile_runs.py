@@ -80,7 +80,9 @@ def command(line: list[str], log: Path, checkpoint_seconds: float, limit: tuple[
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Return hashes of weights and ONNX files, the correct images, and the names of all files of a finished run."""
-    found: dict[str, Any] = {"files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
+    # A checkpoint of a finished stage is needed for nothing, and not made again.
+    paths = [path for path in folder.rglob("*") if path.name != "checkpoint.pt"]
+    found: dict[str, Any] = {"files": sorted(str(path.relative_to(folder)) for path in paths)}
     for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items():
         found[name] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
     for file in sorted(folder.glob("*.onnx")):
