@@ -282,7 +282,7 @@ def main() -> None:
             if steps:
                 tuned = recipe.finetune.model_copy(update={"epochs": 1})
                 part = random_subset(data.train, steps * tuned.batch_size, seed)
-                few = random_subset(data.validation, 64, seed)
+                few = random_subset(data.train, 64, seed)  # held-out images choose no epoch, since they judge
                 train(small, part, few, recipe.threat_model, tuned, seed=seed, device=device, teacher=base.module)
             score = score_on(small.cpu().eval(), data.validation, "held-out", data, settings, device)
             row = {"seed": seed, "ratio": ratio, "steps": steps, "arm": arm, "score": score, "environment": snapshot()}

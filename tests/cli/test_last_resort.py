@@ -94,7 +94,7 @@ def test_a_name_that_is_not_text_is_refused(capsys: pytest.CaptureFixture[str]) 
     )
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
 def test_both_signals_say_how_to_go_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     command = [sys.executable, "-u", "-m", "robust_prune", "compress", "demo", "--out", str(tmp_path / "run")]
     with subprocess.Popen(
