@@ -1,11 +1,13 @@
 """Changes made by surgery, as plain JSON from which a fresh dense model becomes the pruned one without pickle.
 
 A pruned model differs from its dense architecture in the shapes of tensors and in plain attributes of modules
-(`out_channels`, `num_heads`, `nChannels`, ...). Both are recorded here; the weights are an ordinary state_dict.
+(`out_channels`, `num_heads`, `nChannels`, ...), and may lack residual branches. All are recorded here; the weights are
+an ordinary state_dict.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from .branches import Branch, take_out, taken_out, traced_attributes
 
 _SCALARS = (bool, int, float, str, type(None))
 # Modes and hooks describe the use of a model, not its architecture.
@@ -28,7 +31,8 @@ def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"attributes": {module name: {attribute: value}}, "shapes": {state_dict key: [sizes]}}``, JSON values only,
-        with entries only for differences. The name of the model itself is ``""``.
+        with entries only for differences, and ``"branches"``, a list of ``{"block", "readers", "shape"}`` in the order
+        in which they were taken out, if there are any. The name of the model itself is ``""``.
 
     Raises:
         UsageError: the two are not the same architecture, or a non-persistent buffer, which a state_dict does not
@@ -36,16 +40,21 @@ def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
     """
     modules = dict(base.named_modules(remove_duplicate=False))
     before, after = _tensors(base), _tensors(pruned)
-    if before.keys() != after.keys():
-        odd = sorted(before.keys() ^ after.keys())[0]
+    known = taken_out(base)
+    branches = {name: branch for name, branch in taken_out(pruned).items() if name not in known}
+    blocks = tuple(f"{branch.block}." for branch in branches.values())
+    after = {name: tensor for name, tensor in after.items() if name not in branches}
+    odd = [*(after.keys() - before.keys()), *(n for n in before.keys() - after.keys() if not n.startswith(blocks))]
+    if odd:
         raise UsageError(
-            f"cannot describe the pruned model: tensor {odd!r} exists in only one of the two models. Pass the "
+            f"cannot describe the pruned model: tensor {min(odd)!r} exists in only one of the two models. Pass the "
             "dense model that the pruned one came from."
         )
     attributes: dict[str, dict[str, Any]] = {}
-    for name, module in pruned.named_modules(remove_duplicate=False):
+    present = {name: vars(module) for name, module in pruned.named_modules(remove_duplicate=False)}
+    for name, values in (present | traced_attributes(pruned)).items():
         old: Mapping[str, Any] = vars(modules[name]) if name in modules else {}
-        changed = {k: _to_json(v) for k, v in vars(module).items() if _differs(k, v, old)}
+        changed = {k: _to_json(v) for k, v in values.items() if _differs(k, v, old)}
         if changed:
             attributes[name] = changed
     shapes = {k: list(t.shape) for k, t in after.items() if t.shape != before[k].shape}
@@ -55,11 +64,12 @@ def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
             f"cannot describe the pruned model: buffer {lost[0]!r} changed shape but is not saved in the "
             "state_dict. Register it with persistent=True."
         )
-    return {"attributes": attributes, "shapes": shapes}
+    changes = {"attributes": attributes, "shapes": shapes}
+    return changes | ({"branches": [_to_json(b) for b in branches.values()]} if branches else {})
 
 
 def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
-    """Apply the attributes and tensor shapes of `changes` to `fresh_model`, in place.
+    """Apply the attributes and tensor shapes of `changes` to `fresh_model` and take branches out, in place.
 
     Changed tensors are left uninitialised; load the pruned state_dict (``strict=True``) afterwards. Tied parameters and
     `requires_grad` flags are kept.
@@ -67,11 +77,12 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
     Args:
         fresh_model: the dense architecture, freshly built.
         changes: result of `describe_changes`, possibly read from JSON. It may come from an untrusted file: only
-            existing plain attributes are set, and no tensor can grow.
+            existing plain attributes are set, no tensor can grow, and the constant of a branch is no larger than the
+            largest parameter.
 
     Raises:
-        UsageError: the model does not have a module, attribute or tensor, or a value or shape is invalid. The model is
-            then not changed.
+        UsageError: the model does not have a module, attribute, tensor or branch, or a value or shape is invalid. The
+            model is then not changed, unless a branch is missing.
     """
     modules = dict(fresh_model.named_modules(remove_duplicate=False))
     tensors = _tensors(fresh_model)
@@ -84,6 +95,7 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
         _check_attributes(name, values, modules)
     for key, shape in shapes.items():
         _check_shape(key, shape, tensors)
+    branches = [_checked_branch(value, tensors) for value in _as_list(changes.get("branches", []))]
 
     for name, values in attributes.items():
         for attribute, value in values.items():
@@ -101,6 +113,8 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
             owner._parameters[tensor_name] = new
         else:
             owner._buffers[tensor_name] = new
+    for branch in branches:  # last, since tracing reads the attributes
+        take_out(fresh_model, branch)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,6 +128,8 @@ def _plain(value: Any) -> bool:
 
 
 def _to_json(value: Any) -> Any:
+    if isinstance(value, Branch):
+        return {"block": value.block, "readers": list(value.readers), "shape": list(value.shape)}
     return [_to_json(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
@@ -159,3 +175,20 @@ def _check_shape(key: str, shape: Any, tensors: dict[str, torch.Tensor]) -> None
             f"the manifest gives {key!r} the shape {shape!r}, which is not a cut of {old}. The file is "
             "damaged or not ours."
         )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError("the manifest's branches must be a list. The file is damaged or not ours.")
+    return value
+
+
+def _checked_branch(value: Any, tensors: Mapping[str, torch.Tensor]) -> Branch:
+    most = max((tensor.numel() for tensor in tensors.values()), default=0)
+    match value:
+        case {"block": str(block), "readers": [str(), *_] as readers, "shape": [int(), *_] as shape}:
+            named = all(isinstance(name, str) for name in readers)
+            whole = all(type(n) is int and n >= 1 for n in shape) and len(shape) <= 5
+            if block and named and whole and math.prod(shape) <= most:
+                return Branch(block, tuple(readers), tuple(shape))
+    raise UsageError(f"the manifest takes out the branch {value!r}, which is none. The file is damaged or not ours.")

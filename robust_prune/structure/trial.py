@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..introspect.copies import copied
+from ..models.branches import Branch
 from .attention import Adaptation, Attention
 from .comparison import compared, exchanged
 from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
@@ -45,10 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Cut:
-    """A candidate and its channels to remove."""
+    """A candidate, its channels to remove, and the branch to take out if they are all of them."""
 
     candidate: Candidate
     removed: tuple[int, ...]
+    branch: Branch | None = None
 
     @property
     def keep(self) -> int:

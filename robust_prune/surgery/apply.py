@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..budget.types import PlannedGroup, PruningPlan
+from ..models.branches import Branch, taken_out
 from ..models.wrappers import unwrap
+from ..structure.branches import find_branch
 from ..structure.cutting import Place
 from ..structure.groups import bundled, check_example, find_candidates, find_traced
 from ..structure.trial import Candidate, Cut, Ledger, Trial
@@ -27,6 +29,7 @@ class Surgery:
         parity: largest relative error over all comparisons with the masked dense model.
         edits: stale attributes that were repaired, as ``module.attribute``.
         removed: removed positions of the original for each place (module, side, dimension) that was cut.
+        branches: residual branches that lost all of their channels and were taken out.
     """
 
     model: nn.Module
@@ -35,6 +38,7 @@ class Surgery:
     parity: float
     edits: tuple[str, ...] = ()
     removed: Mapping[Place, frozenset[int]] = field(default_factory=dict)
+    branches: tuple[Branch, ...] = ()
 
 
 def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor | None = None) -> Surgery:
@@ -44,6 +48,9 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     that fails, in ever smaller sets down to single groups. A group that fails alone is rolled back; the others are
     cut. The same cuts are then made in a copy of the model, which is compared with the masked model and run backward,
     in eval mode and in train mode; a group that spoils this is rolled back too.
+
+    A group that loses all of its channels is cut by taking out the residual branch that they form: what is left of it
+    is a constant, in which the masked model agrees in eval mode. Other groups must keep a channel.
 
     Args:
         model: the dense model; it is not changed.
@@ -61,13 +68,20 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     trial = Trial(base, example, images)
     known = _candidates(trial, plan)
     cuts: list[Cut] = []
+    branches: list[Cut] = []
     skipped: list[Skipped] = []
     for planned in plan.groups:
         if not planned.removed:
             continue
         reason = _invalid(planned, known.get(planned.name))
+        whole = not reason and not planned.keep
+        found = find_branch(trial.dense, known[planned.name].group, trial.images) if whole else None
+        if whole and found is None:
+            reason = "all of its channels would go, and they are not those of a residual branch"
         if reason:
             skipped.append(Skipped(planned.name, reason))
+        elif found:
+            branches.append(Cut(known[planned.name], planned.removed, found.branch))
         else:
             cuts.append(Cut(known[planned.name], planned.removed))
     ledger = Ledger(trial)
@@ -75,7 +89,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     if trial.restarted():
         ledger = Ledger(trial)
         ledger.commit(cuts)
-    proved = prove_whole(base, ledger, trial.paths.passes, example)
+    proved = prove_whole(base, ledger, branches, trial.paths.passes, example)
     done = [cut.candidate.group.name for cut in proved.cuts]
     edits = (edit for name in done for edit in ledger.edits.get(name, ()))
     return Surgery(
@@ -84,7 +98,8 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
         (*skipped, *ledger.failed, *proved.left_out),
         max(ledger.error, proved.error),
         tuple(f"{e.module}.{e.attribute}".lstrip(".") for e in edits),
-        removed_places(proved.cuts),
+        removed_places([cut for cut in proved.cuts if not cut.branch]),
+        tuple(taken_out(proved.small).values()),
     )
 
 
@@ -114,8 +129,6 @@ def _invalid(planned: PlannedGroup, candidate: Candidate | None) -> str:
         return f"the plan expects {planned.channels} channels, the model has {group.channels}"
     if len(removed) != len(planned.removed) or not removed <= set(range(group.channels)):
         return f"the removed channels must be distinct and in 0..{group.channels - 1}"
-    if len(removed) == group.channels:
-        return "all of its channels would go"
     counts = {sum(c * group.blocks // group.channels == b for c in removed) for b in range(group.blocks)}
     if len(counts) != 1:
         return f"each of its {group.blocks} blocks must lose the same number of channels"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.base import ImageSet, random_images
+from ..models.branches import taken_out
 from ..recipe import Recipe
 from ..sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
+from ..structure.branches import mean_result
+from ..structure.cutting import Place
 from .apply import Surgery
 from .batchnorm import reestimate_batchnorm
 from .reconstruction import reconstruct
@@ -43,4 +48,34 @@ def repair(
         few = recipe.sensitivity.model_copy(update={"images": count})
         adv = adv or make_adversarial_set(dense, images, recipe.threat_model, few, seed=recipe.seed, device=device)
         clean, _ = random_images(images, count, recipe.seed)
-        reconstruct(small, dense, surgery.removed, torch.cat([clean, adv.images]))
+        shown = torch.cat([clean, adv.images])
+        fit_branches(small, dense, surgery.removed, shown)
+        reconstruct(small, dense, surgery.removed, shown)
+
+
+@torch.no_grad()
+def fit_branches(
+    small: nn.Module, dense: nn.Module, removed: Mapping[Place, Collection[int]], images: Tensor, batch_size: int = 64
+) -> None:
+    """Set the constants in place of branches to the mean of what the branches return in the dense model, in place.
+
+    The mean is the constant nearest to the branch in the sense of least squares.
+
+    Args:
+        small: the pruned model.
+        dense: the dense model on the same device.
+        removed: removed positions of the dense model (`Surgery.removed`).
+        images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
+        batch_size: images in each batch.
+    """
+    for name, branch in taken_out(small).items():
+        constant = small.get_parameter(name)
+        means = torch.stack([mean_result(dense, branch, part.to(constant)) for part in images.split(batch_size)])
+        sizes = torch.tensor([len(part) for part in images.split(batch_size)]).to(means)
+        mean = torch.einsum("n...,n->...", means, sizes / sizes.sum())
+        lost = set(removed.get((f"{branch.block}.{branch.readers[0]}", "out", 0), ()))
+        dim = max(range(mean.dim()), key=lambda d: mean.shape[d])
+        kept = [i for i in range(mean.shape[dim]) if i not in lost]
+        found = mean.index_select(dim, torch.tensor(kept, device=mean.device))
+        if found.shape == constant.shape:  # else channels are counted otherwise behind the reader
+            constant.copy_(found)

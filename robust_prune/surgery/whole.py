@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import QualityGateError
+from ..errors import QualityGateError, UsageError
+from ..models.branches import NotABranchError, take_out
+from ..structure.branches import mean_result
 from ..structure.comparison import compared
 from ..structure.cutting import Cutter, Place, gone_positions
 from ..structure.masking import masked
@@ -29,14 +31,19 @@ class Proved:
     error: float
 
 
-def prove_whole(base: nn.Module, ledger: Ledger, passes: Sequence[Pass], example: Tensor) -> Proved:
+def prove_whole(
+    base: nn.Module, ledger: Ledger, branches: Sequence[Cut], passes: Sequence[Pass], example: Tensor
+) -> Proved:
     """Make the cuts of `ledger` in a copy of `base` and compare it with the masked `base`, forward and backward.
+
+    Then `branches` are taken out. Their constants are those of eval mode, so values in train mode are not compared.
 
     If they differ, or the cut model fails, the cuts are halved until those that spoil it are known, and left out.
 
     Args:
         base: the dense model; it is not changed.
         ledger: cuts that were each proved on random weights.
+        branches: cuts that take a branch out.
         passes: passes of the dense model that show every part of it.
         example: one image [1, C, H, W]; only its shape and device matter.
 
@@ -46,13 +53,14 @@ def prove_whole(base: nn.Module, ledger: Ledger, passes: Sequence[Pass], example
     proof = _Proof(base, ledger, passes, example)
     good: list[Cut] = []
     left_out: list[Skipped] = []
-    small, reason, error = proof.of(ledger.done)
+    wanted = [*ledger.done, *branches]
+    small, reason, error = proof.of(wanted)
     if not reason:
-        return Proved(small, tuple(ledger.done), (), error)
+        return Proved(small, tuple(wanted), (), error)
     small, nothing, error = proof.of([])
     if nothing:
         raise QualityGateError(f"the pruned model cannot be compared with the dense model: the dense model {nothing}.")
-    parts = [list(ledger.done)]
+    parts = [wanted]
     while parts:
         part = parts.pop()
         tried, reason, found = proof.of([*good, *part])
@@ -88,8 +96,14 @@ class _Proof:
     def of(self, cuts: Sequence[Cut]) -> tuple[nn.Module, str, float]:
         """Return the model with the cuts, what is wrong with it or an empty string, and the largest relative error."""
         small = copy_model(self.base)
-        _replay(small, cuts, self.ledger)
+        _replay(small, [cut for cut in cuts if not cut.branch], self.ledger)
+        branches = [cut for cut in cuts if cut.branch]
         exact = copy_model(small).to(self.dtype).eval()
+        try:
+            for cut in branches:
+                _take_out(small, exact, cut, self.passes[0].images)
+        except UsageError as failure:
+            return small, f"fails: {failure}", float("inf")
         worst = 0.0
         for step, comparable in zip(self.passes, self.exact, strict=True):
             with torch.no_grad(), masked(self.dense, removed_places(cuts)):
@@ -98,6 +112,7 @@ class _Proof:
                 warnings.warn(
                     "the dense model's own logits are not finite, so that nothing can be compared", stacklevel=4
                 )
+            comparable = comparable and not (branches and step.training)
             reason, error = compared(exact, step, wanted, self.dtype, exact=comparable, backward=True)
             if reason:
                 return small, reason if step is self.passes[0] else f"{step.where} {reason}", error
@@ -114,3 +129,21 @@ def _replay(small: nn.Module, cuts: Sequence[Cut], ledger: Ledger) -> None:
             attention.adapt(small, cut.keep, ledger.adaptations[attention.producers[0]])
     for cut in cuts:
         apply_edits(small, ledger.edits.get(cut.candidate.group.name, ()))
+
+
+def _take_out(small: nn.Module, exact: nn.Module, cut: Cut, images: Tensor) -> None:
+    """Take a branch out of `small` and of its precise copy, with what the branch returns without its channels."""
+    branch = cut.branch
+    if branch is None or not _has(small, f"{branch.block}.{branch.readers[0]}"):
+        return  # it went with another branch of the block
+    with masked(exact, {p: gone for p, gone in gone_positions(cut.candidate.group, cut.removed).items() if gone}):
+        try:
+            value = mean_result(exact, branch, images)
+        except NotABranchError as error:
+            raise UsageError(str(error)) from error
+    for model in (small, exact):
+        take_out(model, replace(branch, shape=tuple(value.shape)), value)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in model.named_modules())

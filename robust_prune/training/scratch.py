@@ -29,6 +29,8 @@ def fresh_like(spec: ModelSpec, pruned: nn.Module, seed: int) -> nn.Module:
     shaped = pruned.state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if name not in dense:  # the constant in place of a branch, which begins at zero
+                continue
             # Cut integer buffers, such as position indices, are part of the structure.
             structure = tensor.shape != dense[name].shape and not tensor.is_floating_point()
             tensor.copy_(shaped[name] if structure else dense[name][tuple(slice(size) for size in tensor.shape)])
