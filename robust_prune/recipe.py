@@ -171,6 +171,8 @@ class PruningSection(Section):
     was better than 1 on held-out images, and could not be distinguished from 0 and 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
     """Smallest share of a group's channels to keep; at least one channel is always kept."""
+    branches: bool = True
+    """Whether the allocation `cuts` may remove residual branches whole."""
     cuts: int = Field(1, ge=1, le=100)
     """Number of cuts over which the ratio is spread; before each cut MRS is measured again on the current model."""
     epochs_between: int = Field(1, ge=0)

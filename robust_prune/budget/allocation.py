@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,10 +15,12 @@ from ..errors import UsageError
 from ..models import user_file
 from ..recipe import PruningSection
 from ..sensitivity.profile import SensitivityProfile
+from ..structure.branches import Removable
 from ..structure.types import ChannelGroup
 from .analysis import Analysis
 from .cost import QuadraticForm
-from .rounding import floor_of, round_to_budget
+from .cut_losses import CutLosses
+from .rounding import TOLERANCE, floor_of, round_to_budget
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class Problem:
         profile: sensitivity profile with the MRS of each group, if it was measured.
         scores: scores of the channels by group name, >= 0, higher is more important; None without scores.
         removed: ρ_g(k) for k = 0..channels by group name, ascending, if it was measured; see `Analysis`.
+        cut_losses: losses of real cuts by group name, if they were measured.
     """
 
     groups: Sequence[ChannelGroup]
@@ -51,6 +54,7 @@ class Problem:
     profile: SensitivityProfile | None = None
     scores: Mapping[str, Tensor] | None = None
     removed: Mapping[str, Tensor] | None = None
+    cut_losses: CutLosses | None = None
 
     def needs(self, what: str, value: T | None) -> T:
         """Return `value`, which the allocation requires.
@@ -74,6 +78,13 @@ class Problem:
                 f"the {what} lack group {missing[0]!r} and {len(missing) - 1} more. Make them for the groups of this "
                 "model."
             )
+
+    def without(self, names: Collection[str]) -> Problem:
+        """Return the problem in which the groups `names` keep no channel."""
+        at = [i for i, group in enumerate(self.groups) if group.name not in names]
+        form = QuadraticForm(self.form.constant, self.form.linear[at], self.form.quadratic[np.ix_(at, at)])
+        groups = [self.groups[i] for i in at]
+        return replace(self, groups=groups, form=form, floors=self.floors[at], dense=self.dense[at])
 
     def largest(self, widths: Callable[[float], Floats]) -> Floats:
         """Return the largest widths within the budget, found by bisection.
@@ -127,8 +138,39 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     floors = np.array([floor_of(g, section.min_keep) for g in groups], dtype=np.float64)
     problem = Problem(
         groups, cost.form(section.metric), budget, floors, cost.dense.copy(), section, analysis.profile,
-        analysis.scores, analysis.removed,
+        analysis.scores, analysis.removed, analysis.cut_losses,
     )  # fmt: skip
+    if section.allocation == "cuts" and section.branches and analysis.branches and analysis.cut_losses:
+        problem = without_branches(problem, analysis.branches, analysis.cut_losses)
+    kept = {group.name for group in problem.groups}
+    return dict.fromkeys((g.name for g in groups if g.name not in kept), 0) | _widths(problem)
+
+
+def _widths(problem: Problem) -> dict[str, int]:
+    """Return the integer widths that an allocation gives the groups of a problem."""
+    groups, section = problem.groups, problem.section
+    if not groups:
+        return {}
+    wish = wished(problem)
+    widths = np.asarray(wish.widths, dtype=np.float64)
+    losses = (
+        wish.losses
+        if wish.losses is not None
+        else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, widths, strict=True)]
+    )
+    keep = round_to_budget(
+        groups, widths, losses, problem.form, problem.budget, round_to=section.round_to, min_keep=section.min_keep
+    )  # fmt: skip
+    return {g.name: int(k) for g, k in zip(groups, keep, strict=True)}
+
+
+def wished(problem: Problem) -> Wish:
+    """Return what the allocation of a problem's section gives, checked.
+
+    Raises:
+        UsageError: as `allocate`.
+    """
+    groups, section = problem.groups, problem.section
     function = ALLOCATIONS.load(section.allocation)
     with user_file.reported(section.allocation):
         wish = function(problem)
@@ -143,12 +185,48 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
             f"allocation {section.allocation!r} must return losses [channels + 1] for each of {len(groups)} groups, "
             f"got {[np.shape(row) for row in wish.losses]}"
         )
-    losses = (
-        wish.losses
-        if wish.losses is not None
-        else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, widths, strict=True)]
+    return wish
+
+
+def without_branches(problem: Problem, branches: Mapping[str, Removable], measured: CutLosses) -> Problem:
+    """Return the problem without the groups of branches whose removal lowers the expected loss at this budget.
+
+    Branches go one by one, each time the one after which the expected loss of the real-valued widths and of all removed
+    branches is lowest, as long as it falls.
+
+    Args:
+        problem: the problem of all groups.
+        branches: residual branches by the name of their group.
+        measured: losses of real cuts, which contain those without the branches.
+    """
+    from .allocations.cuts import loss_without
+
+    gone, paid = problem, 0.0
+    best = _expected(problem)
+    left = dict(branches)
+    while left:
+        tries = {}
+        for name, branch in left.items():
+            smaller = gone.without({g.name for g in gone.groups if branch.modules.issuperset(g.producers)})
+            tries[name] = paid + loss_without(measured[name]) + _expected(smaller)
+        name = min(tries, key=lambda name: tries[name])
+        if tries[name] >= best:
+            break
+        best, paid = tries[name], paid + loss_without(measured[name])
+        gone = gone.without({g.name for g in gone.groups if left[name].modules.issuperset(g.producers)})
+        names = {group.name for group in gone.groups}
+        left = {name: branch for name, branch in left.items() if name in names}
+    return gone
+
+
+def _expected(problem: Problem) -> float:
+    """Return the expected loss of the real-valued widths, or infinity if they exceed the budget or nothing is left."""
+    if not problem.groups:
+        return float("inf")
+    wish = wished(problem)
+    if wish.losses is None or problem.form.value(wish.widths) > problem.budget * (1 + TOLERANCE):
+        return float("inf")
+    return sum(
+        float(np.interp(width, np.arange(len(loss)), loss))
+        for width, loss in zip(wish.widths, wish.losses, strict=True)
     )
-    keep = round_to_budget(
-        groups, widths, losses, problem.form, budget, round_to=section.round_to, min_keep=section.min_keep
-    )  # fmt: skip
-    return {g.name: int(k) for g, k in zip(groups, keep, strict=True)}

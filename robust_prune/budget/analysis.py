@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ from ..sensitivity.display import render_table
 from ..sensitivity.estimators import measure
 from ..sensitivity.profile import SensitivityProfile
 from ..shown import Shown
+from ..structure.branches import Removable, find_branch
 from ..structure.groups import GroupSearch, find_groups
 from ..structure.paths import sample_images
 from .cost import CostModel, cost_model
+from .cut_losses import CutLosses, measure_cuts
+
+_BRANCH_IMAGES = 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +41,8 @@ class Analysis(Shown):
         removed: relative size of the weight perturbation by removing the k least important channels, by group name,
             [channels + 1]; None where a caller went without, which the ``mrs`` allocation does not allow.
         criterion: name of the criterion that made the scores; empty if unknown.
+        cut_losses: losses of real cuts, which only the ``cuts`` allocation needs; else None.
+        branches: groups that are residual branches and may be removed whole, by name.
     """
 
     search: GroupSearch
@@ -45,6 +51,8 @@ class Analysis(Shown):
     scores: Mapping[str, Tensor]
     removed: Mapping[str, Tensor] | None = None
     criterion: str = ""
+    cut_losses: CutLosses | None = None
+    branches: Mapping[str, Removable] = field(default_factory=dict)
 
     def short(self) -> str:
         """Return one sentence: number of groups, MACs, and how MRS was measured."""
@@ -94,7 +102,13 @@ def analyse(
         adv=adv, clean=random_images(images, section.images, recipe.seed), seed=recipe.seed, device=device,
     )  # fmt: skip
     removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
-    return Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
+    found = Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
+    if recipe.pruning.allocation != "cuts":
+        return found
+    few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
+    branches = {g.name: b for g in search.groups if recipe.pruning.branches and (b := find_branch(model, g, few))}
+    losses = measure_cuts(model, images, search.groups, scores, branches, recipe.threat_model, seed=recipe.seed)
+    return replace(found, cut_losses=losses, branches=branches)
 
 
 def check_groups(search: GroupSearch) -> None:

@@ -17,6 +17,7 @@ from .masking import masked
 from .types import ChannelGroup
 
 _TOLERANCE = 1e-5
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,22 @@ def mean_result(model: nn.Module, branch: Branch, images: Tensor) -> Tensor:
     Args:
         model: a model that has the branch; it runs in eval mode.
         branch: the branch; its shape may be that before or after channels of the result were cut.
-        images: images [N, C, H, W] of the model's data type and device.
+        images: images [N, C, H, W] in [0, 1].
 
     Raises:
         NotABranchError: the block does not run exactly once in a pass, or takes keywords.
     """
-    block = model.get_submodule(branch.block)
+    result, like = result_of(model.get_submodule(branch.block), branch.readers), next(model.parameters())
+    total: Tensor | None = None
     with eval_mode(model):
-        result = result_of(block, branch.readers)(*_inputs_of(model, branch.block, images))
-    kept = [dim for dim, size in enumerate(branch.shape) if size > 1] or [result.dim() - 1]
-    return result.mean([dim for dim in range(result.dim()) if dim not in kept], keepdim=True)
+        result.eval()
+        for part in images.split(_BATCH):
+            found = result(*_inputs_of(model, branch.block, part.to(like)))
+            kept = [dim for dim, size in enumerate(branch.shape) if size > 1] or [found.dim() - 1]
+            mean = found.mean([dim for dim in range(found.dim()) if dim not in kept], keepdim=True) * len(part)
+            total = mean if total is None else total + mean
+    assert total is not None
+    return total / len(images)
 
 
 def _proved(

@@ -70,19 +70,22 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     cuts: list[Cut] = []
     branches: list[Cut] = []
     skipped: list[Skipped] = []
+    empty = [p.name for p in plan.groups if p.removed and not p.keep and p.name in known]
+    removable = {name: b for name in empty if (b := find_branch(trial.dense, known[name].group, trial.images))}
+    # Other groups of a branch go with it, such as the inner one of squeeze and excitation.
+    inside = {n: {o for o in empty if b.modules.issuperset(known[o].group.producers)} for n, b in removable.items()}
+    gone = set().union(*inside.values())
     for planned in plan.groups:
         if not planned.removed:
             continue
         reason = _invalid(planned, known.get(planned.name))
-        whole = not reason and not planned.keep
-        found = find_branch(trial.dense, known[planned.name].group, trial.images) if whole else None
-        if whole and found is None:
+        if not reason and planned.name in empty and planned.name not in gone:
             reason = "all of its channels would go, and they are not those of a residual branch"
         if reason:
             skipped.append(Skipped(planned.name, reason))
-        elif found:
-            branches.append(Cut(known[planned.name], planned.removed, found.branch))
-        else:
+        elif planned.name in removable:
+            branches.append(Cut(known[planned.name], planned.removed, removable[planned.name].branch))
+        elif planned.name not in gone:
             cuts.append(Cut(known[planned.name], planned.removed))
     ledger = Ledger(trial)
     ledger.commit(cuts)
@@ -91,6 +94,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
         ledger.commit(cuts)
     proved = prove_whole(base, ledger, branches, trial.paths.passes, example)
     done = [cut.candidate.group.name for cut in proved.cuts]
+    done += sorted({other for name in done for other in inside.get(name, ())} - set(done))
     edits = (edit for name in done for edit in ledger.edits.get(name, ()))
     return Surgery(
         proved.small,

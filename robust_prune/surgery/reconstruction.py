@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks.context import frozen_eval
@@ -25,9 +24,8 @@ from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..structure.cutting import Place
+from ..structure.least_squares import RIDGE, input_rows, is_plain, output_rows
 
-RIDGE = 1e-3
-"""λ as a multiple of the mean of the diagonal of X'ᵀX'."""
 _BATCH = 64
 _MOST_ELEMENTS = 1 << 26
 """Largest number of unfolded input elements in memory: 256 MiB in float32."""
@@ -95,9 +93,7 @@ def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[s
         if side != "in":
             continue
         module: Any = dense.get_submodule(target)
-        # Subclasses that pad inputs or standardise weights in forward do not compute the linear map of their weight.
-        plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-        if plain and getattr(module, "groups", 1) == 1:
+        if is_plain(module):
             lost = set(removed.get((target, "out", 0), ()))
             keep = [i for i in range(module.weight.shape[0]) if i not in lost]
             found[target] = torch.tensor(keep)
@@ -152,10 +148,10 @@ def _solve(
         some = max(1, _MOST_ELEMENTS // (given[0].numel() * layer.weight[0, 0].numel()))
         parts = zip(given.split(some), found.split(some), wanted.split(some), strict=True)
         for inputs, now, outputs in parts:
-            rows, targets = _rows(layer, inputs), _targets(layer, outputs)[:, keep]
+            rows, targets = input_rows(layer, inputs), output_rows(layer, outputs)[:, keep]
             if rows is None or targets.shape != (len(rows), len(keep)):
                 return False
-            rest = targets - _targets(layer, now)
+            rest = targets - output_rows(layer, now)
             squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
             gram = squares if gram is None else gram + squares
             moment = products if moment is None else moment + products
@@ -173,19 +169,3 @@ def _solve(
         change = change[:, :-1]
     layer.weight += change.reshape(layer.weight.shape).to(layer.weight.dtype)
     return True
-
-
-def _rows(layer: Any, x: Tensor) -> Tensor | None:
-    """Return one row of inputs for each output position, with a final 1 for the bias, or None for other padding."""
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-    elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    else:
-        return None
-    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-
-
-def _targets(layer: Any, y: Tensor) -> Tensor:
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)

@@ -54,9 +54,7 @@ def repair(
 
 
 @torch.no_grad()
-def fit_branches(
-    small: nn.Module, dense: nn.Module, removed: Mapping[Place, Collection[int]], images: Tensor, batch_size: int = 64
-) -> None:
+def fit_branches(small: nn.Module, dense: nn.Module, removed: Mapping[Place, Collection[int]], images: Tensor) -> None:
     """Set the constants in place of branches to the mean of what the branches return in the dense model, in place.
 
     The mean is the constant nearest to the branch in the sense of least squares.
@@ -66,13 +64,10 @@ def fit_branches(
         dense: the dense model on the same device.
         removed: removed positions of the dense model (`Surgery.removed`).
         images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
-        batch_size: images in each batch.
     """
     for name, branch in taken_out(small).items():
         constant = small.get_parameter(name)
-        means = torch.stack([mean_result(dense, branch, part.to(constant)) for part in images.split(batch_size)])
-        sizes = torch.tensor([len(part) for part in images.split(batch_size)]).to(means)
-        mean = torch.einsum("n...,n->...", means, sizes / sizes.sum())
+        mean = mean_result(dense, branch, images)
         lost = set(removed.get((f"{branch.block}.{branch.readers[0]}", "out", 0), ()))
         dim = max(range(mean.dim()), key=lambda d: mean.shape[d])
         kept = [i for i in range(mean.shape[dim]) if i not in lost]

@@ -119,7 +119,7 @@ def test_the_constant_is_fitted_to_the_mean_of_the_dense_branch() -> None:
     hook = model.blocks[0].bn2.register_forward_hook(lambda _, args, out: seen.append(out.detach().clone()))
     model(images())
     hook.remove()
-    fit_branches(surgery.model, model, surgery.removed, images(), batch_size=3)
+    fit_branches(surgery.model, model, surgery.removed, images())
     mean = seen[0].mean((0, 2, 3))
     lost = surgery.removed["blocks.0.bn2", "norm", 0]
     kept = [i for i in range(len(mean)) if i not in lost]

@@ -50,9 +50,7 @@ def wished_widths(problem: Problem) -> Wish:
     """
     profile = problem.needs("a sensitivity profile", problem.profile)
     losses = cut_losses(problem, tempered(profile, problem.groups, problem.section.mrs_exponent))
-    form = problem.form
-    widths = _equal_prices(losses, problem.floors, problem.dense, form.gradient, form.value, problem.budget)
-    return Wish(widths, losses)
+    return Wish(equal_prices(losses, problem), losses)
 
 
 def cut_losses(problem: Problem, profile: SensitivityProfile) -> list[Floats]:
@@ -74,7 +72,7 @@ def cut_losses(problem: Problem, profile: SensitivityProfile) -> list[Floats]:
             raise UsageError(f"group {group.name!r} needs {group.channels + 1} removed fractions, got {removed.shape}")
         radii = _tangent(np.array(profile.radii, dtype=np.float64))
         loss = _curve_at(_tangent(removed), radii, np.array(curves[group.name], dtype=np.float64))
-        losses.append(_lower_hull(loss)[::-1].copy())
+        losses.append(lower_hull(loss)[::-1].copy())
     return losses
 
 
@@ -93,7 +91,7 @@ def _curve_at(sizes: Floats, radii: Floats, curve: Floats) -> Floats:
     return np.exp(np.interp(at, np.log(radii), np.log(relative))) * sizes**_ORDER
 
 
-def _lower_hull(values: Floats) -> Floats:
+def lower_hull(values: Floats) -> Floats:
     """Return the largest convex function of the index that is nowhere above `values`."""
     hull: list[int] = []
     for i in range(len(values)):
@@ -106,23 +104,21 @@ def _lower_hull(values: Floats) -> Floats:
     return np.interp(np.arange(len(values)), hull, values[hull])
 
 
-def _equal_prices(
-    losses: Sequence[Floats],
-    floors: Floats,
-    dense: Floats,
-    gradient: Callable[[Floats], Floats],
-    costs: Callable[[Floats], float],
-    budget: float,
-) -> Floats:
-    """Return real-valued widths of equal marginal loss per cost, by bisection on the Lagrange multiplier."""
+def equal_prices(losses: Sequence[Floats], problem: Problem) -> Floats:
+    """Return real-valued widths of equal marginal loss per cost, by bisection on the Lagrange multiplier.
+
+    Args:
+        losses: loss of each group at each kept count 0..channels, convex and not increasing.
+        problem: budget, cost and limits of the widths.
+    """
     response = _Response(losses)
     low, high = -80.0, 80.0
-    keep = dense.copy()
+    keep, floors, dense, form = problem.dense.copy(), problem.floors, problem.dense, problem.form
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        keep = response.settle(np.exp(middle), keep, floors, dense, gradient)
-        low, high = (middle, high) if costs(keep) > budget else (low, middle)
-    return response.settle(np.exp(high), keep, floors, dense, gradient)
+        keep = response.settle(np.exp(middle), keep, floors, dense, form.gradient)
+        low, high = (middle, high) if form.value(keep) > problem.budget else (low, middle)
+    return response.settle(np.exp(high), keep, floors, dense, form.gradient)
 
 
 class _Response:

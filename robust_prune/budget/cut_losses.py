@@ -1,0 +1,239 @@
+"""Module Robustness Sensitivity to the cut itself: what a group's real cut costs, alone and repaired.
+
+The estimators of `sensitivity.estimators` bound what the *worst* perturbation of a module's weights costs. Here each
+group is cut to some widths, the others whole: the columns of its readers (the layers that read its channels) at the
+removed channels become zero, and their other columns are solved anew by least squares. All solutions follow from the
+Gram matrices XᵀX of the readers' dense inputs, which one pass over some images gives. A residual branch is also taken
+out whole.
+
+The robust loss is taken on adversarial images after a few more steps of the attack on the cut model: images that are
+adversarial to the dense model are less so to any other, so that its own images would make many cuts look like gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.context import frozen_eval
+from ..attacks.pgd import cross_entropy_objective, pgd
+from ..attacks.threat import ThreatModel
+from ..console import track
+from ..data.base import ImageSet, random_images
+from ..models.branches import take_out
+from ..ranking.importance import removal_order
+from ..sensitivity.losses import cross_entropy, finite
+from ..structure.branches import Removable, mean_result
+from ..structure.least_squares import RIDGE, input_rows, is_plain
+from ..structure.types import ChannelGroup
+
+SHARES = (0.5, 0.25, 0.125)
+"""Kept shares of a group's channels at which its loss is measured."""
+IMAGES = 192
+GRAM_IMAGES = 512
+"""Images of the losses, and of the Gram matrices."""
+FIRST_STEPS = 10
+STEPS = 2
+STEP = 0.5
+"""Steps of the attack on the dense model and on each cut model, and the size of the latter in radii."""
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class CutLoss:
+    """Loss of one cut.
+
+    Attributes:
+        keep: channels that stay.
+        rise: rise of the robust loss, in nats; it may be negative.
+        error: standard error of `rise` over the images.
+    """
+
+    keep: int
+    rise: float
+    error: float
+
+
+CutLosses = Mapping[str, tuple[CutLoss, ...]]
+"""Losses of a group's cuts, by the group's name."""
+
+
+def measure_cuts(
+    model: nn.Module,
+    images: ImageSet,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    branches: Mapping[str, Removable],
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+) -> dict[str, tuple[CutLoss, ...]]:
+    """Measure what cutting each group alone costs, at `SHARES` of its channels and, for branches, without any.
+
+    Cost: for each cut, `STEPS` steps of the attack and one forward pass on `IMAGES` images. Memory: the square matrices
+    of all readers, in float64.
+
+    Args:
+        model: the dense model, on its device; it is not changed.
+        images: training images.
+        groups: groups of this model.
+        scores: scores of the channels by group name, [channels]; those with the lowest go first.
+        branches: groups that are residual branches, by name.
+        threat: norm and radius of the attack.
+        seed: random seed of images and attack.
+
+    Raises:
+        UsageError: a loss is not finite.
+    """
+    like = next(model.parameters())
+    drawn, labels = random_images(images, GRAM_IMAGES, seed)
+    drawn, labels = drawn.to(like), labels.to(like.device)
+    clean, labels = drawn[:IMAGES], labels[:IMAGES]
+    with frozen_eval(model):
+        generator = torch.Generator().manual_seed(seed)
+        adversarial = pgd(model, clean, labels, threat, steps=FIRST_STEPS, generator=generator)
+        shown = torch.cat([adversarial, drawn[IMAGES:]])
+        measured = _Loss(clean, adversarial, labels, threat)
+        base = measured.of(model)
+        names = {name for group in groups for name in _readers(model, group)}
+        grams = _gram_matrices(model, names, shown)
+        found: dict[str, tuple[CutLoss, ...]] = {}
+        with track("Sensitivity, real cuts", len(groups)) as advance:
+            for group in groups:
+                row = []
+                if group.name in branches:
+                    with _without_branch(model, branches[group.name], shown):
+                        row.append(_cut_loss(0, measured.of(model) - base))
+                for keep in _widths(group):
+                    with _cut(model, group, keep, scores[group.name], grams):
+                        row.append(_cut_loss(keep, measured.of(model) - base))
+                found[group.name] = tuple(row)
+                advance()
+    return found
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Images of the loss: originals, adversarial images of the dense model, and labels."""
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    threat: ThreatModel
+
+    def of(self, model: nn.Module) -> Tensor:
+        """Return the loss of each image in nats, after `STEPS` more steps of the attack on `model`."""
+        parts = []
+        for at in torch.arange(len(self.labels)).split(_BATCH):
+            y = self.labels[at]
+            found = pgd(
+                model, self.clean[at], y, self.threat, steps=STEPS, step_size=STEP * self.threat.epsilon,
+                objective=cross_entropy_objective(y), start=self.adversarial[at],
+            )  # fmt: skip
+            with torch.no_grad():
+                parts.append(cross_entropy(model(found), y))
+        return torch.cat(parts)
+
+
+def _cut_loss(keep: int, rises: Tensor) -> CutLoss:
+    finite(float(rises.mean()), f"with a group cut to {keep} channels")
+    return CutLoss(keep, float(rises.mean()), float(rises.std() / len(rises) ** 0.5))
+
+
+def _widths(group: ChannelGroup) -> list[int]:
+    """Return the widths at `SHARES`, multiples of the group's blocks, ascending."""
+    part = group.channels // group.blocks
+    return sorted({group.blocks * max(1, round(share * part)) for share in SHARES} - {group.channels})
+
+
+def _readers(model: nn.Module, group: ChannelGroup) -> dict[str, list[tuple[int, int]]]:
+    """Return the plain layers that read a group's channels, each with pairs of (input position, channel)."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for part in group.slices:
+        if part.side == "in" and is_plain(model.get_submodule(part.target)):
+            found.setdefault(part.target, []).extend(zip(part.index, part.root, strict=True))
+    return found
+
+
+@torch.no_grad()
+def _gram_matrices(model: nn.Module, names: set[str], images: Tensor) -> dict[str, Tensor]:
+    """Return XᵀX of the inputs of each layer that runs once in a pass and pads with zeros."""
+    found: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            rows = input_rows(layer, args[0])
+            if rows is not None:
+                found[name] = found.get(name, 0) + (rows.T @ rows).double()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    parts = images.split(_BATCH)
+    try:
+        for part in parts:
+            model(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: gram for name, gram in found.items() if calls[name] == len(parts)}
+
+
+def _solved(layer: Any, gram: Tensor | None, gone: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer without the inputs `gone`, the others solved anew where the inputs are known.
+
+    With all inputs, outputs are ``X W``. The best ``V`` for the kept inputs ``K`` is ``W_K + (G_KK + λI)⁻¹ G_KD W_D``,
+    where ``G = XᵀX`` and ``D`` are the removed inputs.
+    """
+    weight = layer.weight.detach()
+    flat = weight.reshape(len(weight), -1).double()
+    dead = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    dead[list(gone)] = True
+    dead = dead.repeat_interleave(flat.shape[1] // weight.shape[1])
+    if layer.bias is not None:
+        flat = torch.cat([flat, layer.bias.detach().double()[:, None]], 1)
+        dead = torch.cat([dead, dead.new_zeros(1)])
+    new = torch.where(dead, 0.0, flat)
+    if gram is not None:
+        kept = gram[~dead][:, ~dead]
+        kept.diagonal().add_(max(RIDGE * float(kept.diagonal().mean()), 1e-12))
+        new[:, ~dead] += torch.linalg.solve(kept, gram[~dead][:, dead] @ flat[:, dead].T).T
+    bias = None if layer.bias is None else new[:, -1].to(weight.dtype)
+    return new[:, : weight[0].numel()].reshape(weight.shape).to(weight.dtype), bias
+
+
+@contextmanager
+def _cut(
+    model: nn.Module, group: ChannelGroup, keep: int, scores: Tensor, grams: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Cut a group to its `keep` best channels inside the block, with its readers solved anew."""
+    gone = set(removal_order(group, scores)[: group.channels - keep].tolist())
+    with ExitStack() as undo:
+        for name, pairs in _readers(model, group).items():
+            layer: Any = model.get_submodule(name)
+            weight, bias = _solved(layer, grams.get(name), [at for at, channel in pairs if channel in gone])
+            for own, new in (("weight", weight), ("bias", bias)):
+                if new is not None:
+                    parameter = getattr(layer, own)
+                    undo.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = new
+        yield
+
+
+@contextmanager
+def _without_branch(model: nn.Module, removable: Removable, images: Tensor) -> Iterator[None]:
+    """Take a branch out inside the block, with its mean result in its place."""
+    owner, _, own = removable.branch.block.rpartition(".")
+    block, parent = model.get_submodule(removable.branch.block), model.get_submodule(owner)
+    take_out(model, removable.branch, mean_result(model, removable.branch, images))
+    try:
+        yield
+    finally:
+        setattr(parent, own, block)

@@ -1,0 +1,42 @@
+"""Layers as linear maps of rows: one row of inputs, and one of outputs, for each output position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RIDGE = 1e-3
+"""Weight of the regularisation as a multiple of the mean of the diagonal of XᵀX."""
+
+
+def is_plain(layer: Any) -> bool:
+    """Return whether a layer is a linear map of its weight: no groups, and no forward pass of its own.
+
+    Subclasses may pad inputs or standardise weights in their forward pass.
+    """
+    return type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward) and getattr(layer, "groups", 1) == 1
+
+
+def input_rows(layer: Any, x: Tensor) -> Tensor | None:
+    """Return the inputs [rows, inputs x kernel area], with a final 1 for a bias, or None for padding other than zeros.
+
+    Args:
+        layer: a plain convolution or linear layer.
+        x: its input.
+    """
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+    elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    else:
+        return None
+    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def output_rows(layer: Any, y: Tensor) -> Tensor:
+    """Return the outputs [rows, outputs] of a plain convolution or linear layer, in the order of `input_rows`."""
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)
