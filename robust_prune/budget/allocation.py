@@ -201,14 +201,15 @@ def without_branches(problem: Problem, branches: Mapping[str, Removable], measur
     """
     from .allocations.cuts import loss_without
 
+    least = problem.budget - TOLERANCE * problem.form.value(problem.dense)
     gone, paid = problem, 0.0
-    best = _expected(problem)
+    best = _expected(problem, least)
     left = dict(branches)
     while left:
         tries = {}
         for name, branch in left.items():
             smaller = gone.without({g.name for g in gone.groups if branch.modules.issuperset(g.producers)})
-            tries[name] = paid + loss_without(measured[name]) + _expected(smaller)
+            tries[name] = paid + loss_without(measured[name]) + _expected(smaller, least)
         name = min(tries, key=lambda name: tries[name])
         if tries[name] >= best:
             break
@@ -219,9 +220,9 @@ def without_branches(problem: Problem, branches: Mapping[str, Removable], measur
     return gone
 
 
-def _expected(problem: Problem) -> float:
-    """Return the expected loss of the real-valued widths, or infinity if they exceed the budget or nothing is left."""
-    if not problem.groups:
+def _expected(problem: Problem, least: float) -> float:
+    """Return the expected loss of the real-valued widths, or infinity if no widths cost from `least` to the budget."""
+    if not problem.groups or problem.form.value(problem.dense) < least:
         return float("inf")
     wish = wished(problem)
     if wish.losses is None or problem.form.value(wish.widths) > problem.budget * (1 + TOLERANCE):

@@ -15,6 +15,7 @@ from robust_prune.budget.allocation import allocate as allocate_by_section
 from robust_prune.budget.allocations.mrs import cut_losses
 from robust_prune.budget.analysis import Analysis
 from robust_prune.budget.cost import CostModel, QuadraticForm
+from robust_prune.budget.cut_losses import CutLoss
 from robust_prune.budget.rounding import allowed_widths, floor_of, round_to_budget
 from robust_prune.catalogue import ALLOCATIONS
 from robust_prune.errors import UsageError
@@ -91,8 +92,13 @@ def profile_of(groups, mrs, powers):
 
 
 def allocate(allocation, groups, cost, budget, metric="macs", profile=None, scores=None, removed=None, **section):
-    """`allocate` with MRS at its word."""
-    analysis = Analysis(GroupSearch(tuple(groups), ()), cost, profile, scores, removed)
+    """`allocate` with MRS at its word, and losses of real cuts that grow as fast as the curves do."""
+    found = {} if profile is None else {g.name: g.mrs for g in profile.groups}
+    cuts = {
+        g.name: tuple(CutLoss(g.channels // n, found[g.name] * (n - 1) ** 2 / n, 1e-4) for n in (8, 4, 2))
+        for g in groups if g.name in found
+    }  # fmt: skip
+    analysis = Analysis(GroupSearch(tuple(groups), ()), cost, profile, scores, removed, "", cuts)
     settings = make_section(PruningSection, allocation=allocation, metric=metric, mrs_exponent=1, **section)
     return allocate_by_section(analysis, settings, budget)
 

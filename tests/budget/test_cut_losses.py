@@ -1,0 +1,155 @@
+"""Losses of real cuts: each is that of the model which surgery and repair would make, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from builders.branch_models import Residuals, images
+from builders.weights import randomised
+from torch import Tensor, nn
+
+from robust_prune.attacks.threat import ThreatModel
+from robust_prune.budget import cut_losses
+from robust_prune.budget.allocation import allocate
+from robust_prune.budget.allocations.cuts import loss_by_width
+from robust_prune.budget.analysis import Analysis
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.cut_losses import CutLoss, measure_cuts
+from robust_prune.budget.plan import make_plan
+from robust_prune.budget.types import PlannedGroup
+from robust_prune.data.base import TensorImages
+from robust_prune.errors import UsageError
+from robust_prune.recipe import PruningSection
+from robust_prune.structure.branches import find_branch
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery.apply import apply
+from robust_prune.surgery.reconstruction import reconstruct
+from robust_prune.surgery.repair import fit_branches
+
+THREAT = ThreatModel("linf", 8 / 255)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[nn.Module, TensorImages, Analysis]:
+    model = randomised(Residuals()).eval()
+    generator = torch.Generator().manual_seed(3)
+    pictures = TensorImages(
+        torch.randint(256, (48, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(48) % 5
+    )
+    search = find_groups(model, images()[:1])
+    scores = {g.name: torch.rand(g.channels, generator=generator) for g in search.groups}
+    branches = {g.name: b for g in search.groups if (b := find_branch(model, g, images()))}
+    losses = measure_cuts(model, pictures, search.groups, scores, branches, THREAT, seed=1)
+    cost = cost_model(model, images()[:1], search.groups)
+    return model, pictures, Analysis(search, cost, None, scores, None, "random", losses, branches)
+
+
+def test_every_group_is_measured_at_some_widths_and_branches_without_channels(measured: tuple) -> None:
+    _, _, analysis = measured
+    assert set(analysis.branches) == {f"blocks.{i}.conv1" for i in range(3)}
+    for group in analysis.search.groups:
+        widths = [cut.keep for cut in analysis.cut_losses[group.name]]
+        assert widths == sorted(set(widths)) and all(cut.error > 0 for cut in analysis.cut_losses[group.name])
+        assert (0 in widths) == (group.name in analysis.branches)
+        assert group.channels // 2 in widths and group.channels not in widths
+
+
+def test_measuring_leaves_the_model_as_it_was_and_repeats(measured: tuple) -> None:
+    model, pictures, analysis = measured
+    before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    again = measure_cuts(model, pictures, analysis.search.groups, analysis.scores, analysis.branches, THREAT, seed=1)
+    assert again == analysis.cut_losses
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [type(m) for m in model.modules()] == modules and [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5])
+def test_a_measured_cut_is_that_of_surgery_and_repair(
+    measured: tuple, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    model, pictures, analysis = measured
+    group = next(g for g in analysis.search.groups if g.name == "blocks.1.conv1")
+    shown: list[Tensor] = []
+    logits: list[Tensor] = []
+    original_mean, original_gram = cut_losses.mean_result, cut_losses._gram_matrices
+
+    def gram(model: nn.Module, names: set[str], given: Tensor) -> dict[str, Tensor]:
+        shown.append(given)
+        return original_gram(model, names, given)
+
+    def of(self: object, model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            logits.append(model(images()))
+        return torch.zeros(len(images())) + len(logits)
+
+    monkeypatch.setattr(cut_losses, "_gram_matrices", gram)
+    monkeypatch.setattr(cut_losses, "mean_result", original_mean)
+    monkeypatch.setattr(cut_losses._Loss, "of", of)
+    monkeypatch.setattr(cut_losses, "SHARES", (keep / group.channels,))
+    measure_cuts(model, pictures, [group], analysis.scores, analysis.branches, THREAT, seed=1)
+    found = logits[1 if keep == 0 else 2]
+
+    order = analysis.scores[group.name].argsort(stable=True)
+    planned = [
+        PlannedGroup(g.name, g.channels, tuple(sorted(order[: g.channels - keep].tolist())) if g is group else (), None)
+        for g in analysis.search.groups
+    ]
+    plan = make_plan(analysis, PruningSection(allocation="uniform", ratio=0.5))
+    surgery = apply(model, replace(plan, groups=tuple(planned)), images()[:1])
+    assert surgery.rolled_back == ()
+    fit_branches(surgery.model, model, surgery.removed, shown[0])
+    reconstruct(surgery.model, model, surgery.removed, shown[0])
+    with torch.no_grad():
+        wanted = surgery.model.eval()(images())
+        assert torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()))
+        assert not torch.allclose(found, model(images()), atol=1e-2 * float(wanted.abs().max()))
+
+
+def test_expected_losses_pass_through_the_measured_ones_and_are_convex(measured: tuple) -> None:
+    _, _, analysis = measured
+    group = next(g for g in analysis.search.groups if g.channels == 12)
+    rises = (CutLoss(0, 5.0, 0.1), CutLoss(2, 1.0, 0.1), CutLoss(3, 0.5, 0.1), CutLoss(6, 0.1, 0.01))
+    loss = loss_by_width(group, rises)
+    assert loss.shape == (13,) and loss[12] == 0
+    assert np.allclose(loss[[2, 3, 6]], [1.0, 0.5, 0.1])
+    assert (np.diff(loss) <= 0).all() and (np.diff(loss, 2) >= -1e-9).all()
+    noisy = loss_by_width(group, (CutLoss(2, -0.3, 0.02), CutLoss(6, 0.01, 0.03)))
+    assert noisy[2] >= 0.02 and noisy[6] >= 0.01  # a gain, and a rise within its error, count as the error
+
+
+def with_losses(analysis: Analysis, without: float) -> Analysis:
+    losses = {
+        g.name: tuple(
+            CutLoss(keep, (without if keep == 0 else 0.5 / keep), 1e-4)
+            for keep in ((0, 1, 3, 5) if g.name in analysis.branches else (1, 3, 5))
+        )
+        for g in analysis.search.groups
+    }
+    return replace(analysis, cut_losses=losses)
+
+
+@pytest.mark.parametrize(("without", "gone"), [(1e-3, True), (10.0, False)])
+def test_branches_go_whole_where_that_costs_less(measured: tuple, without: float, gone: bool) -> None:
+    analysis = with_losses(measured[2], without)
+    section = PruningSection(allocation="cuts", ratio=0.6, round_to=1)
+    budget = 0.4 * analysis.cost.macs({})
+    keep = allocate(analysis, section, budget)
+    empty = {name for name, count in keep.items() if count == 0}
+    assert (empty != set()) == gone and empty <= set(analysis.branches)
+    assert abs(analysis.cost.macs(keep) - budget) <= 0.01 * analysis.cost.macs({})
+    never = allocate(analysis, section.model_copy(update={"branches": False}), budget)
+    assert 0 not in never.values()
+    plan = make_plan(analysis, section)
+    surgery = apply(measured[0], plan, images()[:1])
+    assert surgery.rolled_back == () and len(surgery.branches) == len(empty)
+
+
+def test_a_plan_without_these_losses_says_how_to_get_them(measured: tuple) -> None:
+    analysis = replace(measured[2], cut_losses=None)
+    with pytest.raises(UsageError, match=r"needs losses of real cuts.*allocation=cuts"):
+        make_plan(analysis, PruningSection(allocation="cuts"))
