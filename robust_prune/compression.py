@@ -236,7 +236,9 @@ def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted
             return clock.kept(apply(model.cpu(), plan, spec.blank_image(), seen).model)
 
         present = 1.0 if model is dense else clock.kept(model)
-        return plan_for_latency(analysis, recipe.pruning, wanted, present, measure, conditions(recipe.bench))
+        return plan_for_latency(
+            clock.priced(analysis, model), recipe.pruning, wanted, present, measure, conditions(recipe.bench)
+        )
 
 
 def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, plan: PruningPlan) -> Pruned:

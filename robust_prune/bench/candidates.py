@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from ..budget.analysis import Analysis
+from ..budget.latency_cost import with_latency
 from ..budget.latency_search import TOLERANCE
 from ..data.base import ImageSet
 from ..exporters.onnx import export_model
 from ..models.spec import ModelSpec
 from ..recipe import BenchSection, Recipe
 from .latency import DEFAULTS, run_section
+from .layer_times import file_seconds, layer_seconds
 from .types import LatencyTable
 
 SECONDS_SHARE = 0.5
@@ -65,6 +69,26 @@ class CandidateClock:
         speedup = run_section(files, few, self.recipe.seed).rows[1].speedup
         assert speedup is not None
         return 1 / speedup.value
+
+    def priced(self, analysis: Analysis, model: nn.Module) -> Analysis:
+        """Return the analysis of `model` with latency among its costs, from layers that are timed alone.
+
+        On other providers than the CPU it is returned as it is: a GPU overlaps layers, whose times do not add up.
+
+        Raises:
+            QualityGateError, UsageError, EnvironmentProblem: as `kept`.
+        """
+        bench = self.recipe.bench
+        if bench.provider != "cpu":
+            return analysis
+        threads = _threads(bench)
+        images = self.spec.blank_image().repeat(bench.batches[0], 1, 1, 1)
+        whole = file_seconds(self._export(model, "present"), tuple(images.shape), bench.provider, threads)
+        cost = with_latency(
+            analysis.cost, model.cpu(), images, analysis.search.groups, analysis.branches, whole,
+            partial(layer_seconds, provider=bench.provider, threads=threads),
+        )  # fmt: skip
+        return replace(analysis, cost=cost)
 
     def _export(self, model: nn.Module, name: str) -> Path:
         path = self.folder / f"{name}.onnx"

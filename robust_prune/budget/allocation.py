@@ -82,9 +82,8 @@ class Problem:
     def without(self, names: Collection[str]) -> Problem:
         """Return the problem in which the groups `names` keep no channel."""
         at = [i for i, group in enumerate(self.groups) if group.name not in names]
-        form = QuadraticForm(self.form.constant, self.form.linear[at], self.form.quadratic[np.ix_(at, at)])
         groups = [self.groups[i] for i in at]
-        return replace(self, groups=groups, form=form, floors=self.floors[at], dense=self.dense[at])
+        return replace(self, groups=groups, form=self.form.part(at), floors=self.floors[at], dense=self.dense[at])
 
     def largest(self, widths: Callable[[float], Floats]) -> Floats:
         """Return the largest widths within the budget, found by bisection.

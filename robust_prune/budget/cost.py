@@ -32,21 +32,29 @@ _QUERY_NAMES = ("qkv", "q", "query", "q_proj", "to_q", "to_qkv", "in_proj_weight
 
 @dataclass(frozen=True, eq=False)
 class QuadraticForm:
-    """``constant + linear·k + k·quadratic·k`` over kept counts k.
+    """``constant + linear·k + k·quadratic·k + Σ presence[k > 0]`` over kept counts k.
 
     Attributes:
         constant: cost of all that no group cuts.
         linear: coefficients [groups].
         quadratic: coefficients [groups, groups], symmetric.
+        presence: cost that vanishes with the last channel of a group, [groups]; none by default.
     """
 
     constant: float
     linear: Floats
     quadratic: Floats
+    presence: Floats | None = None
 
     def value(self, keep: Floats) -> float:
         """Return the cost at kept counts [groups]."""
-        return float(self.constant + keep @ (self.linear + self.quadratic @ keep))
+        there = 0.0 if self.presence is None else self.presence[keep > 0].sum()
+        return float(self.constant + keep @ (self.linear + self.quadratic @ keep) + there)
+
+    def part(self, at: Sequence[int]) -> QuadraticForm:
+        """Return the form over the groups `at`, the others without channels."""
+        presence = None if self.presence is None else self.presence[at]
+        return QuadraticForm(self.constant, self.linear[at], self.quadratic[np.ix_(at, at)], presence)
 
     def gradient(self, keep: Floats) -> Floats:
         """Return the marginal cost of a channel of each group, [groups], at kept counts [groups]."""
@@ -125,8 +133,8 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
         raise UsageError("two channel groups have the same name; the cost of each needs its own")
     model = unwrap(model)
     example = example.to(weights_dtype(model))
-    sides = _Sides(model, groups)
-    macs, params = _Terms(len(names)), _Terms(len(names))
+    sides = Sides(model, groups)
+    macs, params = Terms(len(names)), Terms(len(names))
     _add_macs(macs, sides, trace_products(model, example), len(example))
     _add_params(params, sides)
     dense = np.array([group.channels for group in groups], dtype=np.float64)
@@ -136,7 +144,7 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
+class Side:
     """Channels on one dimension of a weight: ``fixed + multiplicity·k``, and `dense` in the unpruned model."""
 
     dense: float
@@ -148,7 +156,7 @@ class _Side:
         return bool(self.multiplicity.any())
 
 
-class _Terms:
+class Terms:
     """A sum of products of at most two sides, as one quadratic form."""
 
     def __init__(self, groups: int) -> None:
@@ -156,7 +164,7 @@ class _Terms:
         self._linear = np.zeros(groups)
         self._quadratic = np.zeros((groups, groups))
 
-    def add(self, cost: float, sides: Sequence[_Side]) -> None:
+    def add(self, cost: float, sides: Sequence[Side]) -> None:
         """Add a term that is `cost` in the unpruned model and proportional to each of `sides`."""
         live = [s for s in sides if s.cut and s.dense > 0]
         # A third cut dimension is held at its dense size; no layer that surgery handles has one.
@@ -173,7 +181,7 @@ class _Terms:
         return QuadraticForm(self._constant, self._linear, self._quadratic)
 
 
-class _Sides:
+class Sides:
     """Sides of every parameter of a model as functions of the groups' widths."""
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
@@ -190,11 +198,16 @@ class _Sides:
                 key = (id(owner), "out" if single else part.side, part.dim)
                 self._cut.setdefault(key, {}).setdefault(position, set()).update(part.index)
 
-    def of_module(self, module: nn.Module, side: str, dense: int) -> _Side:
+    def of_module(self, module: nn.Module, side: str, dense: int) -> Side:
         """Return a side of a convolution, linear or norm layer."""
         return self._side((id(module), side, 0), dense)
 
-    def of_parameter(self, name: str) -> list[_Side]:
+    def of_layer(self, layer: nn.Module) -> tuple[Side, Side]:
+        """Return the output and the input side of a convolution or linear layer; one for both if it is depthwise."""
+        out = self.of_module(layer, "out", _width(layer, "out"))
+        return out, out if _is_depthwise(layer) else self.of_module(layer, "in", _width(layer, "in"))
+
+    def of_parameter(self, name: str) -> list[Side]:
         """Return the sides to which a parameter's cost is proportional: its layer's, or its own if it is free."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
         parameter = _parameter(self.model, name)
@@ -208,7 +221,7 @@ class _Sides:
         norm = self.of_module(owner, "norm", parameter.numel())
         return [norm] if norm.cut and parameter.numel() > 1 else free
 
-    def _layer_sides(self, layer: nn.Module, parameter: nn.Parameter) -> list[_Side]:
+    def _layer_sides(self, layer: nn.Module, parameter: nn.Parameter) -> list[Side]:
         inputs, outputs = _width(layer, "in"), _width(layer, "out")
         out = self.of_module(layer, "out", outputs)
         if parameter is not layer.weight:
@@ -217,20 +230,20 @@ class _Sides:
             return [out]
         return [out, self.of_module(layer, "in", inputs)]
 
-    def _side(self, key: tuple[int, str, int], dense: int) -> _Side:
+    def _side(self, key: tuple[int, str, int], dense: int) -> Side:
         slopes = np.zeros(len(self._groups))
         for position, indices in self._cut.get(key, {}).items():
             slopes[position] = len(indices) / self._groups[position].channels
         covered = sum(len(indices) for indices in self._cut.get(key, {}).values())
-        return _Side(float(dense), float(dense - covered), slopes)
+        return Side(float(dense), float(dense - covered), slopes)
 
 
-def _add_macs(terms: _Terms, sides: _Sides, products: Sequence[Product], batch: int) -> None:
+def _add_macs(terms: Terms, sides: Sides, products: Sequence[Product], batch: int) -> None:
     for product in products:
         terms.add(product.macs / batch, _product_sides(sides, product))
 
 
-def _product_sides(sides: _Sides, product: Product) -> list[_Side]:
+def _product_sides(sides: Sides, product: Product) -> list[Side]:
     if product.parameter is not None:
         return sides.of_parameter(product.parameter)
     module = sides.model.get_submodule(product.module)
@@ -245,7 +258,7 @@ def _product_sides(sides: _Sides, product: Product) -> list[_Side]:
     return []
 
 
-def _add_params(terms: _Terms, sides: _Sides) -> None:
+def _add_params(terms: Terms, sides: Sides) -> None:
     for name, parameter in sides.model.named_parameters():
         terms.add(parameter.numel(), sides.of_parameter(name))
 
@@ -254,8 +267,8 @@ def _is_depthwise(layer: object) -> bool:
     return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels
 
 
-def _constant(size: int, like: _Side) -> _Side:
-    return _Side(float(size), float(size), np.zeros_like(like.multiplicity))
+def _constant(size: int, like: Side) -> Side:
+    return Side(float(size), float(size), np.zeros_like(like.multiplicity))
 
 
 def _width(layer: nn.Module, side: Literal["in", "out"]) -> int:

@@ -28,7 +28,9 @@ def wished_widths(problem: Problem) -> Wish:
     Raises:
         UsageError: the losses of real cuts are missing.
     """
-    measured = problem.needs("losses of real cuts (analyse measures them with pruning.allocation=cuts)", problem.cut_losses)
+    measured = problem.needs(
+        "losses of real cuts (analyse measures them with pruning.allocation=cuts)", problem.cut_losses
+    )
     problem.covered(measured, "losses of real cuts")
     losses = [loss_by_width(group, measured[group.name]) for group in problem.groups]
     return Wish(equal_prices(losses, problem), losses)
