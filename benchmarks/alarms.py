@@ -1,9 +1,10 @@
 """Alarms of the evaluation on models that cheat (`cheating_models.py`) and honest ones that look odd (`odd_models.py`).
 
     python benchmarks/alarms.py --images 200
+    python benchmarks/alarms.py --images 32 --tier aa-fast --claims --model pruned.safetensors --out alarms_aa_fast.json
 
-Each model wraps the demo, or is a small network trained for a few passes. It is evaluated in the default tier on test
-images of CIFAR-10. Beside the accuracy that a cheat claims stands what an adaptive attack leaves: the default attack on
+Each model wraps the demo, or is a small network trained for a few passes. It is evaluated in the default tier, or
+another one, on test images of CIFAR-10. Beside the accuracy that a cheat claims stands what an adaptive attack leaves: the default attack on
 the model without its disguise, every iterate of which is shown to the cheat. Alarms of the checks before and after the
 attack are the same in every tier; those of stronger attacks and of Square come on top. Results are written after each
 model, and the same command goes on with the missing ones.
@@ -114,8 +115,10 @@ class Passes:
         return self
 
 
-def measure(model: nn.Module, plain: nn.Module, images: ImageSet, tier: str, steps: int) -> dict[str, Any]:
-    """Return the figures of one model."""
+def measure(
+    model: nn.Module, plain: nn.Module, images: ImageSet, tier: str, steps: int, adaptive: bool
+) -> dict[str, Any]:
+    """Return the figures of one model, without those of the adaptive attack unless it is `adaptive`."""
     section = EvaluationSection(tier=tier, steps=steps)
     checks, passes = [0], Passes(model)
 
@@ -134,7 +137,10 @@ def measure(model: nn.Module, plain: nn.Module, images: ImageSet, tier: str, ste
     total = passes.images
     passes.hook.remove()
     truth = card
-    if plain is not model:
+    left: int | None
+    if not adaptive:
+        left = None
+    elif plain is not model:
         truth_card = evaluate(plain, images, THREAT, section, exported={"cheat": Shown(type(model)(plain).eval())})
         left = min(truth_card.exported["cheat"].robust.correct, card.robust.correct)
     else:
@@ -158,7 +164,8 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for row in result["rows"]:
-        shares = " | ".join(f"{100 * row[key] / count:.1f}" for key in ("clean", "claimed", "truth"))
+        figures = [row[key] for key in ("clean", "claimed", "truth")]
+        shares = " | ".join("–" if figure is None else f"{100 * figure / count:.1f}" for figure in figures)
         lines.append(f"| {row['kind']} | {row['name']} | {shares} | {' '.join(row['flags']) or '–'} |")
     for kind, what in (("cheat", "cheats"), ("honest", "honest models")):
         rows = [row for row in result["rows"] if row["kind"] == kind]
@@ -180,6 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of PGD")
     parser.add_argument("--model", default="demo", help="the model that is wrapped")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the models")
+    parser.add_argument("--claims", action="store_true", help="without the adaptive attack, which is that of tier pgd")
     parser.add_argument("--work", type=Path, default=Path("runs/alarms"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "alarms.json")
     args = parser.parse_args()
@@ -195,7 +203,7 @@ def main() -> None:
     for (kind, name), (model, plain) in models(base, data, args.work).items():
         if name in {row["name"] for row in result["rows"]} or (args.only and name not in args.only):
             continue
-        figures = measure(model, plain, images_for(name, images), args.tier, args.steps)
+        figures = measure(model, plain, images_for(name, images), args.tier, args.steps, not args.claims)
         result["rows"].append({"kind": kind, "name": name, **figures, "environment": snapshot()})
         write_json(args.out, result)
         write_text(args.out.with_suffix(".md"), table(result))
