@@ -1,12 +1,12 @@
 """Alarms of the evaluation on models that cheat (`cheating_models.py`) and honest ones that look odd (`odd_models.py`).
 
     python benchmarks/alarms.py --images 200
-    python benchmarks/alarms.py --images 32 --tier aa-fast --claims --model pruned.safetensors --out alarms_aa_fast.json
+    python benchmarks/alarms.py --images 32 --tier aa-fast --claims --out alarms_aa_fast.json
 
 Each model wraps the demo, or is a small network trained for a few passes. It is evaluated in the default tier, or
-another one, on test images of CIFAR-10. Beside the accuracy that a cheat claims stands what an adaptive attack leaves: the default attack on
-the model without its disguise, every iterate of which is shown to the cheat. Alarms of the checks before and after the
-attack are the same in every tier; those of stronger attacks and of Square come on top. Results are written after each
+another one, on test images of CIFAR-10. Beside the accuracy that a cheat claims stands what an adaptive attack leaves:
+the default attack on the model without its disguise, every iterate of which is shown to the cheat. The checks before
+and after the attack are the same in every tier; what the attack itself saw differs. Results are written after each
 model, and the same command goes on with the missing ones.
 """
 
