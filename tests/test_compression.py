@@ -168,7 +168,10 @@ def test_a_latency_falls_in_equal_shares_and_is_that_of_the_dense_model(
     before: int, wanted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    clock = SimpleNamespace(kept=lambda model: 0.6 if model is PREPARED.surgery.model else 0.4)
+    kept = {True: 0.6, False: 0.4}
+    clock = SimpleNamespace(
+        kept=lambda model: kept[model is PREPARED.surgery.model], priced=lambda analysis, model: analysis
+    )
     monkeypatch.setattr(compression.CandidateClock, "open", lambda *_: _opened(clock))
     monkeypatch.setattr(compression, "analyse", lambda *_: PREPARED.analysis)
     monkeypatch.setattr(compression, "plan_for_latency", lambda *arguments: asked.append(arguments) or PREPARED.plan)

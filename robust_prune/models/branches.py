@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UsageError
+from ..introspect.modes import kept_modes
 
 _MARK = "robust_prune_branches"
 _CONSTANT = "branch_constant"
@@ -83,7 +84,10 @@ def without(block: nn.Module, branch: Branch, value: Tensor | None = None) -> fx
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     constant = torch.zeros(branch.shape) if value is None else value.detach()
     name = next(n for n in _numbered(_CONSTANT) if not hasattr(block, n))
-    small = _Trace(block, branch.readers).rest(name, nn.Parameter(constant.to(like.device, like.dtype, copy=True)))
+    parameter = nn.Parameter(constant.to(like.device, like.dtype, copy=True))
+    small = _Trace(block, branch.readers).rest(name, parameter)
+    if _Trace(block, branch.readers, training=True).rest(name, parameter).code != small.code:
+        raise NotABranchError("what its code does around the branch depends on the mode, which tracing would fix")
     return _marked(small, (*_marks(block), _Taken(branch, name, _attributes(block, branch)))).train(block.training)
 
 
@@ -148,12 +152,13 @@ def _marked(module: fx.GraphModule, marks: tuple[_Taken, ...]) -> fx.GraphModule
 class _Trace:
     """The graph of a block, in which some layers read the channels of a branch."""
 
-    def __init__(self, block: nn.Module, readers: Collection[str]) -> None:
+    def __init__(self, block: nn.Module, readers: Collection[str], *, training: bool = False) -> None:
         self.block, self.readers = block, set(readers)
         given = {} if isinstance(block, fx.GraphModule) else inspect.signature(block.forward).parameters
         defaults = {n: p.default for n, p in given.items() if p.default is not inspect.Parameter.empty}
         try:
-            self.graph = _Tracer(readers).trace(block, defaults)
+            with kept_modes(block):
+                self.graph = _Tracer(readers).trace(block.train(training), defaults)
         except Exception as error:  # what tracing meets depends on the code of the block
             raise NotABranchError(f"torch.fx cannot trace it ({str(error).splitlines()[0]})") from error
         self.end, self.additions = self._merge()

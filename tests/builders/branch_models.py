@@ -83,6 +83,17 @@ class Multiplied(nn.Module):
         return x * self.body(x)
 
 
+class Dropping(nn.Module):
+    """Its code decides by the mode, outside the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x + self.body(x), 0.5, training=self.training)
+
+
 class Around(nn.Module):
     """A stem, a block and a head."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 import onnx
 import pytest
 import torch
-from builders.branch_models import MODELS, Around, Multiplied, Padded, Residuals, images
+from builders.branch_models import MODELS, Around, Dropping, Multiplied, Padded, Residuals, images
 from builders.weights import randomised
 from torch import nn
 
@@ -126,8 +126,8 @@ def test_the_constant_is_fitted_to_the_mean_of_the_dense_branch() -> None:
     assert torch.allclose(surgery.model.blocks[0].branch_constant.flatten(), mean[kept], atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [Multiplied, Padded])
-def test_what_is_not_added_or_differs_by_position_is_no_branch(block: type[nn.Module]) -> None:
+@pytest.mark.parametrize("block", [Multiplied, Padded, Dropping])
+def test_what_is_not_added_or_differs_by_position_or_mode_is_no_branch(block: type[nn.Module]) -> None:
     model = randomised(Around(block())).eval()
     search = find_groups(model, images()[:1])
     group = next(g for g in search.groups if g.name == "block.body.0")
