@@ -30,6 +30,7 @@ from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.data.base import DataBundle, random_subset
+from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
@@ -108,9 +109,12 @@ def main() -> None:
     data = open_data(base_recipe)
     base = open_model_for(args.model, data, base_recipe, None)
     device = choose_device(base_recipe.device)
-    result: dict[str, Any] = {"arch": base.spec.arch, "data": data.name, "rows": []}
+    settings = {"model": models_hash(base.module), "arch": base.spec.arch, "data": data.name, "recipe": args.recipe}
+    result: dict[str, Any] = {**settings, "rows": []}
     if args.out.exists():
         result = json.loads(args.out.read_text(encoding="utf-8"))
+    if {key: result.get(key) for key in settings} != settings:
+        raise SystemExit(f"{args.out} was made with other settings than {settings}. Move it away or use --out.")
     for seed in args.seeds:
         wanted = [(r, s, a) for s in args.steps for r in args.ratios for a in args.arms]
         have = {(row["ratio"], row["steps"], row["arm"]) for row in result["rows"] if row["seed"] == seed}
@@ -124,8 +128,8 @@ def main() -> None:
             if (ratio, steps, arm) in have:
                 continue
             changed = recipe.pruning.model_copy(update={"ratio": ratio, **ARMS[arm]})
-            settings = recipe.model_copy(update={"pruning": changed})
-            small, keep = pruned(base, data, analysis, settings)
+            chosen = recipe.model_copy(update={"pruning": changed})
+            small, keep = pruned(base, data, analysis, chosen)
             if steps:
                 images = steps * recipe.finetune.batch_size
                 epochs = math.ceil(images / len(data.train))
@@ -135,7 +139,7 @@ def main() -> None:
                     data.train, CHOOSE_IMAGES, seed
                 )  # held-out images judge, so they do not choose
                 train(small, part, chosen_on, recipe.threat_model, tuned, seed=seed, device=device, teacher=base.module)
-            score = score_on(small.cpu().eval(), data.validation, "held-out", data, settings, device)
+            score = score_on(small.cpu().eval(), data.validation, "held-out", data, chosen, device)
             row = {"seed": seed, "ratio": ratio, "steps": steps, "arm": arm, "keep": keep, "score": score}
             result["rows"].append({**row, "cut_losses": measured, "environment": snapshot()})
             write_json(args.out, result)

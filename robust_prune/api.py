@@ -62,7 +62,7 @@ from .training.types import TrainResult
 
 ModelSource = Model | nn.Module | str | Path
 Threat = ThreatModel | float | None
-_PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_keep"})
+_PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_keep", "branches"})
 
 
 def load(

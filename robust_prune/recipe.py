@@ -170,7 +170,7 @@ class PruningSection(Section):
     """Exponent of MRS in the allocation `mrs`: 1 uses MRS in nats, 0 ignores MRS. With 90 % of the MACs removed, 0.25
     was better than 1 on held-out images, and could not be distinguished from 0 and 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
-    """Smallest share of a group's channels to keep; at least one channel is always kept."""
+    """Smallest share of a group's channels to keep, at least one channel; branches that go whole keep none."""
     branches: bool = True
     """Whether the allocation `cuts` may remove residual branches whole."""
     cuts: int = Field(1, ge=1, le=100)

@@ -191,7 +191,8 @@ def without_branches(problem: Problem, branches: Mapping[str, Removable], measur
     """Return the problem without the groups of branches whose removal lowers the expected loss at this budget.
 
     Branches go one by one, each time the one after which the expected loss of the real-valued widths and of all removed
-    branches is lowest, as long as it falls.
+    branches is lowest, as long as it falls. While not even the smallest widths meet the budget, the one goes that costs
+    the least loss for what it saves there.
 
     Args:
         problem: the problem of all groups.
@@ -201,19 +202,22 @@ def without_branches(problem: Problem, branches: Mapping[str, Removable], measur
     from .allocations.cuts import loss_without
 
     least = problem.budget - TOLERANCE * problem.form.value(problem.dense)
-    gone, paid = problem, 0.0
-    best = _expected(problem, least)
-    left = dict(branches)
+    gone, paid, best = problem, 0.0, _expected(problem, least)
+    left = {name: branch for name, branch in branches.items() if name in {group.name for group in problem.groups}}
     while left:
         tries = {}
         for name, branch in left.items():
             smaller = gone.without({g.name for g in gone.groups if branch.modules.issuperset(g.producers)})
-            tries[name] = paid + loss_without(measured[name]) + _expected(smaller, least)
-        name = min(tries, key=lambda name: tries[name])
-        if tries[name] >= best:
+            cost = loss_without(measured[name])
+            tries[name] = smaller, paid + cost, paid + cost + _expected(smaller, least)
+        name = min(tries, key=lambda name: tries[name][2])
+        if tries[name][2] == float("inf") and gone.form.value(gone.floors) > problem.budget:
+            # Not even the smallest widths are within the budget, and one branch less does not bring them there.
+            saved = {n: gone.form.value(gone.floors) - t[0].form.value(t[0].floors) for n, t in tries.items()}
+            name = min(tries, key=lambda n: loss_without(measured[n]) / max(saved[n], 1e-9))
+        elif tries[name][2] >= best:
             break
-        best, paid = tries[name], paid + loss_without(measured[name])
-        gone = gone.without({g.name for g in gone.groups if left[name].modules.issuperset(g.producers)})
+        gone, paid, best = tries[name]
         names = {group.name for group in gone.groups}
         left = {name: branch for name, branch in left.items() if name in names}
     return gone

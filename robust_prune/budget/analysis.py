@@ -93,7 +93,11 @@ def analyse(
     check_groups(search)
     widths = dense_widths or {}
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))
-    cost = cost_model(model, example, search.groups)
+    with_cuts, branches = recipe.pruning.allocation == "cuts", dict[str, Removable]()
+    if with_cuts and recipe.pruning.branches:
+        few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
+        branches = {g.name: b for g in search.groups if (b := find_branch(model, g, few))}
+    cost = cost_model(model, example, search.groups, branches)
     model.to(device)
     adv = make_adversarial_set(model, images, recipe.threat_model, section, seed=recipe.seed, device=device)
     profile = measure(model, adv, section, groups=search.groups, device=device)
@@ -103,10 +107,8 @@ def analyse(
     )  # fmt: skip
     removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
     found = Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
-    if recipe.pruning.allocation != "cuts":
+    if not with_cuts:
         return found
-    few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
-    branches = {g.name: b for g in search.groups if recipe.pruning.branches and (b := find_branch(model, g, few))}
     losses = measure_cuts(model, images, search.groups, scores, branches, recipe.threat_model, seed=recipe.seed)
     return replace(found, cut_losses=losses, branches=branches)
 

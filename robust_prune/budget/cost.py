@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..models.wrappers import unwrap
+from ..structure.branches import Removable
 from ..structure.types import ChannelGroup
 from .counting import Product, count_macs, count_params, trace_products
 
@@ -32,29 +34,38 @@ _QUERY_NAMES = ("qkv", "q", "query", "q_proj", "to_q", "to_qkv", "in_proj_weight
 
 @dataclass(frozen=True, eq=False)
 class QuadraticForm:
-    """``constant + linear·k + k·quadratic·k + Σ presence[k > 0]`` over kept counts k.
+    """``constant + linear·k + k·quadratic·k`` over kept counts k, less what goes with a residual branch.
 
     Attributes:
         constant: cost of all that no group cuts.
         linear: coefficients [groups].
         quadratic: coefficients [groups, groups], symmetric.
-        presence: cost that vanishes with the last channel of a group, [groups]; none by default.
+        gone: position of a group, and the cost of the layers that are gone once it has no channel; none by default.
     """
 
     constant: float
     linear: Floats
     quadratic: Floats
-    presence: Floats | None = None
+    gone: tuple[tuple[int, QuadraticForm], ...] = ()
 
     def value(self, keep: Floats) -> float:
         """Return the cost at kept counts [groups]."""
-        there = 0.0 if self.presence is None else self.presence[keep > 0].sum()
-        return float(self.constant + keep @ (self.linear + self.quadratic @ keep) + there)
+        less = sum(form.value(keep) for at, form in self.gone if keep[at] == 0)
+        return float(self.constant + keep @ (self.linear + self.quadratic @ keep)) - less
 
     def part(self, at: Sequence[int]) -> QuadraticForm:
         """Return the form over the groups `at`, the others without channels."""
-        presence = None if self.presence is None else self.presence[at]
-        return QuadraticForm(self.constant, self.linear[at], self.quadratic[np.ix_(at, at)], presence)
+        constant, linear, quadratic = self.constant, self.linear[at], self.quadratic[np.ix_(at, at)]
+        left = []
+        for position, form in self.gone:
+            some = form.part(at)
+            if position in at:
+                left.append((list(at).index(position), some))
+            else:
+                constant, linear, quadratic = (
+                    constant - some.constant, linear - some.linear, quadratic - some.quadratic
+                )  # fmt: skip
+        return QuadraticForm(constant, linear, quadratic, tuple(left))
 
     def gradient(self, keep: Floats) -> Floats:
         """Return the marginal cost of a channel of each group, [groups], at kept counts [groups]."""
@@ -117,13 +128,19 @@ class CostModel:
         return dict(zip(self.names, gradient.tolist(), strict=True))
 
 
-def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]) -> CostModel:
+def cost_model(
+    model: nn.Module,
+    example: Tensor,
+    groups: Sequence[ChannelGroup],
+    branches: Mapping[str, Removable] = MappingProxyType({}),
+) -> CostModel:
     """Derive the cost model of `model` from one forward pass and its groups.
 
     Args:
         model: the model; it is not changed, and the pass runs in eval mode.
         example: images [B, C, H, W] on the model's device, in any precision; costs are those of one image of this size.
         groups: groups of this model.
+        branches: groups that are residual branches, by name; all of their layers' cost goes with the last channel.
 
     Raises:
         UsageError: two groups have the same name.
@@ -133,8 +150,8 @@ def cost_model(model: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]
         raise UsageError("two channel groups have the same name; the cost of each needs its own")
     model = unwrap(model)
     example = example.to(weights_dtype(model))
-    sides = Sides(model, groups)
-    macs, params = Terms(len(names)), Terms(len(names))
+    sides, counted = Sides(model, groups), branches_of(groups, branches)
+    macs, params = Terms(len(names), counted), Terms(len(names), counted)
     _add_macs(macs, sides, trace_products(model, example), len(example))
     _add_params(params, sides)
     dense = np.array([group.channels for group in groups], dtype=np.float64)
@@ -156,16 +173,34 @@ class Side:
         return bool(self.multiplicity.any())
 
 
-class Terms:
-    """A sum of products of at most two sides, as one quadratic form."""
+def branches_of(groups: Sequence[ChannelGroup], branches: Mapping[str, Removable]) -> dict[int, Removable]:
+    """Return each branch once, by the position of the first of its groups."""
+    found: dict[frozenset[str], int] = {}
+    for at, group in enumerate(groups):
+        if group.name in branches:
+            found.setdefault(branches[group.name].modules, at)
+    return {at: branches[groups[at].name] for at in found.values()}
 
-    def __init__(self, groups: int) -> None:
+
+class Terms:
+    """A sum of products of at most two sides, as one quadratic form.
+
+    Args:
+        groups: number of groups.
+        branches: residual branches by the position of their group.
+    """
+
+    def __init__(self, groups: int, branches: Mapping[int, Removable] = MappingProxyType({})) -> None:
         self._constant = 0.0
         self._linear = np.zeros(groups)
         self._quadratic = np.zeros((groups, groups))
+        self._branches = {at: (branch.modules, Terms(groups)) for at, branch in branches.items()}
 
-    def add(self, cost: float, sides: Sequence[Side]) -> None:
-        """Add a term that is `cost` in the unpruned model and proportional to each of `sides`."""
+    def add(self, cost: float, sides: Sequence[Side], module: str) -> None:
+        """Add a term of a module that is `cost` in the unpruned model and proportional to each of `sides`."""
+        for modules, terms in self._branches.values():
+            if module in modules:
+                terms.add(cost, sides, module)
         live = [s for s in sides if s.cut and s.dense > 0]
         # A third cut dimension is held at its dense size; no layer that surgery handles has one.
         live = live[:2]
@@ -178,7 +213,8 @@ class Terms:
         self._quadratic += share * (outer + outer.T) / 2
 
     def form(self) -> QuadraticForm:
-        return QuadraticForm(self._constant, self._linear, self._quadratic)
+        gone = tuple((at, terms.form()) for at, (_, terms) in self._branches.items())
+        return QuadraticForm(self._constant, self._linear, self._quadratic, gone)
 
 
 class Sides:
@@ -240,7 +276,7 @@ class Sides:
 
 def _add_macs(terms: Terms, sides: Sides, products: Sequence[Product], batch: int) -> None:
     for product in products:
-        terms.add(product.macs / batch, _product_sides(sides, product))
+        terms.add(product.macs / batch, _product_sides(sides, product), product.module)
 
 
 def _product_sides(sides: Sides, product: Product) -> list[Side]:
@@ -260,7 +296,7 @@ def _product_sides(sides: Sides, product: Product) -> list[Side]:
 
 def _add_params(terms: Terms, sides: Sides) -> None:
     for name, parameter in sides.model.named_parameters():
-        terms.add(parameter.numel(), sides.of_parameter(name))
+        terms.add(parameter.numel(), sides.of_parameter(name), name.rpartition(".")[0])
 
 
 def _is_depthwise(layer: object) -> bool:

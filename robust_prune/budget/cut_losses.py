@@ -2,9 +2,9 @@
 
 The estimators of `sensitivity.estimators` bound what the *worst* perturbation of a module's weights costs. Here each
 group is cut to some widths, the others whole: the columns of its readers (the layers that read its channels) at the
-removed channels become zero, and their other columns are solved anew by least squares. All solutions follow from the
-Gram matrices XᵀX of the readers' dense inputs, which one pass over some images gives. A residual branch is also taken
-out whole.
+removed channels become zero, and their other columns are solved anew by least squares where a reader is a plain
+convolution or linear layer. All solutions follow from the Gram matrices XᵀX of the readers' dense inputs, which one
+pass over some images gives. A residual branch is also taken out whole.
 
 The robust loss is taken on adversarial images after a few more steps of the attack on the cut model: images that are
 adversarial to the dense model are less so to any other, so that its own images would make many cuts look like gains.
@@ -29,7 +29,9 @@ from ..models.branches import take_out
 from ..ranking.importance import removal_order
 from ..sensitivity.losses import cross_entropy, finite
 from ..structure.branches import Removable, mean_result
-from ..structure.least_squares import RIDGE, input_rows, is_plain
+from ..structure.cutting import gone_positions
+from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain
+from ..structure.masking import masked
 from ..structure.types import ChannelGroup
 
 SHARES = (0.5, 0.25, 0.125)
@@ -76,7 +78,7 @@ def measure_cuts(
     """Measure what cutting each group alone costs, at `SHARES` of its channels and, for branches, without any.
 
     Cost: for each cut, `STEPS` steps of the attack and one forward pass on `IMAGES` images. Memory: the square matrices
-    of all readers, in float64.
+    of all readers in float64, at most 1 GiB each.
 
     Args:
         model: the dense model, on its device; it is not changed.
@@ -162,20 +164,25 @@ def _readers(model: nn.Module, group: ChannelGroup) -> dict[str, list[tuple[int,
 
 @torch.no_grad()
 def _gram_matrices(model: nn.Module, names: set[str], images: Tensor) -> dict[str, Tensor]:
-    """Return XᵀX of the inputs of each layer that runs once in a pass and pads with zeros."""
+    """Return XᵀX of the inputs of each layer that runs once in a pass, pads with zeros and is not too large."""
     found: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             calls[name] = calls.get(name, 0) + 1
-            rows = input_rows(layer, args[0])
-            if rows is not None:
-                found[name] = found.get(name, 0) + (rows.T @ rows).double()
+            given = args[0] if args else kwargs["input"]
+            for part in given.split(images_at_once(layer, given)):
+                rows = input_rows(layer, part)
+                if rows is not None:
+                    found[name] = found.get(name, 0) + (rows.T @ rows).double()
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    handles = [
+        layer.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name in names if fits(layer := model.get_submodule(name))
+    ]  # fmt: skip
     parts = images.split(_BATCH)
     try:
         for part in parts:
@@ -213,17 +220,17 @@ def _solved(layer: Any, gram: Tensor | None, gone: Sequence[int]) -> tuple[Tenso
 def _cut(
     model: nn.Module, group: ChannelGroup, keep: int, scores: Tensor, grams: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Cut a group to its `keep` best channels inside the block, with its readers solved anew."""
+    """Set all but the `keep` best channels of a group to zero inside the block, with its readers solved anew."""
     gone = set(removal_order(group, scores)[: group.channels - keep].tolist())
-    with ExitStack() as undo:
-        for name, pairs in _readers(model, group).items():
-            layer: Any = model.get_submodule(name)
-            weight, bias = _solved(layer, grams.get(name), [at for at, channel in pairs if channel in gone])
-            for own, new in (("weight", weight), ("bias", bias)):
-                if new is not None:
-                    parameter = getattr(layer, own)
-                    undo.callback(setattr, parameter, "data", parameter.data)
-                    parameter.data = new
+    solved = []
+    for name, pairs in _readers(model, group).items():
+        layer: Any = model.get_submodule(name)
+        weight, bias = _solved(layer, grams.get(name), [at for at, channel in pairs if channel in gone])
+        solved += [(layer.weight, weight), *([] if bias is None else [(layer.bias, bias)])]
+    with masked(model, gone_positions(group, tuple(sorted(gone)))), ExitStack() as undo:
+        for parameter, new in solved:
+            undo.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = new
         yield
 
 

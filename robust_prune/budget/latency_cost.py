@@ -18,13 +18,15 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ..introspect.modes import eval_mode
+from ..models.layout import weights_dtype
 from ..structure.branches import Removable
 from ..structure.types import ChannelGroup
-from .cost import CostModel, Sides, Terms
+from .cost import CostModel, Sides, Terms, branches_of
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
 """Shares of a layer's width at which it is timed."""
 NANOSECONDS = 1e9
+_LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LayerShape:
 
 @torch.no_grad()
 def layer_shapes(model: nn.Module, images: Tensor) -> dict[str, tuple[LayerShape, int]]:
-    """Return the shape of each two-dimensional convolution and linear layer, and how often it runs in a pass.
+    """Return the shape of each plain 2d convolution and linear layer, and how often it runs in a pass.
 
     Args:
         model: the model; it runs in eval mode.
@@ -67,8 +69,9 @@ def layer_shapes(model: nn.Module, images: Tensor) -> dict[str, tuple[LayerShape
     found: dict[str, tuple[LayerShape, int]] = {}
 
     def note(name: str) -> Any:
-        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
-            shape = LayerShape(tuple(args[0].shape), tuple(layer.weight.shape))
+        def hook(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            given = args[0] if args else kwargs["input"]
+            shape = LayerShape(tuple(given.shape), tuple(layer.weight.shape))
             if isinstance(layer, nn.Conv2d):
                 padding = layer._reversed_padding_repeated_twice[::-1][::2]
                 shape = replace(
@@ -78,8 +81,9 @@ def layer_shapes(model: nn.Module, images: Tensor) -> dict[str, tuple[LayerShape
 
         return hook
 
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    plain = (nn.Conv2d.forward, nn.Linear.forward)  # others may pad their inputs themselves
+    layers = {name: module for name, module in model.named_modules() if type(module).forward in plain}
+    handles = [layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with eval_mode(model):
             model(images)
@@ -105,13 +109,12 @@ def with_latency(
         model: the model.
         images: images [N, C, H, W] on the model's device, of the batch whose latency counts.
         groups: groups of the model, those of `cost`.
-        branches: residual branches that may go whole, by the name of their group; the constant part of the latency of
-            their layers vanishes with their last channel.
+        branches: residual branches that may go whole, by the name of their group.
         whole: latency of the whole model in seconds. The sum over layers is scaled down to it if it exceeds it.
         seconds: times layers, each alone.
     """
-    sides, terms = Sides(model, groups), Terms(len(groups))
-    presence = np.zeros(len(groups))
+    images = images.to(weights_dtype(model))
+    sides, terms = Sides(model, groups), Terms(len(groups), branches_of(groups, branches))
     tables = {name: (times, _table(sides, model, name, shape)) for name, (shape, times) in
               layer_shapes(model, images).items()}  # fmt: skip
     wanted = list(dict.fromkeys(shape for _, table in tables.values() for shape in table))
@@ -123,16 +126,11 @@ def with_latency(
         module: Any = model.get_submodule(name)
         out, into = sides.of_layer(module)
         outputs = table[0].weight[0]
-        terms.add(by_output * outputs, [out])
-        terms.add(by_both * outputs * table[0].weight[1], [out] if into is out else [out, into])
-        owner = next((at for at, g in enumerate(groups) if g.name in branches and name in branches[g.name].modules), -1)
-        if owner >= 0:
-            presence[owner] += fixed
-        else:
-            terms.add(fixed, [])
-    terms.add(max(0.0, NANOSECONDS * whole - scale * dense), [])
-    form = replace(terms.form(), presence=presence)
-    return replace(cost, forms={**cost.forms, "latency": form})
+        terms.add(fixed, [], name)
+        terms.add(by_output * outputs, [out], name)
+        terms.add(by_both * outputs * table[0].weight[1], [out] if into is out else [out, into], name)
+    terms.add(max(0.0, NANOSECONDS * whole - scale * dense), [], "")
+    return replace(cost, forms={**cost.forms, "latency": terms.form()})
 
 
 def _table(sides: Sides, model: nn.Module, name: str, shape: LayerShape) -> list[LayerShape]:
@@ -156,6 +154,8 @@ def _fit(table: Sequence[LayerShape], seconds: Mapping[LayerShape, float]) -> tu
     outputs = np.array([float(shape.weight[0]) for shape in table])
     inputs = np.array([float(shape.weight[1]) for shape in table])
     rows = np.stack([np.ones(len(table)), outputs / outputs[0], inputs * outputs / (inputs[0] * outputs[0])], 1)
-    # Relative errors count, since the planner compares candidates whose layers are all narrow.
-    found, _ = nnls(rows / times[:, None], np.ones(len(table)))
+    # Relative errors count, since the planner compares candidates whose layers are all narrow; but the shortest times
+    # are mostly noise.
+    size = np.maximum(times, _LEAST_SHARE * times[0])
+    found, _ = nnls(rows / size[:, None], times / size)
     return float(found[0]), float(found[1] / outputs[0]), float(found[2] / (inputs[0] * outputs[0]))

@@ -111,7 +111,7 @@ def _note(search: GroupSearch, cost: CostModel, keep: Mapping[str, int], section
     if abs(reached - ratio) <= TOLERANCE:
         return ""
     asked = f"asked to remove {ratio:.1%} of {metric}, the nearest"
-    if all(keep[g.name] == floor_of(g, section.min_keep) for g in search.groups):
+    if all(keep[g.name] in (0, floor_of(g, section.min_keep)) for g in search.groups):
         whole = f" and {len(search.skipped)} groups stay whole" if search.skipped else ""
         lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in search.groups) else ""
         said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from ..attacks.threat import ThreatModel
 from ..errors import UsageError
+from ..introspect.copies import copied
 from ..models import fixed_image, registry, user_file, weight_files
 from ..printable import check_plain, one_line
 from ..runs.files import atomic_write
 from ..serialization import from_json, to_json
 from ..shown import Shown
 from . import bounded, integrity
+from .branches import taken_out
 from .fixed_image import Fingerprint
 from .manifest import apply_changes, describe_changes
 from .normalization import NormalizedClassifier
@@ -126,6 +128,9 @@ def save(
     tensors = _stored(model.state_dict(), store_dtype)
     _fill(fresh, changes, _as_loaded(tensors, store_dtype), "the model to save")
     fingerprint = fixed_image.take(fresh, spec)
+    if taken_out(model) and store_dtype is None and (own := fixed_image.take(copied(model).cpu(), spec)):
+        # The blocks are traced again when the file is opened, and their code may have read what no file holds.
+        fixed_image.check(own, fresh, spec, "what a file would hold of this model")
     found = _Manifest(spec, changes, threat, dict(provenance or {}), store_dtype, fingerprint)
     manifest = _written(found, tensors)
     if path.suffix == ".pt":

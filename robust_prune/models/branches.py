@@ -22,6 +22,7 @@ from ..introspect.modes import kept_modes
 _MARK = "robust_prune_branches"
 _CONSTANT = "branch_constant"
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _SCALARS = (bool, int, float, str)
 
 
@@ -32,12 +33,16 @@ class Branch:
     Attributes:
         block: qualified name of the module in which the branch leaves the path around it and is added to it.
         readers: names within the block of the layers that read the branch's channels.
-        shape: shape of the constant that takes the branch's place: that of its result, with 1 for images and positions.
+        channels: channels of the branch's result.
+        dims: number of dimensions of this result.
+        dim: which of them is that of the channels.
     """
 
     block: str
     readers: tuple[str, ...]
-    shape: tuple[int, ...]
+    channels: int
+    dims: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def take_out(model: nn.Module, branch: Branch, value: Tensor | None = None) -> N
     Args:
         model: the model; other branches may have been taken out before.
         branch: the branch.
-        value: the constant that takes its place, of the branch's shape; zero by default.
+        value: the constant that takes its place, [channels]; zero by default.
 
     Raises:
         UsageError: the model has no such block, or the block no such branch.
@@ -81,14 +86,22 @@ def without(block: nn.Module, branch: Branch, value: Tensor | None = None) -> fx
     Raises:
         NotABranchError: the block cannot be traced, or the layers do not form a residual branch in it.
     """
-    like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    constant = torch.zeros(branch.shape) if value is None else value.detach()
+    like = next((p for p in block.parameters() if p.is_floating_point()), nn.Parameter(torch.empty(0)))
+    constant = torch.zeros(branch.channels) if value is None else value.detach()
     name = next(n for n in _numbered(_CONSTANT) if not hasattr(block, n))
-    parameter = nn.Parameter(constant.to(like.device, like.dtype, copy=True))
-    small = _Trace(block, branch.readers).rest(name, parameter)
-    if _Trace(block, branch.readers, training=True).rest(name, parameter).code != small.code:
+    parameter = nn.Parameter(constant.to(like.device, like.dtype, copy=True), like.requires_grad)
+    small = _Trace(block, branch.readers).rest(branch, name, parameter)
+    if _Trace(block, branch.readers, training=True).rest(branch, name, parameter).code != small.code:
         raise NotABranchError("what its code does around the branch depends on the mode, which tracing would fix")
-    return _marked(small, (*_marks(block), _Taken(branch, name, _attributes(block, branch)))).train(block.training)
+    small.training = block.training
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(small, hooks, getattr(block, hooks))
+    return _marked(small, (*_marks(block), _Taken(branch, name, _attributes(block, branch))))
 
 
 def result_of(block: nn.Module, readers: Collection[str]) -> fx.GraphModule:
@@ -110,7 +123,11 @@ def taken_out(model: nn.Module) -> dict[str, Branch]:
 
 def traced_attributes(model: nn.Module) -> dict[str, Mapping[str, Any]]:
     """Return the plain attributes of each module whose code became part of a traced block, by qualified name."""
-    return {name: values for module in model.modules() for t in _marks(module) for name, values in t.attributes.items()}
+    found: dict[str, Mapping[str, Any]] = {}
+    for module in model.modules():
+        for taken in _marks(module):
+            found = {**taken.attributes, **found}  # tracing again sees what is left of a module
+    return found
 
 
 def _marks(module: nn.Module) -> tuple[_Taken, ...]:
@@ -118,11 +135,9 @@ def _marks(module: nn.Module) -> tuple[_Taken, ...]:
 
 
 def _attributes(block: nn.Module, branch: Branch) -> dict[str, dict[str, Any]]:
-    if isinstance(block, fx.GraphModule):
-        return {}
     found = {}
     for name, module in block.named_modules():
-        if not _is_leaf(name, branch.readers):
+        if not _is_leaf(name, branch.readers) and not isinstance(module, fx.GraphModule):
             plain = {k: v for k, v in vars(module).items() if isinstance(v, _SCALARS) and k != "training"}
             found[f"{branch.block}.{name}".rstrip(".")] = plain
     return found
@@ -137,6 +152,12 @@ class Rest(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (super().__reduce__(), _marks(self))
+
+    def recompile(self) -> Any:
+        """Generate the code anew; calls go the way of any module, and errors are not printed on the way."""
+        code = super().recompile()
+        setattr(type(self), "__call__", nn.Module.__call__)  # noqa: B010
+        return code
 
 
 def _restored(reduced: tuple[Any, ...], marks: tuple[_Taken, ...]) -> fx.GraphModule:
@@ -155,12 +176,23 @@ class _Trace:
     def __init__(self, block: nn.Module, readers: Collection[str], *, training: bool = False) -> None:
         self.block, self.readers = block, set(readers)
         given = {} if isinstance(block, fx.GraphModule) else inspect.signature(block.forward).parameters
+        before = set(vars(block))
         defaults = {n: p.default for n, p in given.items() if p.default is not inspect.Parameter.empty}
         try:
             with kept_modes(block):
                 self.graph = _Tracer(readers).trace(block.train(training), defaults)
         except Exception as error:  # what tracing meets depends on the code of the block
-            raise NotABranchError(f"torch.fx cannot trace it ({str(error).splitlines()[0]})") from error
+            raise NotABranchError(
+                f"torch.fx cannot trace it ({(str(error) or repr(error)).splitlines()[0]})"
+            ) from error
+        finally:
+            made = [name for name in vars(block) if name not in before]
+            for name in made:  # fx keeps tensors that the code makes as attributes
+                delattr(block, name)
+        tensors = {*dict(block.named_parameters()), *dict(block.named_buffers())}
+        odd = [node.target for node in self.graph.nodes if node.op == "get_attr" and node.target not in tensors]
+        if odd:
+            raise NotABranchError(f"its code makes or reads a tensor that is no parameter or buffer ({odd[0]})")
         self.end, self.additions = self._merge()
 
     def _merge(self) -> tuple[fx.Node, list[fx.Node]]:
@@ -195,12 +227,14 @@ class _Trace:
                 break
         return _clean(fx.GraphModule(self.block, graph))
 
-    def rest(self, name: str, constant: nn.Parameter) -> fx.GraphModule:
-        """Return the block with the parameter `constant`, called `name`, in place of the branch."""
+    def rest(self, branch: Branch, name: str, constant: nn.Parameter) -> fx.GraphModule:
+        """Return the block with the parameter `constant` [channels], called `name`, in place of the branch."""
         self.block.register_parameter(name, constant)
         try:
             with self.graph.inserting_before(self.additions[0]):
-                value = self.graph.get_attr(name)
+                # Its length is not written into the code, so that the constant can be cut with the path around it.
+                sizes = [-1 if dim == branch.dim else 1 for dim in range(branch.dims)]
+                value = self.graph.call_method("reshape", (self.graph.get_attr(name), *sizes))
             for node in self.additions:
                 (other,) = (a for a in node.all_input_nodes if a is not self.end)
                 with self.graph.inserting_before(node):

@@ -7,7 +7,6 @@ an ordinary state_dict.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +30,8 @@ def describe_changes(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"attributes": {module name: {attribute: value}}, "shapes": {state_dict key: [sizes]}}``, JSON values only,
-        with entries only for differences, and ``"branches"``, a list of ``{"block", "readers", "shape"}`` in the order
-        in which they were taken out, if there are any. The name of the model itself is ``""``.
+        with entries only for differences, and ``"branches"``, a list of the fields of `Branch` in the order in which
+        they were taken out, if there are any. The name of the model itself is ``""``.
 
     Raises:
         UsageError: the two are not the same architecture, or a non-persistent buffer, which a state_dict does not
@@ -77,8 +76,8 @@ def apply_changes(fresh_model: nn.Module, changes: dict[str, Any]) -> None:
     Args:
         fresh_model: the dense architecture, freshly built.
         changes: result of `describe_changes`, possibly read from JSON. It may come from an untrusted file: only
-            existing plain attributes are set, no tensor can grow, and the constant of a branch is no larger than the
-            largest parameter.
+            existing plain attributes are set, no tensor can grow, and the constant of a branch is no longer than
+            the longest side of a parameter.
 
     Raises:
         UsageError: the model does not have a module, attribute, tensor or branch, or a value or shape is invalid. The
@@ -129,7 +128,7 @@ def _plain(value: Any) -> bool:
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, Branch):
-        return {"block": value.block, "readers": list(value.readers), "shape": list(value.shape)}
+        return {**vars(value), "readers": list(value.readers)}
     return [_to_json(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
@@ -184,11 +183,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _checked_branch(value: Any, tensors: Mapping[str, torch.Tensor]) -> Branch:
-    most = max((tensor.numel() for tensor in tensors.values()), default=0)
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     match value:
-        case {"block": str(block), "readers": [str(), *_] as readers, "shape": [int(), *_] as shape}:
-            named = all(isinstance(name, str) for name in readers)
-            whole = all(type(n) is int and n >= 1 for n in shape) and len(shape) <= 5
-            if block and named and whole and math.prod(shape) <= most:
-                return Branch(block, tuple(readers), tuple(shape))
+        case {"block": str(block), "readers": [str(), *_] as readers, "channels": c, "dims": dims, "dim": dim}:
+            whole = all(type(number) is int for number in (c, dims, dim)) and 0 < dim < dims <= 5 and 1 <= c <= most
+            if block and whole and all(isinstance(name, str) for name in readers):
+                return Branch(block, tuple(readers), c, dims, dim)
     raise UsageError(f"the manifest takes out the branch {value!r}, which is none. The file is damaged or not ours.")

@@ -57,11 +57,11 @@ def find_branch(model: nn.Module, group: ChannelGroup, images: Tensor) -> Remova
 
 @torch.no_grad()
 def mean_result(model: nn.Module, branch: Branch, images: Tensor) -> Tensor:
-    """Return the result of a branch, averaged over images and positions, in the shape of its constant.
+    """Return the result of a branch, averaged over images and positions, [channels].
 
     Args:
         model: a model that has the branch; it runs in eval mode.
-        branch: the branch; its shape may be that before or after channels of the result were cut.
+        branch: the branch; channels of its result may have been cut since it was found.
         images: images [N, C, H, W] in [0, 1].
 
     Raises:
@@ -73,8 +73,7 @@ def mean_result(model: nn.Module, branch: Branch, images: Tensor) -> Tensor:
         result.eval()
         for part in images.split(_BATCH):
             found = result(*_inputs_of(model, branch.block, part.to(like)))
-            kept = [dim for dim, size in enumerate(branch.shape) if size > 1] or [found.dim() - 1]
-            mean = found.mean([dim for dim in range(found.dim()) if dim not in kept], keepdim=True) * len(part)
+            mean = found.mean([dim for dim in range(found.dim()) if dim != branch.dim]) * len(part)
             total = mean if total is None else total + mean
     assert total is not None
     return total / len(images)
@@ -86,12 +85,11 @@ def _proved(
     block = model.get_submodule(name)
     try:
         given = _inputs_of(model, name, images)
-        branch = Branch(name, readers, _shape(block, readers, given))
+        branch = _described(block, Branch(name, readers, 0, 0, 0), given)
         with masked(model, places), eval_mode(model):
-            value = mean_result(model, branch, images)
-            small = without(block, replace(branch, shape=tuple(value.shape)), value)
+            small = without(block, branch, mean_result(model, branch, images))
             wanted, found = block(*_copied(given)), small(*_copied(given))
-    except NotABranchError:
+    except Exception:  # what a block does without a branch, or with other values, depends on its code
         return None
     if not torch.allclose(found, wanted, _TOLERANCE, _TOLERANCE * float(wanted.abs().max())):
         return None
@@ -122,19 +120,22 @@ def _copied(args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
 
-def _shape(block: nn.Module, readers: tuple[str, ...], given: Sequence[Any]) -> tuple[int, ...]:
-    """Return the shape of a branch's constant: 1 along dimensions on which its result does not depend.
+def _described(block: nn.Module, branch: Branch, given: Sequence[Any]) -> Branch:
+    """Return the branch with the channels and dimensions of its result.
 
     Raises:
         NotABranchError: the result depends on more than the channel.
     """
-    with _only_channels(block, readers), eval_mode(block):
-        result = result_of(block, readers)(*_copied(given))
-    same = [torch.allclose(result, result.narrow(dim, 0, 1).expand_as(result)) for dim in range(result.dim())]
-    shape = tuple(1 if same else size for same, size in zip(same, result.shape, strict=True))
-    if sum(size > 1 for size in shape) > 1:
+    with _only_channels(block, branch.readers), eval_mode(block):
+        result = result_of(block, branch.readers)(*_copied(given))
+    varied = [
+        dim for dim in range(result.dim())
+        if not torch.allclose(result, result.narrow(dim, 0, 1).expand_as(result))
+    ]  # fmt: skip
+    if len(varied) > 1:
         raise NotABranchError("its result differs between images or positions")
-    return shape
+    dim = varied[0] if varied else (1 if result.dim() == 4 else result.dim() - 1)
+    return replace(branch, channels=result.shape[dim], dims=result.dim(), dim=dim)
 
 
 @contextmanager

@@ -12,6 +12,22 @@ RIDGE = 1e-3
 """Weight of the regularisation as a multiple of the mean of the diagonal of XᵀX."""
 
 
+MOST_ELEMENTS = 1 << 26
+"""Largest number of unfolded input elements in memory: 256 MiB in float32."""
+MOST_GRAM = 1 << 27
+"""Largest number of elements of XᵀX: 1 GiB in float64, 11,585 inputs. The head of a VGG at 224 pixels has more."""
+
+
+def fits(layer: Any) -> bool:
+    """Return whether XᵀX of a plain layer's inputs has at most `MOST_GRAM` elements."""
+    return bool(layer.weight[0].numel() ** 2 <= MOST_GRAM)
+
+
+def images_at_once(layer: Any, x: Tensor) -> int:
+    """Return the number of inputs `x` whose unfolded form has at most `MOST_ELEMENTS` elements, at least 1."""
+    return max(1, MOST_ELEMENTS // (x[0].numel() * layer.weight[0, 0].numel()))
+
+
 def is_plain(layer: Any) -> bool:
     """Return whether a layer is a linear map of its weight: no groups, and no forward pass of its own.
 

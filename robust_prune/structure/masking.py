@@ -79,6 +79,8 @@ def _remaining_only(norm: Any, index: list[int]) -> Any:
     """Return a forward function of `norm` over the remaining channels."""
     size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
     keep = sorted(set(range(size)) - set(index))
+    if not keep:
+        return lambda x, *_, **__: torch.zeros_like(x)
     small = cut_copy(norm, "norm", index)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

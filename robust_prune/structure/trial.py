@@ -46,16 +46,32 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Cut:
-    """A candidate, its channels to remove, and the branch to take out if they are all of them."""
+    """A candidate and its channels to remove; if they are all of them, the branch to take out and the groups in it."""
 
     candidate: Candidate
     removed: tuple[int, ...]
     branch: Branch | None = None
+    inside: tuple[ChannelGroup, ...] = ()
 
     @property
     def keep(self) -> int:
         """Number of channels that are kept."""
         return self.candidate.group.channels - len(self.removed)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups that are cut."""
+        return tuple(group.name for group in self.inside) or (self.candidate.group.name,)
+
+    def places(self) -> dict[Place, list[int]]:
+        """Return the removed positions of the dense model for each place."""
+        if not self.branch:
+            return gone_positions(self.candidate.group, self.removed)
+        found: dict[Place, list[int]] = {}
+        for group in self.inside:
+            for place, positions in gone_positions(group, tuple(range(group.channels))).items():
+                found.setdefault(place, []).extend(positions)
+        return found
 
 
 @dataclass(frozen=True)

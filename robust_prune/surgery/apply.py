@@ -70,31 +70,33 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     cuts: list[Cut] = []
     branches: list[Cut] = []
     skipped: list[Skipped] = []
-    empty = [p.name for p in plan.groups if p.removed and not p.keep and p.name in known]
-    removable = {name: b for name in empty if (b := find_branch(trial.dense, known[name].group, trial.images))}
-    # Other groups of a branch go with it, such as the inner one of squeeze and excitation.
-    inside = {n: {o for o in empty if b.modules.issuperset(known[o].group.producers)} for n, b in removable.items()}
-    gone = set().union(*inside.values())
+    empty = {p.name: known[p.name].group for p in plan.groups if p.removed and not p.keep and p.name in known}
+    inside = set[str]()
     for planned in plan.groups:
-        if not planned.removed:
+        if not planned.removed or planned.name in inside:
             continue
         reason = _invalid(planned, known.get(planned.name))
-        if not reason and planned.name in empty and planned.name not in gone:
+        if not reason and planned.name in empty:
+            found = find_branch(trial.dense, empty[planned.name], trial.images)
+            if found:
+                # Other groups of a branch go with it, such as the inner one of squeeze and excitation.
+                within = tuple(g for g in empty.values() if found.modules.issuperset(g.producers))
+                branches.append(Cut(known[planned.name], planned.removed, found.branch, within))
+                inside |= {group.name for group in within}
+                continue
             reason = "all of its channels would go, and they are not those of a residual branch"
         if reason:
             skipped.append(Skipped(planned.name, reason))
-        elif planned.name in removable:
-            branches.append(Cut(known[planned.name], planned.removed, removable[planned.name].branch))
-        elif planned.name not in gone:
+        else:
             cuts.append(Cut(known[planned.name], planned.removed))
+    skipped = [group for group in skipped if group.name not in inside]
     ledger = Ledger(trial)
     ledger.commit(cuts)
     if trial.restarted():
         ledger = Ledger(trial)
         ledger.commit(cuts)
     proved = prove_whole(base, ledger, branches, trial.paths.passes, example)
-    done = [cut.candidate.group.name for cut in proved.cuts]
-    done += sorted({other for name in done for other in inside.get(name, ())} - set(done))
+    done = [name for cut in proved.cuts for name in cut.names]
     edits = (edit for name in done for edit in ledger.edits.get(name, ()))
     return Surgery(
         proved.small,

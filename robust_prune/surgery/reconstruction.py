@@ -24,15 +24,9 @@ from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..structure.cutting import Place
-from ..structure.least_squares import RIDGE, input_rows, is_plain, output_rows
+from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_rows
 
 _BATCH = 64
-_MOST_ELEMENTS = 1 << 26
-"""Largest number of unfolded input elements in memory: 256 MiB in float32."""
-
-
-_MOST_GRAM = 1 << 27
-"""Largest number of elements of X'ᵀX': 1 GiB in float64, 11,585 inputs. The head of a VGG at 224 pixels has more."""
 
 
 class _Reached(Exception):
@@ -107,7 +101,8 @@ def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]
     def note(name: str) -> Callable[..., None]:
         return lambda *_: calls.update([name])
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in readers]
+    present = {name for name, _ in model.named_modules()}  # layers may have gone with a branch
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in readers if name in present]
     try:
         model(image)
     finally:
@@ -138,14 +133,14 @@ def _solve(
     small: nn.Module, dense: nn.Module, name: str, keep: Tensor, images: Tensor, ridge: float, batch_size: int
 ) -> bool:
     layer: Any = small.get_submodule(name)
-    if layer.weight[0].numel() ** 2 > _MOST_GRAM:
+    if not fits(layer):
         return False
     gram: Tensor | None = None
     moment: Tensor | None = None
     for part in images.split(batch_size):
         x = part.to(layer.weight)
         (given, found), (_, wanted) = _passed(small, name, x), _passed(dense, name, x)
-        some = max(1, _MOST_ELEMENTS // (given[0].numel() * layer.weight[0, 0].numel()))
+        some = images_at_once(layer, given)
         parts = zip(given.split(some), found.split(some), wanted.split(some), strict=True)
         for inputs, now, outputs in parts:
             rows, targets = input_rows(layer, inputs), output_rows(layer, outputs)[:, keep]

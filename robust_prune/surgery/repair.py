@@ -65,12 +65,12 @@ def fit_branches(small: nn.Module, dense: nn.Module, removed: Mapping[Place, Col
         removed: removed positions of the dense model (`Surgery.removed`).
         images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
     """
+    earlier = taken_out(dense)
     for name, branch in taken_out(small).items():
-        constant = small.get_parameter(name)
-        mean = mean_result(dense, branch, images)
+        if name in earlier:
+            continue
+        constant, mean = small.get_parameter(name), mean_result(dense, branch, images)
         lost = set(removed.get((f"{branch.block}.{branch.readers[0]}", "out", 0), ()))
-        dim = max(range(mean.dim()), key=lambda d: mean.shape[d])
-        kept = [i for i in range(mean.shape[dim]) if i not in lost]
-        found = mean.index_select(dim, torch.tensor(kept, device=mean.device))
-        if found.shape == constant.shape:  # else channels are counted otherwise behind the reader
-            constant.copy_(found)
+        kept = torch.tensor([i for i in range(len(mean)) if i not in lost], device=mean.device)
+        if len(kept) == len(constant):  # else channels are counted otherwise behind the reader, and it stays as it is
+            constant.copy_(mean[kept])

@@ -13,7 +13,7 @@ from ..errors import QualityGateError, UsageError
 from ..models.branches import NotABranchError, take_out
 from ..structure.branches import mean_result
 from ..structure.comparison import compared
-from ..structure.cutting import Cutter, Place, gone_positions
+from ..structure.cutting import Cutter, Place
 from ..structure.masking import masked
 from ..structure.paths import Pass
 from ..structure.reference import copy_model, images_like, precise_copy
@@ -51,16 +51,27 @@ def prove_whole(
         QualityGateError: the model without any cut cannot be compared with itself.
     """
     proof = _Proof(base, ledger, passes, example)
-    good: list[Cut] = []
-    left_out: list[Skipped] = []
-    wanted = [*ledger.done, *branches]
-    small, reason, error = proof.of(wanted)
+    proved = _largest(proof, (), ledger.done)
+    # Only without branches are values compared in train mode, so all other cuts are proved first.
+    return _largest(proof, proved, branches) if branches else proved
+
+
+def _largest(proof: _Proof, before: Proved | tuple[()], cuts: Sequence[Cut]) -> Proved:
+    """Add as many of `cuts` as can be proved together to those that are proved `before`."""
+    good = list(before.cuts) if before else []
+    left_out = list(before.left_out) if before else []
+    small, reason, error = proof.of([*good, *cuts])
     if not reason:
-        return Proved(small, tuple(wanted), (), error)
-    small, nothing, error = proof.of([])
-    if nothing:
-        raise QualityGateError(f"the pruned model cannot be compared with the dense model: the dense model {nothing}.")
-    parts = [wanted]
+        return Proved(small, (*good, *cuts), tuple(left_out), error)
+    if before:
+        small, error = before.small, before.error
+    else:
+        small, nothing, error = proof.of([])
+        if nothing:
+            raise QualityGateError(
+                f"the pruned model cannot be compared with the dense model: the dense model {nothing}."
+            )
+    parts = [list(cuts)]
     while parts:
         part = parts.pop()
         tried, reason, found = proof.of([*good, *part])
@@ -69,7 +80,7 @@ def prove_whole(
         elif len(part) > 1:
             parts += [part[len(part) // 2 :], part[: len(part) // 2]]
         else:
-            left_out.append(Skipped(part[0].candidate.group.name, f"the cut model {reason}"))
+            left_out += [Skipped(name, f"the cut model {reason}") for name in part[0].names]
     return Proved(small, tuple(good), tuple(left_out), error)
 
 
@@ -77,7 +88,7 @@ def removed_places(cuts: Sequence[Cut]) -> dict[Place, frozenset[int]]:
     """Return the positions of the dense model that the cuts remove, for each place."""
     removed: dict[Place, set[int]] = {}
     for cut in cuts:
-        for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
+        for place, positions in cut.places().items():
             removed.setdefault(place, set()).update(positions)
     return {place: frozenset(positions) for place, positions in removed.items() if positions}
 
@@ -134,16 +145,11 @@ def _replay(small: nn.Module, cuts: Sequence[Cut], ledger: Ledger) -> None:
 def _take_out(small: nn.Module, exact: nn.Module, cut: Cut, images: Tensor) -> None:
     """Take a branch out of `small` and of its precise copy, with what the branch returns without its channels."""
     branch = cut.branch
-    if branch is None or not _has(small, f"{branch.block}.{branch.readers[0]}"):
-        return  # it went with another branch of the block
-    with masked(exact, {p: gone for p, gone in gone_positions(cut.candidate.group, cut.removed).items() if gone}):
+    assert branch is not None
+    with masked(exact, {place: positions for place, positions in cut.places().items() if positions}):
         try:
             value = mean_result(exact, branch, images)
         except NotABranchError as error:
             raise UsageError(str(error)) from error
     for model in (small, exact):
-        take_out(model, replace(branch, shape=tuple(value.shape)), value)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
+        take_out(model, replace(branch, channels=len(value)), value)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders.branch_models import Residuals, images
+from builders.branch_models import MODELS, Residuals, images
+from builders.surgery_models import Grouped
 from builders.weights import randomised
 from torch import Tensor, nn
 
@@ -17,15 +18,17 @@ from robust_prune.budget import cut_losses
 from robust_prune.budget.allocation import allocate
 from robust_prune.budget.allocations.cuts import loss_by_width
 from robust_prune.budget.analysis import Analysis
-from robust_prune.budget.cost import cost_model
+from robust_prune.budget.cost import cost_model, count_macs, count_params
 from robust_prune.budget.cut_losses import CutLoss, measure_cuts
 from robust_prune.budget.plan import make_plan
-from robust_prune.budget.types import PlannedGroup
+from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
+from robust_prune.models.branches import taken_out
 from robust_prune.recipe import PruningSection
 from robust_prune.structure.branches import find_branch
 from robust_prune.structure.groups import find_groups
+from robust_prune.structure.types import ChannelGroup
 from robust_prune.surgery.apply import apply
 from robust_prune.surgery.reconstruction import reconstruct
 from robust_prune.surgery.repair import fit_branches
@@ -44,7 +47,7 @@ def measured() -> tuple[nn.Module, TensorImages, Analysis]:
     scores = {g.name: torch.rand(g.channels, generator=generator) for g in search.groups}
     branches = {g.name: b for g in search.groups if (b := find_branch(model, g, images()))}
     losses = measure_cuts(model, pictures, search.groups, scores, branches, THREAT, seed=1)
-    cost = cost_model(model, images()[:1], search.groups)
+    cost = cost_model(model, images()[:1], search.groups, branches)
     return model, pictures, Analysis(search, cost, None, scores, None, "random", losses, branches)
 
 
@@ -76,7 +79,7 @@ def test_a_measured_cut_is_that_of_surgery_and_repair(
     group = next(g for g in analysis.search.groups if g.name == "blocks.1.conv1")
     shown: list[Tensor] = []
     logits: list[Tensor] = []
-    original_mean, original_gram = cut_losses.mean_result, cut_losses._gram_matrices
+    original_gram = cut_losses._gram_matrices
 
     def gram(model: nn.Module, names: set[str], given: Tensor) -> dict[str, Tensor]:
         shown.append(given)
@@ -88,7 +91,6 @@ def test_a_measured_cut_is_that_of_surgery_and_repair(
         return torch.zeros(len(images())) + len(logits)
 
     monkeypatch.setattr(cut_losses, "_gram_matrices", gram)
-    monkeypatch.setattr(cut_losses, "mean_result", original_mean)
     monkeypatch.setattr(cut_losses._Loss, "of", of)
     monkeypatch.setattr(cut_losses, "SHARES", (keep / group.channels,))
     measure_cuts(model, pictures, [group], analysis.scores, analysis.branches, THREAT, seed=1)
@@ -142,6 +144,7 @@ def test_branches_go_whole_where_that_costs_less(measured: tuple, without: float
     empty = {name for name, count in keep.items() if count == 0}
     assert (empty != set()) == gone and empty <= set(analysis.branches)
     assert abs(analysis.cost.macs(keep) - budget) <= 0.01 * analysis.cost.macs({})
+    assert without < 1 or empty == set()
     never = allocate(analysis, section.model_copy(update={"branches": False}), budget)
     assert 0 not in never.values()
     plan = make_plan(analysis, section)
@@ -153,3 +156,53 @@ def test_a_plan_without_these_losses_says_how_to_get_them(measured: tuple) -> No
     analysis = replace(measured[2], cut_losses=None)
     with pytest.raises(UsageError, match=r"needs losses of real cuts.*allocation=cuts"):
         make_plan(analysis, PruningSection(allocation="cuts"))
+
+
+def test_branches_go_until_the_smallest_widths_meet_the_budget(measured: tuple) -> None:
+    analysis = with_losses(measured[2], 10.0)  # dearer than any width, but without them the budget is out of reach
+    section = PruningSection(allocation="cuts", ratio=0.8, round_to=1, min_keep=0.7)
+    budget = 0.2 * analysis.cost.macs({})
+    floors = {g.name: -(-7 * g.channels // 10) for g in analysis.search.groups}
+    assert analysis.cost.macs(floors) > 1.5 * budget
+    plan = make_plan(analysis, section)
+    assert any(group.keep == 0 for group in plan.groups) and plan.note == ""
+    assert abs(plan.macs_after - budget) <= 0.01 * analysis.cost.macs({})
+    dear = make_plan(analysis, section.model_copy(update={"ratio": 0.97}))
+    assert [group.keep for group in dear.groups if group.name in analysis.branches] == [0, 0, 0]
+    assert "every group is at its floor" in dear.note
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_costs_are_those_of_the_model_without_the_branches(kind: str) -> None:
+    make, whole = MODELS[kind]
+    model = randomised(make()).eval()
+    search = find_groups(model, images()[:1])
+    branches = {g.name: b for g in search.groups if (b := find_branch(model, g, images()))}
+    cost = cost_model(model, images()[:1], search.groups, branches)
+    gone = {g.name for n in whole for g in search.groups if branches[n].modules.issuperset(g.producers)}
+    keep = {g.name: 0 if g.name in gone else g.blocks * (g.channels // g.blocks // 2) for g in search.groups}
+    planned = tuple(
+        PlannedGroup(g.name, g.channels, _last(g, g.channels - keep[g.name]), None, g.traced, g.members)
+        for g in search.groups
+    )
+    plan = PruningPlan(0.5, "macs", "cuts", "random", 1, planned, (), 1, 1, 1, 1)
+    surgery = apply(model, plan, images()[:1])
+    assert surgery.rolled_back == ()
+    constants = sum(surgery.model.get_parameter(name).numel() for name in taken_out(surgery.model))
+    assert cost.macs(keep) == pytest.approx(count_macs(surgery.model, images()[:1]), rel=1e-3)
+    assert cost.params(keep) == pytest.approx(count_params(surgery.model) - constants, rel=1e-2)
+
+
+def _last(group: ChannelGroup, count: int) -> tuple[int, ...]:
+    part, each = group.channels // group.blocks, count // group.blocks
+    return tuple(b * part + i for b in range(group.blocks) for i in range(part - each, part))
+
+
+def test_a_cut_before_a_grouped_layer_is_not_free() -> None:
+    model = randomised(Grouped()).eval()
+    search = find_groups(model, images()[:1])
+    group = next(g for g in search.groups if g.name == "b")  # read by a convolution of four groups
+    scores = {group.name: torch.rand(group.channels)}
+    pictures = TensorImages(torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8), torch.arange(24) % 5)
+    losses = measure_cuts(model, pictures, [group], scores, {}, THREAT)[group.name]
+    assert all(abs(cut.rise) > 1e-6 and cut.error > 1e-6 for cut in losses)

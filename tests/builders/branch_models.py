@@ -28,11 +28,11 @@ class Block(nn.Module):
 class Residuals(nn.Module):
     """Three blocks, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 5) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.blocks = nn.Sequential(Block(8, 8, 1), Block(8, 12, 2), Block(12, 12, 1))
-        self.fc = nn.Linear(12, 5)
+        self.fc = nn.Linear(12, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
@@ -92,6 +92,51 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x + self.body(x), 0.5, training=self.training)
+
+
+class Made(nn.Module):
+    """Its code makes a tensor, which tracing would keep as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor(0.5) * x + self.body(x)
+
+
+class Normed(nn.Module):
+    """A branch with group norms inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.block = nn.Sequential(Group(), Group())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.stem(x)).mean((2, 3)))
+
+
+class Group(nn.Module):
+    """A block with group norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.g1 = nn.Conv2d(8, 12, 3, padding=1), nn.GroupNorm(3, 12)
+        self.c2, self.g2 = nn.Conv2d(12, 8, 3, padding=1), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c2(F.relu(self.g1(self.c1(x))))
+
+
+class OnlyInTraining(Residuals):
+    """What it computes in train mode depends on the width of its stem."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.training:
+            x = x * (x.shape[1] / 8)
+        return self.fc(self.blocks(x).mean((2, 3)))
 
 
 class Around(nn.Module):

@@ -6,21 +6,40 @@ import copy
 import io
 import json
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import timm
 import torch
-from builders.branch_models import MODELS, Around, Dropping, Multiplied, Padded, Residuals, images
+from builders import surgery_models
+from builders.branch_models import (
+    MODELS,
+    Around,
+    Dropping,
+    Made,
+    Multiplied,
+    Normed,
+    OnlyInTraining,
+    Padded,
+    Residuals,
+    images,
+)
 from builders.weights import randomised
 from torch import nn
 
+import robust_prune as rp
 from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
-from robust_prune.models.branches import taken_out
+from robust_prune.models import artifact
+from robust_prune.models.branches import Branch, take_out, taken_out, traced_attributes
 from robust_prune.models.manifest import apply_changes, describe_changes
 from robust_prune.structure.branches import find_branch
 from robust_prune.structure.groups import GroupSearch, find_groups
 from robust_prune.surgery.apply import Surgery, apply
+from robust_prune.surgery.reconstruction import reconstruct
 from robust_prune.surgery.repair import fit_branches
 
 
@@ -138,16 +157,23 @@ def test_what_is_not_added_or_differs_by_position_or_mode_is_no_branch(block: ty
     assert torch.equal(surgery.model(images()), model(images()))
 
 
+OK = {"block": "blocks.0", "readers": ["conv2"], "channels": 8, "dims": 4, "dim": 1}
+
+
 @pytest.mark.parametrize(
     "branch",
     [
-        {"block": "blocks.0", "readers": ["conv2"], "shape": [1, 10**9, 1, 1]},
-        {"block": "blocks.0", "readers": ["conv2"], "shape": [1, -8, 1, 1]},
-        {"block": "blocks.0", "readers": [], "shape": [1, 8, 1, 1]},
-        {"block": "blocks.0", "readers": ["nothing"], "shape": [1, 8, 1, 1]},
-        {"block": "nothing", "readers": ["conv2"], "shape": [1, 8, 1, 1]},
-        {"block": "", "readers": ["fc"], "shape": [1, 8, 1, 1]},
-        {"block": "blocks.0.conv2", "readers": ["weight"], "shape": [1, 8, 1, 1]},
+        {**OK, "channels": 10**9},
+        {**OK, "channels": -8},
+        {**OK, "channels": 8.0},
+        {**OK, "dims": 90},
+        {**OK, "dim": 0},
+        {**OK, "dim": 4},
+        {**OK, "readers": []},
+        {**OK, "readers": ["nothing"]},
+        {**OK, "block": "nothing"},
+        {**OK, "block": "", "readers": ["fc"]},
+        {**OK, "block": "blocks.0.conv2", "readers": ["weight"]},
         "blocks.0",
     ],
 )
@@ -156,3 +182,92 @@ def test_a_manifest_that_takes_out_what_is_no_branch_is_refused(branch: object) 
         apply_changes(Residuals(), {"attributes": {}, "shapes": {}, "branches": [branch]})
     with pytest.raises(UsageError):
         apply_changes(Residuals(), {"attributes": {}, "shapes": {}, "branches": branch})
+    apply_changes(Residuals(), {"attributes": {}, "shapes": {}, "branches": [OK]})
+
+
+def test_both_inner_groups_of_a_bottleneck_go_with_its_branch() -> None:
+    make = partial(timm.create_model, "resnet26", num_classes=5)
+    model, surgery = cut(make, ("layer1.1.conv1", "layer1.1.conv2", "layer3.1.conv1", "layer3.1.conv2"))
+    assert surgery.rolled_back == () and len(surgery.branches) == 2
+    assert {"layer1.1.conv1", "layer1.1.conv2"} <= {group.name for group in surgery.applied}
+    fit_branches(surgery.model, model, surgery.removed, images())
+    reconstruct(surgery.model, model, surgery.removed, images())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_least_squares_repairs_what_is_left_and_a_second_cut_follows(kind: str) -> None:
+    make, whole = MODELS[kind]
+    model, surgery = cut(make, whole)
+    before = (surgery.model(images()) - model(images())).square().mean()
+    fit_branches(surgery.model, model, surgery.removed, images())
+    reconstruct(surgery.model, model, surgery.removed, images())
+    assert (surgery.model.eval()(images()) - model(images())).square().mean() < before
+    parent = copy.deepcopy(surgery.model)
+    search = find_groups(parent, images()[:1])
+    if kind == "attribute":  # tracing wrote the width into the code of its block
+        assert search.groups == ()
+        return
+    again = apply(parent, plan_without(search, ()), images()[:1])
+    assert again.rolled_back == () and len(again.branches) == len(whole)
+    fit_branches(again.model, parent, again.removed, images())
+    reconstruct(again.model, parent, again.removed, images())
+
+
+def test_searching_every_group_for_a_branch_fails_on_none() -> None:
+    others = (surgery_models.Grouped, surgery_models.Concat, surgery_models.Mlp, surgery_models.ResponseNorm, Normed)
+    found = set()
+    for make in (*others, *(make for make, _ in MODELS.values())):
+        model = randomised(make()).eval()
+        for group in find_groups(model, images()[:1]).groups:
+            if find_branch(model, group, images()):
+                found.add(make)
+    assert found == {Normed, *(make for make, _ in MODELS.values())}
+
+
+def test_a_group_that_is_wrong_in_train_mode_alone_is_left_out_beside_a_branch() -> None:
+    model = randomised(OnlyInTraining()).eval()
+    search = find_groups(model, images()[:1])
+    without = apply(model, plan_without(search, ()), images()[:1])
+    beside = apply(model, plan_without(search, ("blocks.0.conv1",)), images()[:1])
+    assert {group.name for group in beside.rolled_back} == {group.name for group in without.rolled_back}
+    assert len(beside.branches) == 1
+
+
+def test_modes_hooks_and_flags_are_kept() -> None:
+    model = randomised(Residuals()).train()
+    model.blocks[0].shortcut.eval()
+    model.requires_grad_(False)
+    calls = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    take_out(model, Branch("blocks.0", ("conv2",), 8, 4, 1))
+    assert model.blocks[0].training and not model.blocks[0].shortcut.training
+    assert not model.blocks[0].branch_constant.requires_grad
+    model(images())
+    assert calls == [1]
+
+
+def test_a_block_that_makes_tensors_keeps_its_branches_and_stays_as_it_was() -> None:
+    model = Around(Made()).eval()
+    with pytest.raises(UsageError, match="no parameter or buffer"):
+        take_out(model, Branch("block", ("body.2",), 8, 4, 1))
+    assert not [name for name in vars(model.block) if "constant" in name]
+
+
+def test_two_branches_of_a_block_keep_the_attributes_that_each_trace_reads() -> None:
+    _, surgery = cut(MODELS["transformer"][0], ("blocks.0.mlp.fc1", "blocks.0.attn.qkv"))
+    assert {name for name in traced_attributes(surgery.model)} >= {"blocks.0", "blocks.0.mlp", "blocks.0.attn"}
+
+
+def test_a_model_that_its_file_would_not_rebuild_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def otherwise(model: nn.Module, changes: dict[str, Any]) -> None:
+        apply_changes(model, changes)
+        model.register_forward_hook(lambda *call: call[2] + 1)
+
+    opened = rp.load("demo")
+    take_out(opened.module, Branch("backbone.layer1.1", ("conv2",), 32, 4, 1))
+    artifact.save(tmp_path / "small.safetensors", opened.module, opened.spec)
+    assert torch.equal(rp.load(tmp_path / "small.safetensors").module(images()), opened.module(images()))
+    monkeypatch.setattr(artifact, "apply_changes", otherwise)
+    with pytest.raises(UsageError, match="what a file would hold of this model"):
+        artifact.save(tmp_path / "other.safetensors", opened.module, opened.spec)
+    assert not (tmp_path / "other.safetensors").exists()

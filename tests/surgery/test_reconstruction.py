@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
+from robust_prune.structure import least_squares
 from robust_prune.structure.groups import find_groups
-from robust_prune.surgery import reconstruction
 from robust_prune.surgery.apply import Surgery, apply
 from robust_prune.surgery.reconstruction import reconstruct
 
@@ -93,7 +93,7 @@ def test_layers_are_solved_in_order_and_each_helps(net: Net) -> None:
 def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     images, found = torch.rand(20, 3, 8, 8), []
     for most in (1 << 26, 3 * 12 * 16 * 9):
-        monkeypatch.setattr(reconstruction, "_MOST_ELEMENTS", most)
+        monkeypatch.setattr(least_squares, "MOST_ELEMENTS", most)
         surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6)})
         assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third")
         found.append(surgery.model.third.weight.detach())
@@ -120,7 +120,7 @@ def test_layers_that_are_not_their_weights_linear_map_are_left_alone(net: Net) -
 
 def test_a_layer_with_too_many_inputs_is_left_alone(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     surgery = cut(net, {"first": (5,), "third": (0, 3)})
-    monkeypatch.setattr(reconstruction, "_MOST_GRAM", 20**2)
+    monkeypatch.setattr(least_squares, "MOST_GRAM", 20**2)
     before = surgery.model.second.weight.clone()
     assert reconstruct(surgery.model, net, surgery.removed, torch.rand(16, 3, 8, 8)) == ("head",)
     assert torch.equal(surgery.model.second.weight, before)
