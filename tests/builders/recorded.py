@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,8 +173,8 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         return DenseCheck("held-out", Accuracy(18, 20), Accuracy(9, 20), 0.3, 3, arguments[4])
 
     @contextlib.contextmanager
-    def clock(*_: Any) -> Iterator[None]:
-        yield
+    def clock(*_: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(priced=lambda analysis, _: analysis)
 
     clean = given.adv.images, given.adv.labels
     tuned = TrainResult((epoch(1, 1.0),), 1)

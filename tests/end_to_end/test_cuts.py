@@ -37,7 +37,7 @@ def cheap_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_losses, "GRAM_IMAGES", 32)
 
 
-@pytest.mark.parametrize("cuts", [1, 2])
+@pytest.mark.parametrize("cuts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_takes_branches_out_and_its_files_are_those_of_the_smaller_model(
     cuts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_run_takes_branches_out_and_its_files_are_those_of_the_smaller_model(
     assert nodes.count("Conv") == 8 - 2 * len(gone)
     cli.main(command)
     assert "Already done" in capsys.readouterr().out
-    cli.main(["verify", str(out)])
+    cli.main(["verify", str(out), "--arch", f"{tmp_path / 'model.py'}:make_model"])
 
 
 def test_step_by_step_from_python(tmp_path: Path) -> None:
