@@ -7,6 +7,7 @@ what they do is compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.branch_models import Residuals, images
 from builders.evaluation_sample import THREAT, Tiny, generated, train_tiny
 from builders.plans import analysed
 from builders.surgery_models import Residual, example
@@ -21,6 +23,8 @@ from builders.training_sample import make_images, make_model, make_settings
 from builders.weights import randomised
 
 from robust_prune.bench import latency
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.cut_losses import CutLoss
 from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import ImageSet
 from robust_prune.evaluation.evaluate import evaluate
@@ -39,6 +43,7 @@ from robust_prune.recipe import (
 from robust_prune.sensitivity.adversarial_set import make_adversarial_set
 from robust_prune.sensitivity.estimators import measure
 from robust_prune.serialization import to_json
+from robust_prune.structure.branches import find_branch
 from robust_prune.structure.groups import find_groups
 from robust_prune.training import acceleration, trainer
 from robust_prune.training.trainer import train
@@ -62,8 +67,19 @@ def planned_for() -> Any:
     ), example(), [0.02, 3.0, 0.3])  # fmt: skip
 
 
+@cache
+def planned_by_cuts() -> Any:
+    """An analysis in which branches cost little and channels cost much."""
+    model = randomised(Residuals()).eval()
+    groups = find_groups(model, images()[:1]).groups
+    branches = {group.name: found for group in groups if (found := find_branch(model, group, images()))}
+    losses = {g.name: tuple(CutLoss(k, 1 / k if k else 1e-3, 1e-4) for k in (0, 1, 3, 5)) for g in groups}
+    cost = cost_model(model, images()[:1], groups, branches)
+    return replace(analysed(model, images()[:1]), cost=cost, cut_losses=losses, branches=branches)
+
+
 def pruning(section: PruningSection) -> Any:
-    return to_json(make_plan(planned_for(), section))
+    return to_json(make_plan(planned_by_cuts() if section.allocation == "cuts" else planned_for(), section))
 
 
 def training(settings: TrainSettings) -> Any:
@@ -168,6 +184,7 @@ CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "pruning.round_to": (1, {}),
     "pruning.mrs_exponent": (1.0, {"round_to": 1}),
     "pruning.min_keep": (0.6, {}),
+    "pruning.branches": (False, {"allocation": "cuts", "round_to": 1}),
     **{f"training.{name}": case for name, case in TRAIN_CASES.items()},
     **{f"finetune.{name}": case for name, case in TRAIN_CASES.items()},
     "evaluation.tier": ("apgd", {}),
