@@ -133,7 +133,7 @@ def _described(block: nn.Module, branch: Branch, given: Sequence[Any]) -> Branch
         dim for dim in range(result.dim())
         if not torch.allclose(result, result.narrow(dim, 0, 1).expand_as(result))
     ]  # fmt: skip
-    if len(varied) > 1:
+    if len(varied) > 1 or varied == [0]:
         raise NotABranchError("its result differs between images or positions")
     dim = varied[0] if varied else (1 if result.dim() == 4 else result.dim() - 1)
     return replace(branch, channels=result.shape[dim], dims=result.dim(), dim=dim)
