@@ -51,12 +51,12 @@ def prove_whole(
         QualityGateError: the model without any cut cannot be compared with itself.
     """
     proof = _Proof(base, ledger, passes, example)
-    proved = _largest(proof, (), ledger.done)
+    proved = _largest(proof, None, ledger.done)
     # Only without branches are values compared in train mode, so all other cuts are proved first.
     return _largest(proof, proved, branches) if branches else proved
 
 
-def _largest(proof: _Proof, before: Proved | tuple[()], cuts: Sequence[Cut]) -> Proved:
+def _largest(proof: _Proof, before: Proved | None, cuts: Sequence[Cut]) -> Proved:
     """Add as many of `cuts` as can be proved together to those that are proved `before`."""
     good = list(before.cuts) if before else []
     left_out = list(before.left_out) if before else []
