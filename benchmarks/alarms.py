@@ -159,7 +159,7 @@ def table(result: dict[str, Any]) -> str:
     )
     lines = [
         f"# Alarms\n\n`benchmarks/alarms.py`, {count:,} test images of CIFAR-10, tier {result['tier']}, Linf 8/255, "
-        f"{'; '.join(machines)}; accuracies in percent.\n",
+        f"{'; '.join(machines)}; the wrapped model is {result['model']}; accuracies in percent.\n",
         "| | model | clean | claimed robust | after an adaptive attack | alarms |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
