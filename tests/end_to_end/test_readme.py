@@ -64,7 +64,7 @@ def test_every_figure_of_the_readme_is_in_the_results_that_it_names():
     results = ROOT / "benchmarks" / "results"
     quoted = 0
     for part in prose_of(README):
-        figures = re.findall(r"\d+\.\d+(?: \[[0-9., -]+\])?", part.replace("\n", " "))
+        figures = re.findall(r"\d+\.\d+(?: \[[0-9., +-]+\])?", part.replace("\n", " "))
         if not figures:
             continue
         source = re.search(r"<!-- figures from (.+) -->", part)
