@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..structure.types import ChannelGroup
 from .analysis import Analysis
 from .cost import QuadraticForm
 from .cut_losses import CutLosses
-from .rounding import TOLERANCE, floor_of, round_to_budget
+from .rounding import floor_of, round_to_budget
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class Problem:
         scores: scores of the channels by group name, >= 0, higher is more important; None without scores.
         removed: ρ_g(k) for k = 0..channels by group name, ascending, if it was measured; see `Analysis`.
         cut_losses: losses of real cuts by group name, if they were measured.
+        branches: groups that are residual branches and may keep no channel, by name.
     """
 
     groups: Sequence[ChannelGroup]
@@ -55,6 +56,7 @@ class Problem:
     scores: Mapping[str, Tensor] | None = None
     removed: Mapping[str, Tensor] | None = None
     cut_losses: CutLosses | None = None
+    branches: Mapping[str, Removable] = field(default_factory=dict)
 
     def needs(self, what: str, value: T | None) -> T:
         """Return `value`, which the allocation requires.
@@ -104,7 +106,8 @@ class Wish:
     """Output of an allocation, before widths are rounded to integers.
 
     Attributes:
-        widths: real-valued widths between the floors and the dense widths, [groups].
+        widths: real-valued widths between the floors and the dense widths, [groups]; 0 for a group that goes with a
+            residual branch.
         losses: expected loss of each group at each kept count 0..channels, [channels + 1], which rounding minimises.
             None prefers the integers nearest to `widths`.
     """
@@ -137,23 +140,27 @@ def allocate(analysis: Analysis, section: PruningSection, budget: float) -> dict
     floors = np.array([floor_of(g, section.min_keep) for g in groups], dtype=np.float64)
     problem = Problem(
         groups, cost.form(section.metric), budget, floors, cost.dense.copy(), section, analysis.profile,
-        analysis.scores, analysis.removed, analysis.cut_losses,
+        analysis.scores, analysis.removed, analysis.cut_losses, analysis.branches,
     )  # fmt: skip
-    if section.allocation == "cuts" and section.branches and analysis.branches and analysis.cut_losses:
-        problem = without_branches(problem, analysis.branches, analysis.cut_losses)
-    kept = {group.name for group in problem.groups}
-    return dict.fromkeys((g.name for g in groups if g.name not in kept), 0) | _widths(problem)
+    wish = _wished(problem)
+    widths = np.asarray(wish.widths, dtype=np.float64)
+    within = [branch.modules for branch in analysis.branches.values()]
+    gone = {
+        g.name for g, width in zip(groups, widths, strict=True)
+        if width == 0 and any(modules.issuperset(g.producers) for modules in within)
+    }  # fmt: skip
+    return dict.fromkeys(sorted(gone), 0) | _rounded(problem, wish, widths, gone)
 
 
-def _widths(problem: Problem) -> dict[str, int]:
-    """Return the integer widths that an allocation gives the groups of a problem."""
-    groups, section = problem.groups, problem.section
+def _rounded(problem: Problem, wish: Wish, widths: Floats, gone: Collection[str]) -> dict[str, int]:
+    """Return integer widths of all groups but `gone`."""
+    at = [i for i, group in enumerate(problem.groups) if group.name not in gone]
+    problem, section = problem.without(gone), problem.section
+    groups, widths = problem.groups, widths[at]
     if not groups:
         return {}
-    wish = wished(problem)
-    widths = np.asarray(wish.widths, dtype=np.float64)
     losses = (
-        wish.losses
+        [wish.losses[i] for i in at]
         if wish.losses is not None
         else [((np.arange(g.channels + 1) - w) / g.channels) ** 2 for g, w in zip(groups, widths, strict=True)]
     )
@@ -163,7 +170,7 @@ def _widths(problem: Problem) -> dict[str, int]:
     return {g.name: int(k) for g, k in zip(groups, keep, strict=True)}
 
 
-def wished(problem: Problem) -> Wish:
+def _wished(problem: Problem) -> Wish:
     """Return what the allocation of a problem's section gives, checked.
 
     Raises:
@@ -185,52 +192,3 @@ def wished(problem: Problem) -> Wish:
             f"got {[np.shape(row) for row in wish.losses]}"
         )
     return wish
-
-
-def without_branches(problem: Problem, branches: Mapping[str, Removable], measured: CutLosses) -> Problem:
-    """Return the problem without the groups of branches whose removal lowers the expected loss at this budget.
-
-    Branches go one by one, each time the one after which the expected loss of the real-valued widths and of all removed
-    branches is lowest, as long as it falls. While not even the smallest widths meet the budget, the one goes that costs
-    the least loss for what it saves there.
-
-    Args:
-        problem: the problem of all groups.
-        branches: residual branches by the name of their group.
-        measured: losses of real cuts, which contain those without the branches.
-    """
-    from .allocations.cuts import loss_without
-
-    least = problem.budget - TOLERANCE * problem.form.value(problem.dense)
-    gone, paid, best = problem, 0.0, _expected(problem, least)
-    left = {name: branch for name, branch in branches.items() if name in {group.name for group in problem.groups}}
-    while left:
-        tries = {}
-        for name, branch in left.items():
-            smaller = gone.without({g.name for g in gone.groups if branch.modules.issuperset(g.producers)})
-            cost = loss_without(measured[name])
-            tries[name] = smaller, paid + cost, paid + cost + _expected(smaller, least)
-        name = min(tries, key=lambda name: tries[name][2])
-        if tries[name][2] == float("inf") and gone.form.value(gone.floors) > problem.budget:
-            # Not even the smallest widths are within the budget, and one branch less does not bring them there.
-            saved = {n: gone.form.value(gone.floors) - t[0].form.value(t[0].floors) for n, t in tries.items()}
-            name = min(tries, key=lambda n: loss_without(measured[n]) / max(saved[n], 1e-9))
-        elif tries[name][2] >= best:
-            break
-        gone, paid, best = tries[name]
-        names = {group.name for group in gone.groups}
-        left = {name: branch for name, branch in left.items() if name in names}
-    return gone
-
-
-def _expected(problem: Problem, least: float) -> float:
-    """Return the expected loss of the real-valued widths, or infinity if no widths cost from `least` to the budget."""
-    if not problem.groups or problem.form.value(problem.dense) < least:
-        return float("inf")
-    wish = wished(problem)
-    if wish.losses is None or problem.form.value(wish.widths) > problem.budget * (1 + TOLERANCE):
-        return float("inf")
-    return sum(
-        float(np.interp(width, np.arange(len(loss)), loss))
-        for width, loss in zip(wish.widths, wish.losses, strict=True)
-    )

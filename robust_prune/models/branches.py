@@ -94,12 +94,7 @@ def without(block: nn.Module, branch: Branch, value: Tensor | None = None) -> fx
     if _Trace(block, branch.readers, training=True).rest(branch, name, parameter).code != small.code:
         raise NotABranchError("what its code does around the branch depends on the mode, which tracing would fix")
     small.training = block.training
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
+    for hooks in _HOOKS:
         setattr(small, hooks, getattr(block, hooks))
     return _marked(small, (*_marks(block), _Taken(branch, name, _attributes(block, branch))))
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 RIDGE = 1e-3
 """Weight of the regularisation as a multiple of the mean of the diagonal of XᵀX."""
-
-
 MOST_ELEMENTS = 1 << 26
 """Largest number of unfolded input elements in memory: 256 MiB in float32."""
 MOST_GRAM = 1 << 27

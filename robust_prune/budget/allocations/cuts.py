@@ -14,7 +14,8 @@ import numpy as np
 
 from ...structure.types import ChannelGroup
 from ..allocation import Floats, Problem, Wish
-from ..cut_losses import CutLoss
+from ..cut_losses import CutLoss, CutLosses
+from ..rounding import TOLERANCE
 from .mrs import equal_prices, lower_hull
 
 _LEAST_LOSS = 1e-4
@@ -23,7 +24,7 @@ _LEAST_WIDTH = 0.5
 
 
 def wished_widths(problem: Problem) -> Wish:
-    """Return the widths of the constrained optimum, and the expected losses.
+    """Return the widths of the constrained optimum, 0 for branches that go whole, and the expected losses.
 
     Raises:
         UsageError: the losses of real cuts are missing.
@@ -32,8 +33,17 @@ def wished_widths(problem: Problem) -> Wish:
         "losses of real cuts (analyse measures them with pruning.allocation=cuts)", problem.cut_losses
     )
     problem.covered(measured, "losses of real cuts")
-    losses = [loss_by_width(group, measured[group.name]) for group in problem.groups]
-    return Wish(equal_prices(losses, problem), losses)
+    left = _without_branches(problem, measured)
+    losses = _losses(problem, measured)
+    widths = np.zeros(len(losses))
+    kept = [group.name for group in left.groups]
+    at = [i for i, group in enumerate(problem.groups) if group.name in kept]
+    widths[at] = equal_prices([losses[i] for i in at], left) if at else 0.0
+    return Wish(widths, losses)
+
+
+def _losses(problem: Problem, measured: CutLosses) -> list[Floats]:
+    return [loss_by_width(group, measured[group.name]) for group in problem.groups]
 
 
 def loss_by_width(group: ChannelGroup, measured: Sequence[CutLoss]) -> Floats:
@@ -58,3 +68,47 @@ def loss_without(measured: Sequence[CutLoss]) -> float:
     """Return the loss in nats of taking out a branch, which was measured without its channels."""
     (cut,) = (cut for cut in measured if not cut.keep)
     return max(cut.rise, cut.error, _LEAST_LOSS)
+
+
+def _without_branches(problem: Problem, measured: CutLosses) -> Problem:
+    """Return the problem without the groups of branches whose removal lowers the expected loss at this budget.
+
+    Branches go one by one, each time the one after which the expected loss of the real-valued widths and of all removed
+    branches is lowest, as long as it falls. While not even the smallest widths meet the budget, the one goes that costs
+    the least loss for what it saves there.
+
+    Args:
+        problem: the problem of all groups.
+        measured: losses of real cuts, which contain those without the branches.
+    """
+    least = problem.budget - TOLERANCE * problem.form.value(problem.dense)
+    gone, paid, best = problem, 0.0, _expected(problem, measured, least)
+    left = {name: branch for name, branch in problem.branches.items() if problem.section.branches}
+    while left:
+        tries = {}
+        for name, branch in left.items():
+            smaller = gone.without({g.name for g in gone.groups if branch.modules.issuperset(g.producers)})
+            cost = loss_without(measured[name])
+            tries[name] = smaller, paid + cost, paid + cost + _expected(smaller, measured, least)
+        name = min(tries, key=lambda name: tries[name][2])
+        if tries[name][2] == float("inf") and gone.form.value(gone.floors) > problem.budget:
+            # Not even the smallest widths are within the budget, and one branch less does not bring them there.
+            saved = {n: gone.form.value(gone.floors) - t[0].form.value(t[0].floors) for n, t in tries.items()}
+            name = min(tries, key=lambda n: loss_without(measured[n]) / max(saved[n], 1e-9))
+        elif tries[name][2] >= best:
+            break
+        gone, paid, best = tries[name]
+        names = {group.name for group in gone.groups}
+        left = {name: branch for name, branch in left.items() if name in names}
+    return gone
+
+
+def _expected(problem: Problem, measured: CutLosses, least: float) -> float:
+    """Return the expected loss of the real-valued widths, or infinity if no widths cost from `least` to the budget."""
+    if not problem.groups or problem.form.value(problem.dense) < least:
+        return float("inf")
+    losses = _losses(problem, measured)
+    widths = equal_prices(losses, problem)
+    if problem.form.value(widths) > problem.budget * (1 + TOLERANCE):
+        return float("inf")
+    return sum(float(np.interp(width, np.arange(len(loss)), loss)) for width, loss in zip(widths, losses, strict=True))
