@@ -40,7 +40,7 @@ CENTRE: dict[str, Any] = {
 KNOBS: dict[str, tuple[Any, ...]] = {
     "lr": (0.02, 0.05, 0.12, 0.2),
     "crop_padding": (2, 4),
-    "batch_size": (64, 256),
+    "batch_size": (32, 64, 256),
     "warmup": (0.05, 0.3),
     "label_smoothing": (0.0, 0.2),
     "weight_decay": (1e-4, 1e-3),
