@@ -93,11 +93,7 @@ def analyse(
     check_groups(search)
     widths = dense_widths or {}
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))
-    with_cuts, branches = recipe.pruning.allocation == "cuts", dict[str, Removable]()
-    if with_cuts and recipe.pruning.branches:
-        few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
-        branches = {g.name: b for g in search.groups if (b := find_branch(model, g, few))}
-    cost = cost_model(model, example, search.groups, branches)
+    cost = cost_model(model, example, search.groups)
     model.to(device)
     adv = make_adversarial_set(model, images, recipe.threat_model, section, seed=recipe.seed, device=device)
     profile = measure(model, adv, section, groups=search.groups, device=device)
@@ -107,10 +103,36 @@ def analyse(
     )  # fmt: skip
     removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
     found = Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
-    if not with_cuts:
-        return found
-    losses = measure_cuts(model, images, search.groups, scores, branches, recipe.threat_model, seed=recipe.seed)
-    return replace(found, cut_losses=losses, branches=branches)
+    return with_cut_losses(found, model, spec, images, recipe) if recipe.pruning.allocation == "cuts" else found
+
+
+def with_cut_losses(
+    analysis: Analysis, model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe
+) -> Analysis:
+    """Return the analysis with the branches that may be removed whole and the losses of real cuts.
+
+    Args:
+        analysis: result of `analyse` for the same model.
+        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it stays on its device.
+        spec: specification of the model, with the size of its images.
+        images: training images that are not used for model selection.
+        recipe: recipe with threat model, seed and the section ``pruning``.
+
+    Raises:
+        UsageError: the model cannot be traced or measured.
+    """
+    groups, branches = analysis.search.groups, dict[str, Removable]()
+    place = next(model.parameters()).device
+    if recipe.pruning.branches:
+        model.cpu()
+        few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
+        branches = {g.name: b for g in groups if (b := find_branch(model, g, few))}
+        analysis = replace(analysis, cost=cost_model(model, spec.blank_image(), groups, branches), branches=branches)
+        model.to(place)
+    losses = measure_cuts(
+        model, images, groups, analysis.scores, branches, recipe.threat_model, seed=recipe.seed
+    )  # fmt: skip
+    return replace(analysis, cut_losses=losses)
 
 
 def check_groups(search: GroupSearch) -> None:
