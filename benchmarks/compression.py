@@ -55,8 +55,9 @@ from robust_prune.ranking.importance import channel_scores, removed_fraction_cur
 from robust_prune.recipe import EvaluationSection, ExportSection, Recipe, TrainSettings
 from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
+from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.surgery.apply import apply
-from robust_prune.surgery.repair import repair
+from robust_prune.surgery.repair import repair, repair_set
 from robust_prune.training.scratch import fresh_like
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,6 +115,7 @@ class Bench:
         self.device = choose_device(self.recipe.device)
         self.stored = stored
         self._analyses: dict[tuple[int, str], Analysis] = {}
+        self._attacked: dict[int, AdversarialSet] = {}
 
     def analysis(self, seed: int, arm: Arm) -> Analysis:
         """Return the analysis that an arm plans from; the seconds that it took are stored by seed."""
@@ -123,6 +125,7 @@ class Bench:
         if (seed, "mrs") not in self._analyses:
             begin = time.process_time()
             self._analyses[seed, "mrs"] = analyse(module, spec, train, recipe, self.device)
+            self._attacked[seed] = repair_set(module, train, recipe, self.device)
             seconds["mrs"] = time.process_time() - begin
         found = self._analyses[seed, "mrs"]
         if arm.allocation == "cuts":
@@ -148,7 +151,7 @@ class Bench:
         surgery = apply(self.loaded.module.cpu(), plan, self.loaded.spec.blank_image())
         if surgery.rolled_back:
             raise SystemExit(f"{arm.name}: not all groups were cut: {surgery.rolled_back}")
-        repair(surgery, self.loaded.module, self.data.train, recipe, self.device)
+        repair(surgery, self.loaded.module, self.data.train, recipe, self.device, self._attacked[seed])
         return surgery.model, {
             "macs": plan.macs_after,
             "params": plan.params_after,

@@ -38,8 +38,9 @@ from robust_prune.models.artifact import Model
 from robust_prune.recipe import Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
+from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.surgery.apply import apply
-from robust_prune.surgery.repair import repair
+from robust_prune.surgery.repair import repair, repair_set
 from robust_prune.training.trainer import train
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -53,13 +54,15 @@ ARMS: dict[str, dict[str, Any]] = {
 CHOOSE_IMAGES = 500
 
 
-def pruned(base: Model, data: DataBundle, analysis: Analysis, recipe: Recipe) -> tuple[nn.Module, dict[str, int]]:
+def pruned(
+    base: Model, data: DataBundle, analysis: Analysis, adv: AdversarialSet, recipe: Recipe
+) -> tuple[nn.Module, dict[str, int]]:
     """Return the base, cut by the plan of a recipe and repaired, and the channels that each group keeps."""
     plan = make_plan(analysis, recipe.pruning)
     surgery = apply(copy.deepcopy(base.module).cpu(), plan, base.spec.blank_image())
     if surgery.rolled_back:
         raise SystemExit(f"not all groups were cut: {surgery.rolled_back}")
-    repair(surgery, base.module, data.train, recipe, choose_device(recipe.device))
+    repair(surgery, base.module, data.train, recipe, choose_device(recipe.device), adv)
     return surgery.model, {group.name: group.keep for group in plan.groups}
 
 
@@ -123,13 +126,14 @@ def main() -> None:
         section = base_recipe.pruning.model_copy(update={"allocation": "cuts", "branches": True})
         recipe = base_recipe.model_copy(update={"seed": seed, "pruning": section})
         analysis = analyse(base.module, base.spec, data.train, recipe, device)
+        adv = repair_set(base.module, data.train, recipe, device)
         measured = {name: [vars(cut) for cut in cuts] for name, cuts in (analysis.cut_losses or {}).items()}
         for ratio, steps, arm in wanted:
             if (ratio, steps, arm) in have:
                 continue
             changed = recipe.pruning.model_copy(update={"ratio": ratio, **ARMS[arm]})
             chosen = recipe.model_copy(update={"pruning": changed})
-            small, keep = pruned(base, data, analysis, chosen)
+            small, keep = pruned(base, data, analysis, adv, chosen)
             if steps:
                 images = steps * recipe.finetune.batch_size
                 epochs = math.ceil(images / len(data.train))

@@ -34,23 +34,28 @@ def repair(
         images: training images.
         recipe: recipe with threat model, seed and the sections ``pruning`` and ``sensitivity``.
         device: ``cpu`` or ``cuda``.
-        adv: adversarial set for least squares; by default it is generated.
+        adv: adversarial set for least squares; by default `repair_set` generates it.
 
     Raises:
         UsageError: there are too few images.
     """
     small, section = surgery.model.to(device), recipe.pruning
-    count = min(section.repair_images, len(images))
     if section.repair == "batchnorm":
-        reestimate_batchnorm(small, images, count=count, device=device)
+        reestimate_batchnorm(small, images, count=min(section.repair_images, len(images)), device=device)
     elif section.repair == "least_squares":
         dense.to(device)
-        few = recipe.sensitivity.model_copy(update={"images": count})
-        adv = adv or make_adversarial_set(dense, images, recipe.threat_model, few, seed=recipe.seed, device=device)
-        clean, _ = random_images(images, count, recipe.seed)
+        adv = adv or repair_set(dense, images, recipe, device)
+        clean, _ = random_images(images, min(section.repair_images, len(images)), recipe.seed)
         shown = torch.cat([clean, adv.images])
         fit_branches(small, dense, surgery.removed, shown)
         reconstruct(small, dense, surgery.removed, shown)
+
+
+def repair_set(dense: nn.Module, images: ImageSet, recipe: Recipe, device: str) -> AdversarialSet:
+    """Return the adversarial set for least squares: ``pruning.repair_images`` images attacked on the dense model."""
+    count = min(recipe.pruning.repair_images, len(images))
+    section = recipe.sensitivity.model_copy(update={"images": count})
+    return make_adversarial_set(dense, images, recipe.threat_model, section, seed=recipe.seed, device=device)
 
 
 @torch.no_grad()
