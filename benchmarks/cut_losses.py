@@ -5,6 +5,11 @@
 Question: does an allocation keep more robust accuracy if the loss of a group is measured at real cuts (`cuts`) rather
 than at the worst perturbation of its weights (`mrs`), and does it help if branches may go whole?
 
+With ``--metric latency`` the same at equal latency: the plan of each arm is the one whose exported file comes nearest
+to the wanted latency (batch 1, one thread), and each row has its latency and the branches that it lacks. That is the
+test of removing branches whole: ``cuts, branches`` against ``cuts``. Rows then belong in a file of their own
+(``--out``).
+
 Arms: ``mrs`` (the default), ``mrs, exponent 0`` (sensitivities ignored), ``uniform``, ``cuts`` (channels alone) and
 ``cuts, branches``. All have the same scores of channels, repair and number of fine-tuning steps; robust accuracy is
 under PGD-20 on held-out training images that chose nothing, right after the repair (0 steps) and after fine-tuning,
@@ -18,7 +23,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +31,11 @@ import numpy as np
 from recovered import difference, interval, right_images, score_on
 from torch import nn
 
+from robust_prune.bench.candidates import CandidateClock
 from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
+from robust_prune.compression import plan_by_clock
 from robust_prune.data.base import DataBundle, random_subset
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
@@ -56,14 +63,34 @@ CHOOSE_IMAGES = 500
 
 def pruned(
     base: Model, data: DataBundle, analysis: Analysis, adv: AdversarialSet, recipe: Recipe
-) -> tuple[nn.Module, dict[str, int]]:
-    """Return the base, cut by the plan of a recipe and repaired, and the channels that each group keeps."""
-    plan = make_plan(analysis, recipe.pruning)
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the base, cut by the plan of a recipe and repaired, and what is stored of the cut."""
+    section, latency = recipe.pruning, {}
+    if section.metric == "latency":
+        plan = plan_by_clock(base, data.train, recipe, base.module, analysis, 1 - section.ratio)
+    else:
+        plan = make_plan(analysis, section)
     surgery = apply(copy.deepcopy(base.module).cpu(), plan, base.spec.blank_image())
     if surgery.rolled_back:
         raise SystemExit(f"not all groups were cut: {surgery.rolled_back}")
     repair(surgery, base.module, data.train, recipe, choose_device(recipe.device), adv)
-    return surgery.model, {group.name: group.keep for group in plan.groups}
+    if section.metric == "latency":
+        with CandidateClock.open(base.module, base.spec, data.train, recipe) as clock:
+            latency = {"latency_kept": clock.kept(surgery.model)}
+    return surgery.model, {
+        "keep": {group.name: group.keep for group in plan.groups},
+        "branches": [group.name for group in plan.groups if not group.keep],
+        "macs_kept": plan.macs_after / plan.macs_before,
+        **latency,
+    }
+
+
+def left(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the share of the latency that rows keep and their number of branches removed, as text; empty for MACs."""
+    if "latency_kept" not in rows[0]:
+        return ""
+    kept = 100 * np.mean([row["latency_kept"] for row in rows])
+    return f"; {kept:.1f} % of the latency, {np.mean([len(row['branches']) for row in rows]):.2g} branches removed"
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -74,7 +101,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"# Loss of real cuts\n\n`benchmarks/cut_losses.py`: {result['arch']} on {result['data']}, robust accuracy "
         "in % under PGD-20 from one start on the margin on held-out training images, right after the repair and after "
         "steps of fine-tuning; beside it the paired difference to mrs, 95 % intervals over seeds and images.\n",
-        "| MACs removed | steps | " + " | ".join(ARMS) + " |",
+        f"| {'latency' if result.get('metric') else 'MACs'} removed | steps | " + " | ".join(ARMS) + " |",
         "| ---: | ---: |" + " --- |" * len(ARMS),
     ]
     for ratio, steps in cells:
@@ -90,7 +117,8 @@ def table(result: Mapping[str, Any]) -> str:
             values = 100 * np.stack(list(found[arm].values()))
             low, high = interval(values)
             apart = "" if arm == "mrs" else f", {difference(found[arm], found['mrs'])}"
-            texts.append(f"{values.mean():.1f} [{low:.1f}, {high:.1f}]{apart}, {len(values)} seeds")
+            mine = [row for row in rows if (row["ratio"], row["steps"], row["arm"]) == (ratio, steps, arm)]
+            texts.append(f"{values.mean():.1f} [{low:.1f}, {high:.1f}]{apart}, {len(values)} seeds{left(mine)}")
         lines.append(f"| {100 * ratio:g} % | {steps} | " + " | ".join(texts) + " |")
     machines = sorted({f"{row['environment']['cpu']}, commit {row['environment']['commit'][:7]}" for row in rows})
     return "\n".join(lines) + f"\n\nMeasured on {'; '.join(machines)}.\n"
@@ -101,6 +129,7 @@ def main() -> None:
     parser.add_argument("model", help="the robust base: an artifact, or demo")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--recipe", default="cifar10-resnet20x2")
+    parser.add_argument("--metric", default="macs", choices=["macs", "latency"], help="of what the ratios are shares")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.9])
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100, 700], help="fine-tuning steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -113,6 +142,7 @@ def main() -> None:
     base = open_model_for(args.model, data, base_recipe, None)
     device = choose_device(base_recipe.device)
     settings = {"model": models_hash(base.module), "arch": base.spec.arch, "data": data.name, "recipe": args.recipe}
+    settings |= {"metric": "latency"} if args.metric == "latency" else {}
     result: dict[str, Any] = {**settings, "rows": []}
     if args.out.exists():
         result = json.loads(args.out.read_text(encoding="utf-8"))
@@ -123,7 +153,7 @@ def main() -> None:
         have = {(row["ratio"], row["steps"], row["arm"]) for row in result["rows"] if row["seed"] == seed}
         if not set(wanted) - have:
             continue
-        section = base_recipe.pruning.model_copy(update={"allocation": "cuts", "branches": True})
+        section = base_recipe.pruning.model_copy(update={"allocation": "cuts", "branches": True, "metric": args.metric})
         recipe = base_recipe.model_copy(update={"seed": seed, "pruning": section})
         analysis = analyse(base.module, base.spec, data.train, recipe, device)
         adv = repair_set(base.module, data.train, recipe, device)
@@ -133,7 +163,7 @@ def main() -> None:
                 continue
             changed = recipe.pruning.model_copy(update={"ratio": ratio, **ARMS[arm]})
             chosen = recipe.model_copy(update={"pruning": changed})
-            small, keep = pruned(base, data, analysis, adv, chosen)
+            small, cut = pruned(base, data, analysis, adv, chosen)
             if steps:
                 images = steps * recipe.finetune.batch_size
                 epochs = math.ceil(images / len(data.train))
@@ -144,7 +174,7 @@ def main() -> None:
                 )  # held-out images judge, so they do not choose
                 train(small, part, chosen_on, recipe.threat_model, tuned, seed=seed, device=device, teacher=base.module)
             score = score_on(small.cpu().eval(), data.validation, "held-out", data, chosen, device)
-            row = {"seed": seed, "ratio": ratio, "steps": steps, "arm": arm, "keep": keep, "score": score}
+            row = {"seed": seed, "ratio": ratio, "steps": steps, "arm": arm, **cut, "score": score}
             result["rows"].append({**row, "cut_losses": measured, "environment": snapshot()})
             write_json(args.out, result)
             write_text(args.out.with_suffix(".md"), table(result))

@@ -24,7 +24,7 @@ from .budget.latency_search import plan_for_latency
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn, working
-from .data.base import DataBundle, random_subset, stratified
+from .data.base import DataBundle, ImageSet, random_subset, stratified
 from .evaluation.card import ResultCard
 from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
@@ -52,6 +52,7 @@ from .job import (
 from .machine.device import choose_device
 from .machine.snapshot import snapshot
 from .models import artifact, user_file
+from .models.artifact import Model
 from .preflight import Preflight, preflight
 from .recipe import Recipe, TrainSettings
 from .report.files import NAMES, write
@@ -221,21 +222,31 @@ def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Plann
     assert analysis.profile is not None
     if section.metric == "latency":
         wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.cuts)
-        return Planned(analysis.profile, plan_by_clock(job, model, analysis, wanted))
+        return Planned(analysis.profile, plan_by_clock(job.dense, job.data.train, recipe, model, analysis, wanted))
     ratio = remaining_ratio(plans, section.ratio, section.metric, section.cuts)
     return Planned(analysis.profile, make_plan(analysis, section.model_copy(update={"ratio": ratio})))
 
 
-def plan_by_clock(job: Compression, model: nn.Module, analysis: Analysis, wanted: float) -> PruningPlan:
-    """Return the plan whose measured latency is nearest to `wanted`, in (0, 1), times that of the dense model."""
-    dense, spec, recipe = job.dense.module, job.dense.spec, job.recipe
-    seen = sample_images(job.data.train, recipe.seed)
-    with CandidateClock.open(dense, spec, job.data.train, recipe) as clock:
+def plan_by_clock(
+    dense: Model, images: ImageSet, recipe: Recipe, model: nn.Module, analysis: Analysis, wanted: float
+) -> PruningPlan:
+    """Return the plan whose measured latency is nearest to `wanted`, in (0, 1), times that of the dense model.
+
+    Args:
+        dense: the dense model.
+        images: training images, for the parity check of the files that are timed.
+        recipe: recipe with the sections ``pruning``, ``bench`` and ``export``.
+        model: the model that is cut: the dense one, or the result of earlier cuts.
+        analysis: analysis of `model`.
+        wanted: wanted latency divided by that of the dense model.
+    """
+    seen = sample_images(images, recipe.seed)
+    with CandidateClock.open(dense.module, dense.spec, images, recipe) as clock:
 
         def measure(plan: PruningPlan) -> float:
-            return clock.kept(apply(model.cpu(), plan, spec.blank_image(), seen).model)
+            return clock.kept(apply(model.cpu(), plan, dense.spec.blank_image(), seen).model)
 
-        present = 1.0 if model is dense else clock.kept(model)
+        present = 1.0 if model is dense.module else clock.kept(model)
         return plan_for_latency(
             clock.priced(analysis, model), recipe.pruning, wanted, present, measure, conditions(recipe.bench)
         )
