@@ -4,19 +4,22 @@
     python benchmarks/compression.py latency resnet20_x2
     python benchmarks/compression.py table
 
-Question: does an allocation by Module Robustness Sensitivity (`mrs`), or by the loss of real cuts (`cuts`), keep more
-robust accuracy than pruning without either, and than a small network from scratch?
+Question: does an allocation by Module Robustness Sensitivity (`mrs`), or by the loss of real cuts with branches that
+may go whole (`cuts, branches`), keep more robust accuracy than rules without either, and than a small network from
+scratch?
 
-Every arm but the last removes the same share of the MACs (within 0.5 %, see `criteria.py`) of the same robust base,
-with the same repair and the same number of fine-tuning images: those that `--minutes` of training take on one core, 0
-for none. Steps are timed once for each base and ratio. `from scratch` trains the network that `uniform` leaves, from
-fresh weights, for the minutes of fine-tuning and those that `mrs` took for analysis, cut and repair.
+Every arm but the last removes the same share of the MACs of the same robust base (within 0.5 % where widths allow it,
+see `criteria.py`), with the same repair and the same number of fine-tuning images: those that `--minutes` of training
+take on one core, 0 for none. Steps are timed once for each base and ratio; minutes are processor minutes of one thread.
+`from scratch` trains the network that the uniform cut leaves, from fresh weights, for the minutes of fine-tuning and
+those that `mrs` took for analysis, cut and repair; the hours that trained the base are not counted. `cuts, branches`
+has a longer analysis, which the table counts and this rival is not given.
 
 Stopping rule: seeds 0 to 2 where 75 % of the MACs are removed, seed 0 at 50 and 90 %, of every arm and budget; no
 figure is looked at to decide whether to go on. Test images choose nothing: clean accuracy and PGD-20 from one start on
 the margin on 2,000 of them, `aa-fast` on the first 1,000 of these. Rows are stored one by one in a file for each base,
-and the same command goes on with the missing ones. `latency` rebuilds the networks from their stored widths and times
-their ONNX files side by side; run it while nothing else runs.
+and the same command goes on with the missing ones. `latency` rebuilds the networks of seed 0 with random weights and
+times their ONNX files side by side; run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -31,17 +34,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import compression_table
+import torch
 from attack_gap import survivors
+from compression_table import SCRATCH, UNIFORM
 from criteria import Arm, nearest_plan, with_sensitivities
 from recovered import Base, images_seen, score_on
-from recovery import CURVE, SCRATCH
+from recovery import CURVE
 from torch import nn
 
 import robust_prune as rp
 from robust_prune.budget.analysis import Analysis, analyse, with_cut_losses
+from robust_prune.budget.counting import count_macs, count_params
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
-from robust_prune.data.base import DataBundle, random_subset, stratified
+from robust_prune.data.base import DataBundle, ImageSet, random_subset, stratified
+from robust_prune.errors import QualityGateError
 from robust_prune.exporters.onnx import export_model
 from robust_prune.exporters.precision import Precision, export_precisions, reduced_path
 from robust_prune.introspect.fingerprint import models_hash
@@ -51,12 +58,15 @@ from robust_prune.machine.snapshot import snapshot
 from robust_prune.models.artifact import Model
 from robust_prune.models.manifest import apply_changes, describe_changes
 from robust_prune.models.registry import build
+from robust_prune.models.spec import ModelSpec
 from robust_prune.ranking.importance import channel_scores, removed_fraction_curve
 from robust_prune.recipe import EvaluationSection, ExportSection, Recipe, TrainSettings
 from robust_prune.recipe_reader import load
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
+from robust_prune.structure.paths import sample_images
 from robust_prune.surgery.apply import apply
+from robust_prune.surgery.batchnorm import reestimate_batchnorm
 from robust_prune.surgery.repair import repair, repair_set
 from robust_prune.training.scratch import fresh_like
 
@@ -91,9 +101,9 @@ BASES = {
 }
 ARMS = (
     Arm("mrs", "mrs", "adversarial_taylor"),
-    Arm("cuts", "cuts", "adversarial_taylor"),
+    Arm("cuts, branches", "cuts", "adversarial_taylor"),
     Arm("mrs, exponent 0", "mrs", "adversarial_taylor", exponent=0),
-    Arm("uniform, adversarial Taylor", "uniform", "adversarial_taylor"),
+    Arm(UNIFORM, "uniform", "adversarial_taylor"),
     Arm("global adversarial Taylor, no MRS", "global", "adversarial_taylor", sensitivities="equal"),
     Arm("global magnitude, no MRS", "global", "magnitude", sensitivities="equal"),
     Arm(SCRATCH, "uniform", "adversarial_taylor"),
@@ -106,79 +116,94 @@ Cell = tuple[int, float, float, Arm]
 
 
 class Bench:
-    """A base with what is measured once for each seed: analyses by criterion and the time they took."""
+    """A base with what is measured once: analyses and their processor seconds for each seed, and the cuts."""
 
-    def __init__(self, source: Source, stored: dict[str, Any]) -> None:
+    def __init__(self, source: Source) -> None:
         self.recipe = load(source.recipe)
         self.data: DataBundle = open_data(self.recipe)
         self.loaded: Model = open_model_for(source.weights, self.data, self.recipe, None)
         self.device = choose_device(self.recipe.device)
-        self.stored = stored
-        self._analyses: dict[tuple[int, str], Analysis] = {}
+        self._analyses: dict[tuple[int, str], tuple[Analysis, float]] = {}
         self._attacked: dict[int, AdversarialSet] = {}
+        self._cuts: dict[tuple[int, float, str], tuple[nn.Module, dict[str, Any]]] = {}
 
-    def analysis(self, seed: int, arm: Arm) -> Analysis:
-        """Return the analysis that an arm plans from; the seconds that it took are stored by seed."""
+    def settings(self) -> dict[str, Any]:
+        """Return what all rows of the base have in common; rows of other settings are not comparable."""
+        return {
+            "model": models_hash(self.loaded.module), "data": self.data.name, "images": [IMAGES, JUDGED], "threads": 1,
+            "scratch": CURVE[SCRATCH], "recipe": self.recipe.model_dump(mode="json", exclude={"seed", "device"}),
+        }  # fmt: skip
+
+    def analysis(self, seed: int, arm: Arm) -> tuple[Analysis, float]:
+        """Return the analysis that an arm plans from, and the processor seconds that it takes."""
         module, spec, train = self.loaded.module, self.loaded.spec, self.data.train
         recipe = self.recipe.model_copy(update={"seed": seed})
-        seconds = self.stored.setdefault("analysis_seconds", {}).setdefault(str(seed), {})
         if (seed, "mrs") not in self._analyses:
             begin = time.process_time()
-            self._analyses[seed, "mrs"] = analyse(module, spec, train, recipe, self.device)
+            found = analyse(module, spec, train, recipe, self.device)
             self._attacked[seed] = repair_set(module, train, recipe, self.device)
-            seconds["mrs"] = time.process_time() - begin
-        found = self._analyses[seed, "mrs"]
+            self._analyses[seed, "mrs"] = found, time.process_time() - begin
+        found, seconds = self._analyses[seed, "mrs"]
         if arm.allocation == "cuts":
             if (seed, "cuts") not in self._analyses:
                 begin = time.process_time()
-                self._analyses[seed, "cuts"] = with_cut_losses(found, module, spec, train, recipe)
-                seconds["cuts"] = seconds["mrs"] + time.process_time() - begin
+                cuts = with_cut_losses(found, module, spec, train, recipe)
+                self._analyses[seed, "cuts"] = cuts, seconds + time.process_time() - begin
             return self._analyses[seed, "cuts"]
         if arm.criterion != found.criterion:
             groups = found.search.groups
             scores = channel_scores(module, groups, arm.criterion, seed=seed, device=self.device)
             removed = {g.name: removed_fraction_curve(module, g, scores[g.name]) for g in groups}
             found = replace(found, scores=scores, removed=removed, criterion=arm.criterion)
-        return with_sensitivities(found, arm.sensitivities, seed)
+        return with_sensitivities(found, arm.sensitivities, seed), seconds
 
     def cut(self, seed: int, ratio: float, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the base, cut and repaired, and what is stored of the cut."""
-        changes = {"ratio": ratio, "allocation": arm.allocation, "criterion": arm.criterion}
+        """Return the base, cut and repaired, and what is stored of the cut; the model must not be changed."""
+        place = seed, ratio, (UNIFORM if arm.name == SCRATCH else arm.name)
+        if place in self._cuts:
+            return self._cuts[place]
+        changes = {"ratio": ratio, "allocation": arm.allocation, "criterion": arm.criterion, "branches": True}
         section = self.recipe.pruning.model_copy(update={**changes, "mrs_exponent": arm.exponent})
         recipe = self.recipe.model_copy(update={"seed": seed, "pruning": section})
-        analysis, begin = self.analysis(seed, arm), time.process_time()
-        plan = nearest_plan(analysis, section)
-        surgery = apply(self.loaded.module.cpu(), plan, self.loaded.spec.blank_image())
-        if surgery.rolled_back:
-            raise SystemExit(f"{arm.name}: not all groups were cut: {surgery.rolled_back}")
+        (analysis, seconds), begin = self.analysis(seed, arm), time.process_time()
+        plan, example = nearest_plan(analysis, section), self.loaded.spec.blank_image()
+        surgery = apply(self.loaded.module.cpu(), plan, example, sample_images(self.data.train, seed))
+        small = surgery.model
         repair(surgery, self.loaded.module, self.data.train, recipe, self.device, self._attacked[seed])
-        return surgery.model, {
-            "macs": plan.macs_after,
-            "params": plan.params_after,
-            "macs_kept": plan.macs_after / plan.macs_before,
-            "round_to": plan.round_to,
-            "widths": {group.name: [group.channels, group.keep] for group in plan.groups},
-            "changes": describe_changes(build(self.loaded.spec, pretrained=False), surgery.model),
-            "cut_seconds": time.process_time() - begin,
-        }
+        macs = count_macs(small.cpu().eval(), example)
+        self._cuts[place] = (
+            small,
+            {
+                "macs": macs,
+                "params": count_params(small),
+                "macs_kept": macs / plan.macs_before,
+                "round_to": plan.round_to,
+                "widths": {group.name: [group.channels, group.keep] for group in plan.groups},
+                "rolled_back": [asdict(group) for group in surgery.rolled_back],
+                "changes": describe_changes(build(self.loaded.spec, pretrained=False), small),
+                "analysis_seconds": seconds,
+                "cut_seconds": time.process_time() - begin,
+            },
+        )
+        return self._cuts[place]
 
-    def row(self, seed: int, ratio: float, minutes: float, arm: Arm) -> dict[str, Any]:
+    def row(self, stored: dict[str, Any], seed: int, ratio: float, minutes: float, arm: Arm) -> dict[str, Any]:
         """Return one row: the cut, its fine-tuning and its accuracies."""
         small, cut = self.cut(seed, ratio, arm)
         recipe = self.recipe.model_copy(update={"seed": seed})
         base = Base(small, self.loaded.module, self.loaded.spec, self.data, self.device)
         settings: TrainSettings = recipe.finetune
-        trained = 0
+        trained, begin = 0, time.process_time()
         if arm.name == SCRATCH:
             base, settings = base.fresh(seed), recipe.training.model_copy(update=CURVE[SCRATCH])
-            (mrs,) = (r for r in self.stored["rows"] if key(r) == (seed, ratio, minutes, "mrs"))
-            minutes += (self.stored["analysis_seconds"][str(seed)]["mrs"] + mrs["cut_seconds"]) / 60
-        begin = time.process_time()
+            (mrs,) = (row for row in stored["rows"] if key(row) == (seed, ratio, minutes, "mrs"))
+            minutes += (mrs["analysis_seconds"] + mrs["cut_seconds"]) / 60
         if minutes:
             paced = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update={"ratio": ratio})})
-            epochs, count = images_seen(self.stored, base, settings, paced, minutes)
+            epochs, count = images_seen(stored, base, settings, paced, minutes)
             chosen_on = random_subset(self.data.validation, settings.validation_images, 0)
             settings, trained = settings.model_copy(update={"epochs": epochs}), epochs * count
+            begin = time.process_time()
             small, _ = base.trained(settings, recipe, count, chosen_on)
         seconds = time.process_time() - begin
         return cut | {"images": trained, "train_seconds": seconds} | judged(small.cpu().eval(), self.data, recipe)
@@ -201,26 +226,40 @@ def key(row: dict[str, Any]) -> tuple[int, float, float, str]:
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     """Yield the wanted cells, seed by seed; `mrs` comes before the small network that trains for as long."""
+    wanted = {*(args.arms or (arm.name for arm in ARMS))}
+    wanted |= {"mrs"} if SCRATCH in wanted else set()
     for seed in sorted({seed for ratio in args.ratios for seed in SEEDS[ratio]}):
         for ratio in (ratio for ratio in args.ratios if seed in SEEDS[ratio]):
             for minutes in args.minutes:
-                for arm in ARMS:
-                    if not args.arms or arm.name in args.arms:
-                        yield seed, ratio, minutes, arm
+                for arm in (arm for arm in ARMS if arm.name in wanted):
+                    yield seed, ratio, minutes, arm
 
 
-def rows(args: argparse.Namespace, file: Path, stored: dict[str, Any]) -> None:
+def read(file: Path) -> dict[str, Any]:
+    """Return the stored results of a base; without rows if there are none yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+
+
+def check(stored: dict[str, Any], settings: dict[str, Any], file: Path) -> None:
+    """Keep the settings of the rows, and stop if rows are of other settings."""
+    if stored.setdefault("settings", settings) != settings:
+        differ = [name for name, value in settings.items() if stored["settings"].get(name) != value]
+        raise SystemExit(f"{file} has rows of other settings ({', '.join(differ)}). Move it away or use --out.")
+
+
+def rows(args: argparse.Namespace, file: Path) -> None:
     """Measure the missing rows of a base and store each."""
-    stored.setdefault("rows", [])
-    have = {key(row) for row in stored["rows"]}
+    have = {key(row) for row in read(file)["rows"]}
     todo = [(s, r, m, arm) for s, r, m, arm in cells(args) if (s, r, m, arm.name) not in have]
-    bench = Bench(BASES[args.base], stored) if todo else None
+    if not todo:
+        return
+    bench, environment = Bench(BASES[args.base]), snapshot()
     for position, (seed, ratio, minutes, arm) in enumerate(todo, start=1):
-        assert bench is not None
-        check_model(stored, bench.loaded.module, file)
+        stored = read(file)  # another process may have written rows of other ratios
+        check(stored, bench.settings(), file)
         cell = {"seed": seed, "ratio": ratio, "minutes": minutes, "arm": arm.name}
-        row = cell | bench.row(seed, ratio, minutes, arm) | {"environment": snapshot()}
-        stored["rows"].append(row)
+        row = cell | bench.row(stored, seed, ratio, minutes, arm) | {"environment": environment}
+        stored["rows"] = [*read(file)["rows"], row]
         write_json(file, stored)
         robust = 100 * compression_table.right(row, "aa_fast").mean()
         console.print(
@@ -229,39 +268,41 @@ def rows(args: argparse.Namespace, file: Path, stored: dict[str, Any]) -> None:
         )
 
 
-def check_model(stored: dict[str, Any], module: nn.Module, file: Path) -> None:
-    """Keep the hash of the base, and stop if rows are of another one."""
-    found = models_hash(module)
-    if stored.setdefault("model", found) != found:
-        raise SystemExit(f"{file} has rows of another model than the base. Move it away or use --out.")
-
-
-def latency(args: argparse.Namespace, file: Path, stored: dict[str, Any]) -> None:
+def latency(args: argparse.Namespace, file: Path) -> None:
     """Time the ONNX files of the dense network and of each arm's cut of seed 0, side by side for each ratio."""
-    recipe = load(BASES[args.base].recipe)
-    data = open_data(recipe)
-    loaded = open_model_for(BASES[args.base].weights, data, recipe, None)
-    check_model(stored, loaded.module, file)
-    section = ExportSection(precisions=PRECISIONS)
+    stored, bench = read(file), Bench(BASES[args.base])
+    check(stored, bench.settings(), file)
+    spec, train = bench.loaded.spec, bench.data.train
     for ratio in args.ratios:
         cuts = {r["arm"]: r["changes"] for r in stored["rows"] if (r["seed"], r["ratio"]) == (0, ratio)}
+        cuts.pop(SCRATCH, None)  # the network of the uniform cut
         if not cuts:
             continue
+        files: dict[str, Path] = {}
         with TemporaryDirectory() as folder:
-            files: dict[str, Path] = {}
             for name, changes in {"dense": None, **cuts}.items():
-                module = build(loaded.spec, pretrained=False)
+                module = build(spec, pretrained=False)
                 if changes is not None:
                     apply_changes(module, changes)
-                small = fresh_like(loaded.spec, module, 0).eval()
-                path = Path(folder) / f"{len(files)}.onnx"
-                export_model(small, loaded.spec, data.train, path, section, 0)
-                reduced = export_precisions(small, data.train, path, section)
-                files |= {name: path, **{f"{name}, {p}": reduced_path(path, p) for p in reduced}}
-            table = rp.benchmark(files, batches=(1, 32), threads=(1,))
+                small = fresh_like(spec, module, 0)
+                reestimate_batchnorm(small, train)
+                files |= exported(small.eval(), spec, train, name, Path(folder) / f"{len(files)}.onnx")
+            table = rp.benchmark(files, batches=(1, 32), threads=(1,), kinds=("host",))
         found = [{name: value for name, value in asdict(row).items() if name != "path"} for row in table.rows]
         stored.setdefault("latency", {})[f"{ratio:g}"] = {"rows": found, "environment": table.environment}
         write_json(file, stored)
+
+
+def exported(small: nn.Module, spec: ModelSpec, images: ImageSet, name: str, path: Path) -> dict[str, Path]:
+    """Return the files of a network by label; without the int8 file if its logits are not those of the network."""
+    section = ExportSection(precisions=PRECISIONS)
+    export_model(small, spec, images, path, section, 0)
+    try:
+        reduced = export_precisions(small, images, path, section)
+    except QualityGateError as error:
+        console.print(f"{name}: no int8 file: {error}", markup=False)
+        reduced = {}
+    return {name: path, **{f"{name}, {precision}": reduced_path(path, precision) for precision in reduced}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -274,16 +315,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "compression", help="folder of the rows")
     args = parser.parse_args(argv)
     tune_allocator()
+    torch.set_num_threads(1)
     if args.what != "table":
         if args.base is None:
             parser.error(f"{args.what} needs a base: {', '.join(BASES)}")
-        file = args.out / f"{args.base}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        {"rows": rows, "latency": latency}[args.what](args, file, stored)
-    every = {
-        name: json.loads(path.read_text("utf-8")) for name in BASES if (path := args.out / f"{name}.json").exists()
-    }
+        args.out.mkdir(parents=True, exist_ok=True)
+        {"rows": rows, "latency": latency}[args.what](args, args.out / f"{args.base}.json")
+    every = {name: read(path) for name in BASES if (path := args.out / f"{name}.json").exists()}
     text = compression_table.tables(every)
     write_text(args.out.with_suffix(".md"), text)
     print(text)

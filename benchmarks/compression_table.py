@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from recovered import RESAMPLES, interval, right_images
+from recovered import RESAMPLES, interval, machines, right_images
 
-REFERENCE = "mrs"
+REFERENCE, UNIFORM, SCRATCH = "mrs", "uniform, adversarial Taylor", "from scratch"
+SAME_MACS = 0.005
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -21,31 +22,36 @@ def tables(bases: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the Markdown text: the differences to `mrs`, meaned over the bases, and a table for each base."""
     text = [
         "# Compression\n\n`benchmarks/compression.py`, which says how the rows are made. Accuracies are in percent, of "
-        "test images; differences in points, paired by seed and image; 95 % intervals over seeds and images. PGD: 20 "
-        "steps from one start on the margin, an upper bound, 2,000 images. "
-        "Minutes are processor minutes; those in all count the analysis of `mrs` for every arm that prunes, although "
-        "rules without MRS need less of it.\n",
-        *_joint({name: stored["rows"] for name, stored in bases.items()}),
+        "test images; differences in points, paired by seed and image; 95 % intervals over images and, where there are "
+        "several, seeds. PGD: 20 steps from one start on the margin, an upper bound, 2,000 images. Minutes are "
+        "processor minutes; those in all count the analysis of `mrs` for every arm that prunes, although rules without "
+        "MRS need less of it. Latency: ONNX Runtime on a CPU, one thread, median. MACs: in brackets the number that "
+        "all widths are multiples of; * more than 0.5 % from the target. From scratch: the network of the uniform "
+        "cut.\n",
+        *_joint(bases),
     ]
     for name, stored in bases.items():
-        text += _one(name, stored)
+        if stored["rows"]:
+            text += _one(name, stored)
     return "\n".join(text)
 
 
-def _joint(rows: Mapping[str, Rows]) -> list[str]:
-    cells = sorted({(row["ratio"], row["minutes"]) for mine in rows.values() for row in mine})
-    arms = dict.fromkeys(row["arm"] for mine in rows.values() for row in mine if row["arm"] != REFERENCE)
+def _joint(bases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    every = [row for stored in bases.values() for row in stored["rows"]]
+    cells = sorted({(row["ratio"], row["minutes"]) for row in every})
     text = [
-        f"## Difference of each arm to `{REFERENCE}` under `aa-fast`, mean over the networks\n\nIn brackets the "
-        "interval, then the number of networks of which both arms have a row.\n",
+        f"## Difference of each arm to `{REFERENCE}` under `aa-fast`, mean over the networks\n\nAfter it the numbers "
+        "of networks and of seeds in all of which both arms have a row.\n",
         "| | " + " | ".join(f"{100 * ratio:g} %, {minutes:g} min" for ratio, minutes in cells) + " |",
         "| --- |" + " ---: |" * len(cells),
     ]
-    for arm in arms:
+    for arm in dict.fromkeys(row["arm"] for row in every if row["arm"] != REFERENCE):
         found = []
         for cell in cells:
-            apart = [d for mine in rows.values() if (d := _difference(_at(mine, cell), arm)) is not None]
-            found.append(f"{mean_text(apart)}, {len(apart)}" if apart else "–")
+            apart = [(s["settings"]["data"], _difference(_at(s["rows"], cell), arm)) for s in bases.values()]
+            known = [(data, values) for data, values in apart if values is not None]
+            counts = f"{len(known)}, {sum(len(values) for _, values in known)}"
+            found.append(f"{mean_text(known)}, {counts}" if known else "–")
         text.append(f"| {arm} | " + " | ".join(found) + " |")
     return [*text, ""]
 
@@ -61,17 +67,25 @@ def _difference(rows: Rows, arm: str) -> np.ndarray | None:
     return 100 * np.stack([mine[seed] - reference[seed] for seed in shared]) if shared else None
 
 
-def mean_text(values: Sequence[np.ndarray]) -> str:
-    """Return the mean over networks, each [seeds, images], and its 95 % interval over the seeds and images of each."""
+def mean_text(values: Sequence[tuple[str, np.ndarray]]) -> str:
+    """Return the mean over networks, and its 95 % interval over the seeds of each and the images.
+
+    Args:
+        values: the name of the data set and the outcomes [seeds, images] of each network. Networks on one data set are
+            judged on the same images, so these are drawn for all of them at once.
+    """
     generator = np.random.default_rng(0)
     means = np.zeros(RESAMPLES)
-    for each in values:
-        seeds, images = each.shape
-        for position in range(RESAMPLES):
+    for position in range(RESAMPLES):
+        images: dict[tuple[str, int], np.ndarray] = {}
+        for data, each in values:
+            seeds, count = each.shape
+            if (data, count) not in images:
+                images[data, count] = np.asarray(generator.integers(0, count, count))
             drawn = each[generator.integers(0, seeds, seeds)].mean(0)
-            means[position] += drawn[generator.integers(0, images, images)].mean() / len(values)
+            means[position] += drawn[images[data, count]].mean() / len(values)
     low, high = np.percentile(means, (2.5, 97.5))
-    return f"{np.mean([each.mean() for each in values]):+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{np.mean([each.mean() for _, each in values]):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _one(name: str, stored: Mapping[str, Any]) -> list[str]:
@@ -92,17 +106,18 @@ def _one(name: str, stored: Mapping[str, Any]) -> list[str]:
             for arm in dict.fromkeys(row["arm"] for row in at):
                 mine = [row for row in at if row["arm"] == arm]
                 apart = _difference(at, arm) if arm != REFERENCE else None
-                spent = f"{minutes:g} | {_spent(mine, stored):.1f}"
+                spent = f"{minutes:g} | {_spent(mine):.1f}"
                 text.append(
-                    f"| {arm} | {spent} | {len(mine)} | {_mean(mine, 'macs') / 1e6:.1f} M | "
-                    f"{_mean(mine, 'params') / 1e3:.0f} k | " + " | ".join(times.get(arm, ["–"] * 3)) + " | "
-                    f"{_share(mine, 'pgd', 'clean')} | {_share(mine, 'pgd')} | {_share(mine, 'aa_fast')} | "
-                    f"{mean_text([apart]) if apart is not None else ''} |"
+                    f"| {arm} | {spent} | {len(mine)} | {_macs(mine)} | {_mean(mine, 'params') / 1e3:.0f} k | "
+                    + " | ".join(times.get(UNIFORM if arm == SCRATCH else arm, ["–"] * 3))
+                    + f" | {_share(mine, 'pgd', 'clean')} | {_share(mine, 'pgd')} | {_share(mine, 'aa_fast')} | "
+                    f"{mean_text([('', apart)]) if apart is not None else ''} |"
                 )
         text.append("")
-    machines = sorted({f"{row['environment']['cpu']}, commit {row['environment']['commit'][:7]}" for row in rows})
     flags = sorted({flag for row in rows for flag in row["flags"]})
-    return [*text, f"Rows: {'; '.join(machines)}. Alarms: {'; '.join(flags) or 'none'}.\n"]
+    whole = {f"{row['arm']}, seed {row['seed']}" for row in rows if row["rolled_back"]}
+    left = f" Groups that failed their proof stayed whole: {'; '.join(sorted(whole))}." if whole else ""
+    return [*text, f"Rows: {machines(rows)}. Alarms: {'; '.join(flags) or 'none'}.{left}\n"]
 
 
 def latencies(stored: Mapping[str, Any], ratio: float) -> dict[str, list[str]]:
@@ -111,19 +126,22 @@ def latencies(stored: Mapping[str, Any], ratio: float) -> dict[str, list[str]]:
     found = {
         (row["label"], row["batch"]): f"{row['p50_ms']:.3g} [{row['p50_low']:.3g}, {row['p50_high']:.3g}]"
         for row in rows
+        if row["kind"] == "host"
     }
     wanted = (("", 1), ("", 32), (", int8", 1))
     return {name: [found.get((name + end, batch), "–") for end, batch in wanted] for name, batch in found if batch == 1}
 
 
-def _spent(rows: Rows, stored: Mapping[str, Any]) -> float:
+def _spent(rows: Rows) -> float:
     """Return the mean minutes of analysis, cut, repair and training; a small network from scratch needs the last."""
-    total = 0.0
-    for row in rows:
-        seconds = stored["analysis_seconds"][str(row["seed"])]
-        prepared = row["cut_seconds"] + seconds["cuts" if row["arm"] == "cuts" else "mrs"]
-        total += row["train_seconds"] + (prepared if row["arm"] != "from scratch" else 0)
-    return total / 60 / len(rows)
+    before = [row["analysis_seconds"] + row["cut_seconds"] if row["arm"] != SCRATCH else 0 for row in rows]
+    return float(np.mean([seconds + row["train_seconds"] for seconds, row in zip(before, rows, strict=True)])) / 60
+
+
+def _macs(rows: Rows) -> str:
+    off = any(abs(row["macs_kept"] / (1 - row["ratio"]) - 1) > SAME_MACS for row in rows)
+    steps = "/".join(f"{step}" for step in sorted({row["round_to"] for row in rows}))
+    return f"{_mean(rows, 'macs') / 1e6:.1f} M ({steps}){'*' if off else ''}"
 
 
 def _mean(rows: Rows, name: str) -> float:

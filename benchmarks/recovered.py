@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from robust_prune.budget.analysis import analyse
@@ -73,16 +75,19 @@ def images_seen(
     """Return the smallest number of epochs, and the number of images in each, of `minutes` of training.
 
     Steps of each kind are timed once, and the result is stored in `stored["steps_a_minute"]`. Methods whose steps cost
-    the same thus see the same number of images, whatever the load of the machine.
+    the same thus see the same number of images. With one thread minutes are those of the processor, whatever else runs.
     """
     kind = f"{recipe.pruning.ratio:g} {settings.loss} {settings.steps if settings.loss != 'n_fgsm' else 1}"
     kind += f"{' distilled' if settings.distillation else ''}{' awp' if settings.awp else ''} {settings.batch_size}"
     timed = stored.setdefault("steps_a_minute", {})
     if kind not in timed:
+        wall, processor = time.monotonic(), time.process_time()
         epochs, count = affordable(
             base.cut, base.data.train, recipe.threat_model, settings, 60.0, device=base.device, teacher=base.dense
         )  # fmt: skip
-        timed[kind] = epochs * count / settings.batch_size
+        wall, processor = time.monotonic() - wall, time.process_time() - processor
+        alone = torch.get_num_threads() == 1 and base.device == "cpu"
+        timed[kind] = epochs * count / settings.batch_size * (wall / processor if alone else 1)
     images = int(minutes * timed[kind] * settings.batch_size)
     epochs = math.ceil(images / len(base.data.train))
     return epochs, images // epochs
@@ -113,6 +118,15 @@ def right_images(scored: dict[str, Any], which: str) -> np.ndarray:
     """Return 1.0 for each image that is classified correctly in a result of `score_on`, else 0.0."""
     bits = np.frombuffer(bytes.fromhex(scored[which]), np.uint8)
     return np.unpackbits(bits)[: scored["images"]].astype(float)
+
+
+def machines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the processors and commits of rows as text; a commit with changes beside it is marked by a plus."""
+    found = set()
+    for row in rows:
+        commit, _, changes = (row["environment"]["commit"] or "unknown").partition("+")
+        found.add(f"{row['environment']['cpu']}, commit {commit[:7]}{'+' if changes else ''}")
+    return "; ".join(sorted(found))
 
 
 def machine(part: dict[str, Any], environment: dict[str, Any]) -> str:

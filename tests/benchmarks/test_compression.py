@@ -14,6 +14,7 @@ from builders.places import BENCHMARKS
 
 import robust_prune as rp
 from robust_prune.models.registry import build
+from robust_prune.recipe_reader import load
 
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -28,14 +29,15 @@ def bits(right: np.ndarray) -> str:
 def row(arm: str, seed: int, robust: np.ndarray, **more: Any) -> dict[str, Any]:
     attacked = {"images": len(robust), "clean": bits(np.ones(len(robust))), "robust": bits(robust)}
     return {
-        "seed": seed, "ratio": 0.75, "minutes": 2.0, "arm": arm, "macs": 4e7, "params": 3e5, "cut_seconds": 60.0,
+        "seed": seed, "ratio": 0.75, "minutes": 2.0, "arm": arm, "macs": 4e7, "params": 3e5, "macs_kept": 0.25,
+        "round_to": 8, "rolled_back": [], "analysis_seconds": 240.0, "cut_seconds": 60.0,
         "train_seconds": 120.0, "pgd": attacked, "aa_fast": attacked, "flags": [],
         "environment": {"cpu": "a processor", "commit": "0123456789"}, **more,
     }  # fmt: skip
 
 
-def base(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"rows": rows, "analysis_seconds": {str(seed): {"mrs": 240.0, "cuts": 720.0} for seed in range(3)}}
+def base(rows: list[dict[str, Any]], data: str = "cifar10") -> dict[str, Any]:
+    return {"rows": rows, "settings": {"data": data}}
 
 
 def test_the_mean_over_networks_weighs_each_alike_and_pairs_by_seed_and_image() -> None:
@@ -47,15 +49,50 @@ def test_the_mean_over_networks_weighs_each_alike_and_pairs_by_seed_and_image() 
     text = compression_table.tables({"one": one, "other": other})
     joint = next(line for line in text.splitlines() if line.startswith("| uniform |"))
     value = -100 * np.mean([(m & ~w).mean() for m, w in zip(mrs, worse, strict=True)]) / 2
-    assert joint.startswith(f"| uniform | {value:+.1f} [") and joint.endswith("], 2 |")
-    assert "| mrs | 2 | 7.0 | 3 | 40.0 M | 300 k | – | – | – | 100.0 [100.0, 100.0] |" in text
+    assert joint.startswith(f"| uniform | {value:+.1f} [") and joint.endswith("], 2, 4 |")
+    assert "| mrs | 2 | 7.0 | 3 | 40.0 M (8) | 300 k | – | – | – | 100.0 [100.0, 100.0] |" in text
 
 
 def test_minutes_in_all_count_the_real_cuts_and_nothing_but_training_from_scratch() -> None:
     right = np.ones(100)
-    text = compression_table.tables({"one": base([row(arm, 0, right) for arm in ("mrs", "cuts", "from scratch")])})
-    found = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in text.splitlines() if " | 40.0 M | " in line}
+    arms = [row(arm, 0, right) for arm in ("mrs", "cuts", "from scratch")]
+    arms[1]["analysis_seconds"] = 720.0
+    text = compression_table.tables({"one": base(arms)})
+    found = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in text.splitlines() if " | 40.0 M (8) | " in line}
     assert found == {"mrs": "7.0", "cuts": "15.0", "from scratch": "2.0"}
+
+
+def test_what_differs_from_the_protocol_is_marked() -> None:
+    rows = [row("mrs", 0, np.ones(100)), row("cuts", 0, np.ones(100), macs_kept=0.26, rolled_back=[{"name": "a"}])]
+    text = compression_table.tables({"one": base(rows)})
+    assert "| mrs | 2 | 7.0 | 1 | 40.0 M (8) |" in text and "| cuts | 2 | 7.0 | 1 | 40.0 M (8)* |" in text
+    assert "Groups that failed their proof stayed whole: cuts, seed 0." in text
+
+
+def test_images_of_one_data_set_are_drawn_once_for_all_its_networks() -> None:
+    right = 100.0 * (np.random.default_rng(0).random((1, 1000)) < 0.1)
+
+    def width(names: tuple[str, str]) -> float:
+        low, high = compression_table.mean_text([(name, right) for name in names]).split("[")[1].rstrip("]").split(", ")
+        return float(high) - float(low)
+
+    assert width(("a", "a")) > 1.25 * width(("a", "b")), "the same images twice say no more than once"
+
+
+def test_latencies_are_those_of_one_thread() -> None:
+    made = {"label": "mrs", "batch": 1, "p50_low": 0.9, "p50_high": 1.1}
+    times = [{**made, "kind": "host", "p50_ms": 1.0}, {**made, "kind": "defaults", "p50_ms": 7.0}]
+    stored = base([row("mrs", 0, np.ones(100))]) | {"latency": {"0.75": {"rows": times}}}
+    assert "| 1 [0.9, 1.1] | – | – |" in compression_table.tables({"one": stored})
+
+
+def test_all_bases_have_a_recipe_and_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
+    for source in compression.BASES.values():
+        load(source.recipe)
+    stored = {"rows": [], "settings": {"model": "a", "data": "cifar10"}}
+    compression.check(stored, {"model": "a", "data": "cifar10"}, tmp_path)
+    with pytest.raises(SystemExit, match=r"rows of other settings \(model\)"):
+        compression.check(stored, {"model": "b", "data": "cifar10"}, tmp_path)
 
 
 @pytest.mark.slow
@@ -70,7 +107,7 @@ def test_a_base_goes_through_all_arms_and_what_is_stored_is_not_measured_again(
     monkeypatch.setattr(compression, "IMAGES", 64)
     monkeypatch.setattr(compression, "JUDGED", 16)
     uniform = "uniform, adversarial Taylor"
-    arms = ["--arms", "mrs", "cuts", uniform, compression.SCRATCH]
+    arms = ["--arms", "mrs", "cuts, branches", uniform, compression.SCRATCH]
     arguments = ["tiny", "--minutes", "0.02", "--ratios", "0.5", "--out", str(tmp_path / "rows")]
     compression.main(["rows", *arguments, *arms])
     stored = json.loads((tmp_path / "rows" / "tiny.json").read_text("utf-8"))

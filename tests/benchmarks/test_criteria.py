@@ -80,6 +80,26 @@ def test_controls_take_the_sensitivities_out(analysis: Any, monkeypatch: pytest.
     assert len({g.mrs for g in equal}) == 1
 
 
+def test_equal_sensitivities_are_equal_for_groups_of_any_number_of_layers(
+    analysis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(criteria, "replace", lambda value, **changes: _replaced(value, changes))
+    names = [module.name for module in analysis.profile.modules]
+    sizes = (1, 3, 4)
+    ends = np.cumsum(sizes)
+    groups = [
+        SimpleNamespace(name=names[end - size], producers=tuple(names[end - size : end]))
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    for first in np.random.default_rng(0).random(50):
+        modules = tuple(_replaced(module, {"mrs": float(first)}) for module in analysis.profile.modules)
+        profile = _replaced(analysis.profile, {"modules": modules})
+        one = SimpleNamespace(profile=profile, search=SimpleNamespace(groups=groups))
+        assert len({g.mrs for g in criteria.with_sensitivities(one, "equal", 0).profile.groups}) == 1
+
+
 def _replaced(value: Any, changes: dict[str, Any]) -> Any:
     from dataclasses import is_dataclass, replace
     from types import SimpleNamespace
