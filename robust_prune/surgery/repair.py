@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..console import console
 from ..data.base import ImageSet, random_images
 from ..models.branches import taken_out
 from ..recipe import Recipe
@@ -77,5 +78,11 @@ def fit_branches(small: nn.Module, dense: nn.Module, removed: Mapping[Place, Col
         constant, mean = small.get_parameter(name), mean_result(dense, branch, images)
         lost = set(removed.get((f"{branch.block}.{branch.readers[0]}", "out", 0), ()))
         kept = torch.tensor([i for i in range(len(mean)) if i not in lost], device=mean.device)
-        if len(kept) == len(constant):  # else channels are counted otherwise behind the reader, and it stays as it is
-            constant.copy_(mean[kept])
+        if len(kept) != len(constant):
+            console.print(
+                f"{name}: not fitted, since channels are counted otherwise behind {branch.readers[0]}. Fine-tuning "
+                "starts from what the branch returns without its channels.",
+                markup=False,
+            )
+            continue
+        constant.copy_(mean[kept])

@@ -145,6 +145,14 @@ def test_the_constant_is_fitted_to_the_mean_of_the_dense_branch() -> None:
     assert torch.allclose(surgery.model.blocks[0].branch_constant.flatten(), mean[kept], atol=1e-5)
 
 
+def test_a_constant_whose_channels_are_counted_otherwise_stays_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    model, surgery = cut(*MODELS["in place"])
+    before = surgery.model.blocks[0].branch_constant.detach().clone()
+    fit_branches(surgery.model, model, {}, images())
+    assert torch.equal(surgery.model.blocks[0].branch_constant, before)
+    assert "blocks.0.branch_constant: not fitted, since channels are counted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("block", [Multiplied, Padded, Dropping])
 def test_what_is_not_added_or_differs_by_position_or_mode_is_no_branch(block: type[nn.Module]) -> None:
     model = randomised(Around(block())).eval()
