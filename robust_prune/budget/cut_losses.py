@@ -26,6 +26,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..data.base import ImageSet, random_images
 from ..models.branches import take_out
+from ..models.layout import runs_in_bf16
 from ..ranking.importance import removal_order
 from ..sensitivity.losses import cross_entropy, finite
 from ..structure.branches import Removable, mean_result
@@ -98,9 +99,11 @@ def measure_cuts(
     clean, labels = drawn[:IMAGES], labels[:IMAGES]
     with frozen_eval(model):
         generator = torch.Generator().manual_seed(seed)
-        adversarial = pgd(model, clean, labels, threat, steps=FIRST_STEPS, generator=generator)
+        bf16 = runs_in_bf16(model, clean[:1])
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16):
+            adversarial = pgd(model, clean, labels, threat, steps=FIRST_STEPS, generator=generator)
         shown = torch.cat([adversarial, drawn[IMAGES:]])
-        measured = _Loss(clean, adversarial, labels, threat)
+        measured = _Loss(clean, adversarial, labels, threat, bf16)
         base = measured.of(model)
         names = {name for group in groups for name in _readers(model, group)}
         grams = _gram_matrices(model, names, shown)
@@ -121,22 +124,24 @@ def measure_cuts(
 
 @dataclass(frozen=True)
 class _Loss:
-    """Images of the loss: originals, adversarial images of the dense model, and labels."""
+    """Images of the loss: originals, adversarial images of the dense model, and labels; the attack may run in bf16."""
 
     clean: Tensor
     adversarial: Tensor
     labels: Tensor
     threat: ThreatModel
+    bf16: bool
 
     def of(self, model: nn.Module) -> Tensor:
         """Return the loss of each image in nats, after `STEPS` more steps of the attack on `model`."""
         parts = []
         for at in torch.arange(len(self.labels)).split(_BATCH):
             y = self.labels[at]
-            found = pgd(
-                model, self.clean[at], y, self.threat, steps=STEPS, step_size=STEP * self.threat.epsilon,
-                objective=cross_entropy_objective(y), start=self.adversarial[at],
-            )  # fmt: skip
+            with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+                found = pgd(
+                    model, self.clean[at], y, self.threat, steps=STEPS, step_size=STEP * self.threat.epsilon,
+                    objective=cross_entropy_objective(y), start=self.adversarial[at],
+                )  # fmt: skip
             with torch.no_grad():
                 parts.append(cross_entropy(model(found), y))
         return torch.cat(parts)

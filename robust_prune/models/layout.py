@@ -41,13 +41,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def runs_in_bf16(model: nn.Module, images: Tensor) -> bool:
-    """Return whether the hardware supports bf16 and `model` runs in it, forward and backward to the images.
+    """Return whether bf16 autocast pays: the hardware supports it, and `model` runs in it and has float32 weights.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; it is run forward, and backward to the images.
         images: a few images [N, C, H, W], on the model's device.
     """
-    if not has_fast_bf16(images.device):
+    if not has_fast_bf16(images.device) or weights_dtype(model) != torch.float32:
         return False
     try:
         with torch.enable_grad():

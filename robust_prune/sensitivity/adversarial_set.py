@@ -11,9 +11,9 @@ from ..attacks.context import frozen_eval
 from ..attacks.pgd import pgd
 from ..attacks.threat import ThreatModel
 from ..console import track
-from ..data.base import ImageSet, batches, images_at_once, random_subset
+from ..data.base import ImageSet, batches, images_at_once, plain_strides, random_subset
 from ..errors import UsageError
-from ..models.layout import weights_dtype
+from ..models.layout import fastest_layout, runs_in_bf16, weights_dtype
 from ..recipe import SensitivitySection
 
 
@@ -59,7 +59,7 @@ def make_adversarial_set(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AdversarialSet:
-    """Attack random images with PGD in eval mode.
+    """Attack random images with PGD in eval mode, in bf16 where hardware and model support it.
 
     Pass the training split: the set decides what is pruned, so it must contain neither validation nor test images.
 
@@ -86,7 +86,14 @@ def make_adversarial_set(
     labels: list[Tensor] = []
     with frozen_eval(model), track(f"Adversarial set, PGD-{section.steps}", len(chosen)) as advance:
         for x, y in batches(chosen, batch_size or images_at_once(chosen), device):
-            made.append(pgd(model, x.to(dtype), y, threat, steps=section.steps, generator=generator).float().cpu())
+            x = x.to(dtype)
+            if not made:
+                bf16, layout = runs_in_bf16(model, x[:1]), fastest_layout(model, x[:1])
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                found = pgd(
+                    model, x.contiguous(memory_format=layout), y, threat, steps=section.steps, generator=generator
+                )
+            made.append(plain_strides(found.float().cpu()))
             labels.append(y.long().cpu())
             advance(len(y))
     return AdversarialSet(torch.cat(made), torch.cat(labels), threat, seed)

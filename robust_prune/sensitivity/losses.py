@@ -75,9 +75,8 @@ class RobustLoss:
 
     def fast(self) -> RobustLoss:
         """Return the loss computed in bf16 where hardware and model support it and the weights are float32."""
-        single = weights_dtype(self.model) == torch.float32
         few = self.adv.images[:1].to(self.device)
-        return replace(self, bf16=single and runs_in_bf16(self.model, few))
+        return replace(self, bf16=runs_in_bf16(self.model, few))
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of forward passes."""

@@ -34,23 +34,35 @@ def is_plain(layer: Any) -> bool:
     return type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward) and getattr(layer, "groups", 1) == 1
 
 
-def input_rows(layer: Any, x: Tensor) -> Tensor | None:
+def input_rows(layer: Any, x: Tensor, at: Tensor | None = None) -> Tensor | None:
     """Return the inputs [rows, inputs x kernel area], with a final 1 for a bias, or None for padding other than zeros.
 
     Args:
         layer: a plain convolution or linear layer.
         x: its input.
+        at: output positions of each image whose rows are returned; by default all.
     """
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _chosen(x.reshape(len(x), -1, x.shape[-1]), at)
     elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+        rows = _chosen(patches.transpose(1, 2), at)
     else:
         return None
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
 
-def output_rows(layer: Any, y: Tensor) -> Tensor:
+def output_rows(layer: Any, y: Tensor, at: Tensor | None = None) -> Tensor:
     """Return the outputs [rows, outputs] of a plain convolution or linear layer, in the order of `input_rows`."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2).flatten(0, 1)
+    each = y.reshape(len(y), -1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
+    return _chosen(each, at)
+
+
+def output_positions(layer: Any, y: Tensor) -> int:
+    """Return the number of output positions of an image, each of which gives a row."""
+    return y.numel() // (len(y) * (y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1]))
+
+
+def _chosen(each: Tensor, at: Tensor | None) -> Tensor:
+    """Return the rows [images x positions, width] of [images, positions, width]."""
+    return (each if at is None else each[:, at]).reshape(-1, each.shape[-1])

@@ -12,8 +12,10 @@ repaired, so that errors do not accumulate.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +26,13 @@ from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..structure.cutting import Place
-from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_rows
+from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_positions, output_rows
 
 _BATCH = 64
+LEAST_ROWS, ROWS_PER_INPUT = 1 << 15, 32
+"""Rows of a least-squares problem: `ROWS_PER_INPUT` for each unknown of an output, at least `LEAST_ROWS`."""
+MOST_TARGETS = 1 << 28
+"""Largest number of elements of the dense outputs in memory: 1 GiB in float32."""
 
 
 class _Reached(Exception):
@@ -42,13 +48,18 @@ def reconstruct(
     *,
     ridge: float = RIDGE,
     batch_size: int = _BATCH,
+    bf16: bool = False,
 ) -> tuple[str, ...]:
     """Fit the weights of every plain convolution and linear layer of `small` that lost inputs, in place.
 
-    Cost: two partial forward passes over `images` for each layer. Memory: at most 256 MiB of unfolded inputs (or those
-    of one image), the activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number
-    of the layer's inputs times its kernel area. Batch-norm statistics are not changed, since the repair restores the
-    activations that they normalise.
+    Each output position of an image is a row of the problem. Where these are more than 32 for each unknown, and more
+    than 32,768, as many are drawn at random, the same positions for all images of a batch.
+
+    Cost: a forward pass of `dense` over `images` for each GiB of outputs, and a partial one of `small` for each
+    layer. Memory: at most 1 GiB of outputs (or those of one layer), 256 MiB of unfolded inputs (or those of one image),
+    the activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number of the layer's
+    inputs times its kernel area. Batch-norm statistics are not changed, since the repair restores the activations that
+    they normalise.
 
     Args:
         small: the pruned model; its mode is restored.
@@ -57,6 +68,7 @@ def reconstruct(
         images: training images, clean and adversarial, [N, C, H, W] in [0, 1], on any device.
         ridge: regularisation >= 0 towards the cut weights; see `RIDGE`.
         batch_size: images in each batch.
+        bf16: whether forward passes run under bf16 autocast; the problems are float32 and solved in float64.
 
     Returns:
         Names of the fitted layers. Layers that run more than once in a pass, have too many inputs or have outputs that
@@ -67,17 +79,115 @@ def reconstruct(
     """
     if len(images) == 0 or ridge < 0:
         raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
-    readers = _readers(dense, removed)
     device = next(small.parameters()).device
+    readers = {name: keep.to(device) for name, keep in _readers(dense, removed).items()}
+    batches = _Batches([x.to(device, weights_dtype(small)) for x in images.split(batch_size)], bf16)
     solved = []
     with frozen_eval(small), frozen_eval(dense):
-        order = _order(small, readers, images[:1].to(device, weights_dtype(small)))
-        with track("Reconstruction, least squares", len(order)) as advance:
-            for name in order:
-                if _solve(small, dense, name, readers[name].to(device), images, ridge, batch_size):
-                    solved.append(name)
-                advance()
+        positions = _positions(small, readers, batches.parts[0][:1])
+        drawn = {name: batches.draw(small.get_submodule(name), count) for name, count in positions.items()}
+        with track("Reconstruction, least squares", len(drawn)) as advance:
+            for names in _in_memory({name: len(readers[name]) * rows.count for name, rows in drawn.items()}):
+                targets = batches.outputs(dense, {name: (readers[name], drawn[name]) for name in names})
+                for name in names:
+                    if _solve(small, name, batches, drawn[name], targets[name], ridge):
+                        solved.append(name)
+                    advance()
     return tuple(solved)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the problem of a layer.
+
+    Attributes:
+        at: output positions of each batch; None for all.
+        count: number of rows over all batches.
+    """
+
+    at: list[Tensor | None]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches of images [B, C, H, W], and whether models run on them under bf16 autocast."""
+
+    parts: list[Tensor]
+    bf16: bool
+
+    def draw(self, layer: Any, positions: int) -> _Rows:
+        """Return the rows of a layer with a number of output positions in each image."""
+        images = sum(len(x) for x in self.parts)
+        wanted = math.ceil(max(LEAST_ROWS, ROWS_PER_INPUT * layer.weight[0].numel()) / images)
+        if wanted >= positions:
+            return _Rows([None] * len(self.parts), images * positions)
+        generator = torch.Generator().manual_seed(0)
+        at = [torch.randperm(positions, generator=generator)[:wanted].to(x.device) for x in self.parts]
+        return _Rows([*at], images * wanted)
+
+    def passed(self, model: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the input and output of module `name` for each batch, in forward passes that end there."""
+        for x in self.parts:
+            found: list[Tensor] = []
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, found: list[Tensor] = found) -> None:
+                found.extend((args[0] if args else kwargs["input"], output))
+                raise _Reached
+
+            self._run(model, x, {name: hook})
+            yield found[0].to(x.dtype), found[1].to(x.dtype)
+
+    def outputs(self, model: nn.Module, layers: Mapping[str, tuple[Tensor, _Rows]]) -> dict[str, list[Tensor]]:
+        """Return rows of outputs of each batch, in the given channels, from one forward pass to the last of `layers`.
+
+        Args:
+            model: the dense model.
+            layers: layers in the order in which they run, each with channels and rows.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        last = [*layers][-1]
+
+        def note(name: str, number: int) -> Callable[..., None]:
+            channels, rows = layers[name]
+
+            def hook(layer: nn.Module, _: Any, __: Any, output: Tensor) -> None:
+                if len(found[name]) == number:  # else a layer that runs once in the pruned model runs again here
+                    kept = output_rows(layer, output, rows.at[number])[:, channels]
+                    found[name].append(kept.to(self.parts[0].dtype))
+                if name == last:
+                    raise _Reached
+
+            return hook
+
+        for number, x in enumerate(self.parts):
+            self._run(model, x, {name: note(name, number) for name in layers})
+        return found
+
+    def _run(self, model: nn.Module, x: Tensor, hooks: Mapping[str, Callable[..., None]]) -> None:
+        handles = [
+            model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()
+        ]
+        try:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+                model(x)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _in_memory(elements: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield the names in order, as many at once as have `MOST_TARGETS` elements together, at least one."""
+    part: list[str] = []
+    for name, count in elements.items():
+        if part and sum(elements[other] for other in part) + count > MOST_TARGETS:
+            yield part
+            part = []
+        part.append(name)
+    if part:
+        yield part
 
 
 def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[str, Tensor]:
@@ -94,60 +204,46 @@ def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[s
     return found
 
 
-def _order(model: nn.Module, readers: Iterable[str], image: Tensor) -> list[str]:
-    """Return the names of `readers` in the order in which they run, without those that run more than once."""
+def _positions(model: nn.Module, readers: Iterable[str], image: Tensor) -> dict[str, int]:
+    """Return the number of output positions of each of `readers`, in the order in which they run.
+
+    Layers that run more than once or have too many inputs are left out.
+    """
     calls: Counter[str] = Counter()
+    found: dict[str, int] = {}
 
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: calls.update([name])
+        def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
+            calls.update([name])
+            found[name] = output_positions(layer, output)
+
+        return hook
 
     present = {name for name, _ in model.named_modules()}  # layers may have gone with a branch
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in readers if name in present]
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in readers if name in present]
     try:
         model(image)
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, count in calls.items() if count == 1]
-
-
-def _passed(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input and output of module `name` in a forward pass that ends there."""
-    kept: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        kept.extend((args[0] if args else kwargs["input"], output))
-        raise _Reached
-
-    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-    try:
-        model(x)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return kept[0], kept[1]
+    return {name: count for name, count in found.items() if calls[name] == 1 and fits(model.get_submodule(name))}
 
 
 def _solve(
-    small: nn.Module, dense: nn.Module, name: str, keep: Tensor, images: Tensor, ridge: float, batch_size: int
+    small: nn.Module, name: str, batches: _Batches, rows: _Rows, targets: Sequence[Tensor], ridge: float
 ) -> bool:
     layer: Any = small.get_submodule(name)
-    if not fits(layer):
-        return False
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for part in images.split(batch_size):
-        x = part.to(layer.weight)
-        (given, found), (_, wanted) = _passed(small, name, x), _passed(dense, name, x)
+    for (given, found), at, wanted in zip(batches.passed(small, name), rows.at, targets, strict=True):
         some = images_at_once(layer, given)
-        parts = zip(given.split(some), found.split(some), wanted.split(some), strict=True)
-        for inputs, now, outputs in parts:
-            rows, targets = input_rows(layer, inputs), output_rows(layer, outputs)[:, keep]
-            if rows is None or targets.shape != (len(rows), len(keep)):
+        each = wanted.split(some * len(wanted) // len(given))
+        for inputs, now, outputs in zip(given.split(some), found.split(some), each, strict=True):
+            known = input_rows(layer, inputs, at)
+            if known is None or outputs.shape != (len(known), len(layer.weight)):
                 return False
-            rest = targets - output_rows(layer, now)
-            squares, products = (rows.T @ rows).double(), (rows.T @ rest).double()
+            rest = outputs - output_rows(layer, now, at)
+            squares, products = (known.T @ known).double(), (known.T @ rest).double()
             gram = squares if gram is None else gram + squares
             moment = products if moment is None else moment + products
     if gram is None or moment is None:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..console import console
 from ..data.base import ImageSet, random_images
+from ..introspect.modes import eval_mode
 from ..models.branches import taken_out
+from ..models.layout import fastest_layout, runs_in_bf16
 from ..recipe import Recipe
 from ..sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from ..structure.branches import mean_result
@@ -49,7 +51,11 @@ def repair(
         clean, _ = random_images(images, min(section.repair_images, len(images)), recipe.seed)
         shown = torch.cat([clean, adv.images])
         fit_branches(small, dense, surgery.removed, shown)
-        reconstruct(small, dense, surgery.removed, shown)
+        few = shown[:1].to(device)
+        with eval_mode(dense), eval_mode(small):
+            bf16 = runs_in_bf16(dense, few) and runs_in_bf16(small, few)
+            layout = fastest_layout(dense, few)
+        reconstruct(small, dense, surgery.removed, shown.contiguous(memory_format=layout), bf16=bf16)
 
 
 def repair_set(dense: nn.Module, images: ImageSet, recipe: Recipe, device: str) -> AdversarialSet:

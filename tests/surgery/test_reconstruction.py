@@ -12,6 +12,7 @@ from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
 from robust_prune.structure import least_squares
 from robust_prune.structure.groups import find_groups
+from robust_prune.surgery import reconstruction
 from robust_prune.surgery.apply import Surgery, apply
 from robust_prune.surgery.reconstruction import reconstruct
 
@@ -98,6 +99,44 @@ def test_memory_can_be_bounded_without_another_result(net: Net, monkeypatch: pyt
         assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third")
         found.append(surgery.model.third.weight.detach())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_of_the_rows_is_nearly_as_good_as_all(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, unseen = torch.rand(128, 3, 16, 16), torch.rand(64, 3, 16, 16)
+    errors, counted = [], []
+    original = reconstruction.input_rows
+    monkeypatch.setattr(
+        reconstruction, "input_rows", lambda *given: counted.append(len(rows := original(*given))) or rows
+    )
+    for least, most in ((1 << 15, 10**9), (0, 4)):
+        monkeypatch.setattr(reconstruction, "LEAST_ROWS", least)
+        monkeypatch.setattr(reconstruction, "ROWS_PER_INPUT", most)
+        surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6), "third": (1, 4)})
+        counted.clear()
+        assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third", "head")
+        errors.append((float((surgery.model(unseen) - net(unseen)).square().mean()), sum(counted)))
+    (whole, rows), (sampled, fewer) = errors
+    assert fewer < rows / 10 and sampled < 1.5 * whole
+
+
+def test_few_dense_outputs_at_a_time_give_the_same_result(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, found = torch.rand(20, 3, 8, 8), []
+    for most in (1 << 28, 1):
+        monkeypatch.setattr(reconstruction, "MOST_TARGETS", most)
+        surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6), "third": (1, 4)})
+        assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third", "head")
+        found.append(surgery.model.head.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_bf16_passes_find_nearly_the_same_solution(net: Net) -> None:
+    images, unseen, found = torch.rand(64, 3, 8, 8), torch.rand(64, 3, 8, 8), []
+    for bf16 in (False, True):
+        surgery = cut(net, {"first": (0, 1), "second": (2, 5, 6), "third": (1, 4)})
+        assert reconstruct(surgery.model, net, surgery.removed, images, bf16=bf16) == ("second", "third", "head")
+        assert surgery.model.head.weight.dtype == torch.float32
+        found.append(float((surgery.model(unseen) - net(unseen)).square().mean()))
+    assert found[1] < 1.1 * found[0]
 
 
 def test_a_large_ridge_leaves_the_cut_weights(net: Net) -> None:

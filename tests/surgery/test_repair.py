@@ -72,7 +72,7 @@ def test_least_squares_reads_as_many_clean_as_attacked_images(
     dense: nn.Module, surgery: Surgery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(module, "reconstruct", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(module, "reconstruct", lambda *arguments, **_: asked.append(arguments))
     recipe = recipe_of("least_squares", **{"threat.epsilon": 0.1})
     repair(surgery, dense, IMAGES, recipe, "cpu")
     ((small, whole, removed, images),) = asked
@@ -87,7 +87,7 @@ def test_there_are_no_more_images_than_there_are_and_a_set_that_is_given_is_not_
     dense: nn.Module, surgery: Surgery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(module, "reconstruct", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(module, "reconstruct", lambda *arguments, **_: asked.append(arguments[-1]))
     monkeypatch.setattr(module, "make_adversarial_set", lambda *_, **__: pytest.fail("made anew"))
     adv = AdversarialSet(torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.long), ThreatModel(), 0)
     repair(surgery, dense, IMAGES, recipe_of("least_squares", **{"pruning.repair_images": 512}), "cpu", adv)
