@@ -26,7 +26,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..data.base import ImageSet, random_images
 from ..models.branches import take_out
-from ..models.layout import runs_in_bf16
+from ..models.layout import fastest_layout, runs_in_bf16
 from ..ranking.importance import removal_order
 from ..sensitivity.losses import cross_entropy, finite
 from ..structure.branches import Removable, mean_result
@@ -96,10 +96,11 @@ def measure_cuts(
     like = next(model.parameters())
     drawn, labels = random_images(images, GRAM_IMAGES, seed)
     drawn, labels = drawn.to(like), labels.to(like.device)
-    clean, labels = drawn[:IMAGES], labels[:IMAGES]
     with frozen_eval(model):
+        bf16, layout = runs_in_bf16(model, drawn[:1]), fastest_layout(model, drawn[:1])
+        drawn = drawn.contiguous(memory_format=layout)
+        clean, labels = drawn[:IMAGES], labels[:IMAGES]
         generator = torch.Generator().manual_seed(seed)
-        bf16 = runs_in_bf16(model, clean[:1])
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16):
             adversarial = pgd(model, clean, labels, threat, steps=FIRST_STEPS, generator=generator)
         shown = torch.cat([adversarial, drawn[IMAGES:]])
