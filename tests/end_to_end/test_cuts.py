@@ -28,8 +28,8 @@ def make_model():
 def cheap_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of cuts of a net that has learned nothing are noise, so those of branches are said to be small."""
 
-    def said(keep: int, rises: torch.Tensor) -> cut_losses.CutLoss:
-        assert torch.isfinite(rises).all()
+    def said(keep: int, each: torch.Tensor) -> cut_losses.CutLoss:
+        assert torch.isfinite(each).all()
         return cut_losses.CutLoss(keep, 1 / keep if keep else 1e-3, 1e-4)
 
     monkeypatch.setattr(cut_losses, "_cut_loss", said)

@@ -1,9 +1,10 @@
-"""Channels are removed where the loss of robustness, measured at real cuts, is smallest for the cost that is saved.
+"""Channels are removed where real cuts change the answers to attacked images least for the cost that is saved.
 
-As `mrs`, with other losses: each group is cut alone to some widths and repaired, and the robust loss of the cut model
-is measured under attack (`cut_losses`). A rise below its own standard error counts as this error. Between the measured
-widths the logarithm of the loss is linear in that of the width, and below them it goes on; above them the loss grows
-with the square of the number of removed channels. The result is replaced by its lower convex hull.
+As `mrs`, with other losses: each group is cut alone to some widths and repaired, and the divergence of the cut model's
+predictions from the dense model's is measured on adversarial images (`cut_losses`). A divergence below its standard
+error counts as this error. Between the measured widths the logarithm of the loss is linear in that of the width, and
+below them it goes on; above them the loss grows with the square of the number of removed channels. The result is
+replaced by its lower convex hull.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def loss_by_width(group: ChannelGroup, measured: Sequence[CutLoss]) -> Floats:
     """Return the loss of a group in nats at each kept count 0..channels, [channels + 1], convex and not increasing."""
     cuts = sorted((cut for cut in measured if cut.keep), key=lambda cut: cut.keep)
     widths = np.array([cut.keep for cut in cuts], dtype=np.float64)
-    found = np.array([max(cut.rise, cut.error, _LEAST_LOSS) for cut in cuts])
+    found = np.array([max(cut.divergence, cut.error, _LEAST_LOSS) for cut in cuts])
     found = np.maximum.accumulate(found[::-1])[::-1]
     keep = np.arange(group.channels + 1.0)
     inside = np.maximum(keep, _LEAST_WIDTH)
@@ -67,7 +68,7 @@ def loss_by_width(group: ChannelGroup, measured: Sequence[CutLoss]) -> Floats:
 def loss_without(measured: Sequence[CutLoss]) -> float:
     """Return the loss in nats of taking out a branch, which was measured without its channels."""
     (cut,) = (cut for cut in measured if not cut.keep)
-    return max(cut.rise, cut.error, _LEAST_LOSS)
+    return max(cut.divergence, cut.error, _LEAST_LOSS)
 
 
 def _without_branches(problem: Problem, measured: CutLosses) -> Problem:
