@@ -119,7 +119,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"# Loss of real cuts\n\n`benchmarks/cut_losses.py`: {result['arch']} on {result['data']}, robust accuracy "
         "in % under PGD-20 from one start on the margin on held-out training images, right after the repair and after "
         "steps of fine-tuning; beside it the paired difference to mrs, 95 % intervals over seeds and images.\n",
-        f"| {'latency' if result.get('metric') else 'MACs'} removed | steps | " + " | ".join(ARMS) + " |",
+        f"| {'latency' if result.get('metric') == 'latency' else 'MACs'} removed | steps | " + " | ".join(ARMS) + " |",
         "| ---: | ---: |" + " --- |" * len(ARMS),
     ]
     for ratio, steps in cells:

@@ -29,7 +29,9 @@ def table(rows: list[dict[str, Any]], **more: Any) -> str:
 
 def test_arms_are_compared_with_mrs_over_the_seeds_that_both_have() -> None:
     rows = [row("mrs", 0, 400), row("mrs", 1, 400), row("mrs", 2, 100), row("cuts", 0, 450), row("cuts", 1, 450)]
-    line = table(rows).splitlines()[6].split(" | ")
+    text = table(rows, metric="macs")
+    assert "| MACs removed | steps |" in text
+    line = text.splitlines()[6].split(" | ")
     assert line[:2] == ["| 75 %", "100"]
     assert line[2].startswith("30.0 [") and line[2].endswith("], 3 seeds")
     assert line[5].startswith("45.0 [") and "+5.0 [" in line[5] and line[5].endswith("], 2 seeds")
