@@ -81,10 +81,10 @@ def reconstruct(
         raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
     device = next(small.parameters()).device
     readers = {name: keep.to(device) for name, keep in _readers(dense, removed).items()}
-    batches = _Batches([x.to(device, weights_dtype(small)) for x in images.split(batch_size)], bf16)
+    batches = _Batches(images.split(batch_size), device, weights_dtype(small), bf16)
     solved = []
     with frozen_eval(small), frozen_eval(dense):
-        positions = _positions(small, readers, batches.parts[0][:1])
+        positions = _positions(small, readers, batches.ready(images[:1]))
         drawn = {name: batches.draw(small.get_submodule(name), count) for name, count in positions.items()}
         with track("Reconstruction, least squares", len(drawn)) as advance:
             for names in _in_memory({name: len(readers[name]) * rows.count for name, rows in drawn.items()}):
@@ -111,10 +111,16 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batches of images [B, C, H, W], and whether models run on them under bf16 autocast."""
+    """Batches of images [B, C, H, W], and how models run on them: device, data type, bf16 autocast or not."""
 
-    parts: list[Tensor]
+    parts: Sequence[Tensor]
+    device: torch.device
+    dtype: torch.dtype
     bf16: bool
+
+    def ready(self, x: Tensor) -> Tensor:
+        """Return images as the models take them."""
+        return x.to(self.device, self.dtype)
 
     def draw(self, layer: Any, positions: int) -> _Rows:
         """Return the rows of a layer with a number of output positions in each image."""
@@ -123,7 +129,7 @@ class _Batches:
         if wanted >= positions:
             return _Rows([None] * len(self.parts), images * positions)
         generator = torch.Generator().manual_seed(0)
-        at = [torch.randperm(positions, generator=generator)[:wanted].to(x.device) for x in self.parts]
+        at = [torch.randperm(positions, generator=generator)[:wanted].to(self.device) for _ in self.parts]
         return _Rows([*at], images * wanted)
 
     def passed(self, model: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,7 +142,7 @@ class _Batches:
                 raise _Reached
 
             self._run(model, x, {name: hook})
-            yield found[0].to(x.dtype), found[1].to(x.dtype)
+            yield found[0].to(self.dtype), found[1].to(self.dtype)
 
     def outputs(self, model: nn.Module, layers: Mapping[str, tuple[Tensor, _Rows]]) -> dict[str, list[Tensor]]:
         """Return rows of outputs of each batch, in the given channels, from one forward pass to the last of `layers`.
@@ -154,7 +160,7 @@ class _Batches:
             def hook(layer: nn.Module, _: Any, __: Any, output: Tensor) -> None:
                 if len(found[name]) == number:  # else a layer that runs once in the pruned model runs again here
                     kept = output_rows(layer, output, rows.at[number])[:, channels]
-                    found[name].append(kept.to(self.parts[0].dtype))
+                    found[name].append(kept.to(self.dtype))
                 if name == last:
                     raise _Reached
 
@@ -169,8 +175,8 @@ class _Batches:
             model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()
         ]
         try:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-                model(x)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+                model(self.ready(x))
         except _Reached:
             pass
         finally:
