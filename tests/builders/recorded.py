@@ -198,7 +198,7 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (repairing, "reestimate_batchnorm", "batch-norm repair", lambda *_, **__: 0),
         (repairing, "make_adversarial_set", "attacked images of the repair", lambda *_, **__: given.adv),
         (repairing, "random_images", "clean images of the repair", lambda *_: clean),
-        (repairing, "reconstruct", "least-squares repair", lambda *_: ()),
+        (repairing, "reconstruct", "least-squares repair", lambda *_, **__: ()),
         (compression, "evaluate", "evaluation", evaluated),
         (compression, "train", "fine-tuning", lambda *_, **__: tuned),
         (compression, "affordable", "length from scratch", lambda *_, **__: (2, 64)),
