@@ -28,13 +28,13 @@ from ..attacks.pgd import pgd
 from ..attacks.threat import ThreatModel
 from ..console import track
 from ..data.base import ImageSet, random_images
+from ..errors import UsageError
 from ..models.branches import take_out
-from ..models.layout import fastest_layout, runs_in_bf16
+from ..models.layout import fastest_passes
 from ..ranking.importance import removal_order
-from ..sensitivity.losses import finite
 from ..structure.branches import Removable, mean_result
 from ..structure.cutting import gone_positions
-from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain
+from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, single
 from ..structure.masking import masked
 from ..structure.types import ChannelGroup
 
@@ -99,7 +99,7 @@ def measure_cuts(
     drawn, labels = random_images(images, GRAM_IMAGES, seed)
     drawn, labels = drawn.to(like), labels.to(like.device)
     with frozen_eval(model):
-        bf16, layout = runs_in_bf16(model, drawn[:1]), fastest_layout(model, drawn[:1])
+        layout, bf16 = fastest_passes(model, drawn[:2])
         drawn = drawn.contiguous(memory_format=layout)
         with torch.autocast(drawn.device.type, torch.bfloat16, enabled=bf16):
             generator = torch.Generator().manual_seed(seed)
@@ -129,8 +129,15 @@ def measure_cuts(
 
 
 def _cut_loss(keep: int, each: Tensor) -> CutLoss:
-    finite(float(each.mean()), f"with a group cut to {keep} channels")
-    return CutLoss(keep, float(each.mean()), float(each.std() / len(each) ** 0.5))
+    if not bool(each.isfinite().all()):
+        raise UsageError(
+            f"with a group of channels cut to {keep}, the logits of the model are not finite, so the loss of this cut "
+            "cannot be measured. Choose another allocation than cuts."
+        )
+    # Rounding may make the divergence of nearly equal predictions negative.
+    return CutLoss(
+        keep, max(0.0, float(each.mean())), float(each.std(correction=min(1, len(each) - 1)) / len(each) ** 0.5)
+    )
 
 
 @torch.no_grad()
@@ -169,6 +176,7 @@ def _gram_matrices(model: nn.Module, names: set[str], images: Tensor) -> dict[st
             for part in given.split(images_at_once(layer, given)):
                 rows = input_rows(layer, part)
                 if rows is not None:
+                    rows = single(rows)
                     found[name] = found.get(name, 0) + (rows.T @ rows).double()
 
         return hook

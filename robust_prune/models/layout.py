@@ -60,6 +60,32 @@ def runs_in_bf16(model: nn.Module, images: Tensor) -> bool:
     return True
 
 
+def fastest_passes(model: nn.Module, images: Tensor) -> tuple[torch.memory_format, bool]:
+    """Return the layout of the images and whether to use bf16 autocast, the fastest in which `model` runs.
+
+    Args:
+        model: in eval mode; it is run forward, and backward to the images.
+        images: two images or more [N, C, H, W], on the model's device and in its precision; some code works with one
+            image only.
+    """
+    bf16 = has_fast_bf16(images.device) and weights_dtype(model) == torch.float32
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for fast in (True, False) if bf16 else (False,):
+            if _runs(model, images.contiguous(memory_format=layout), fast):
+                return layout, fast
+    return torch.contiguous_format, False
+
+
+def _runs(model: nn.Module, images: Tensor, bf16: bool) -> bool:
+    try:
+        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            x = images.detach().clone().requires_grad_()
+            torch.autograd.grad(model(x).float().sum(), x, allow_unused=True)
+    except Exception:  # code that wants another layout or precision may raise anything
+        return False
+    return True
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 on GPUs inside the block, and restore the settings on exit.

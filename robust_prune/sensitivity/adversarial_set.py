@@ -13,7 +13,7 @@ from ..attacks.threat import ThreatModel
 from ..console import track
 from ..data.base import ImageSet, batches, images_at_once, plain_strides, random_subset
 from ..errors import UsageError
-from ..models.layout import fastest_layout, runs_in_bf16, weights_dtype
+from ..models.layout import fastest_passes, weights_dtype
 from ..recipe import SensitivitySection
 
 
@@ -88,7 +88,7 @@ def make_adversarial_set(
         for x, y in batches(chosen, batch_size or images_at_once(chosen), device):
             x = x.to(dtype)
             if not made:
-                bf16, layout = runs_in_bf16(model, x[:1]), fastest_layout(model, x[:1])
+                layout, bf16 = fastest_passes(model, x[:2])
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 found = pgd(
                     model, x.contiguous(memory_format=layout), y, threat, steps=section.steps, generator=generator

@@ -23,7 +23,13 @@ def fits(layer: Any) -> bool:
 
 def images_at_once(layer: Any, x: Tensor) -> int:
     """Return the number of inputs `x` whose unfolded form has at most `MOST_ELEMENTS` elements, at least 1."""
-    return max(1, MOST_ELEMENTS // (x[0].numel() * layer.weight[0, 0].numel()))
+    each = x.numel() // max(1, len(x))
+    return max(1, MOST_ELEMENTS // max(1, each * layer.weight[0, 0].numel()))
+
+
+def single(rows: Tensor) -> Tensor:
+    """Return rows in float32 or wider, so that their products do not overflow."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
 def is_plain(layer: Any) -> bool:
@@ -40,13 +46,13 @@ def input_rows(layer: Any, x: Tensor, at: Tensor | None = None) -> Tensor | None
     Args:
         layer: a plain convolution or linear layer.
         x: its input.
-        at: output positions of each image whose rows are returned; by default all.
+        at: positions of the rows to return, [rows]; by default all.
     """
     if isinstance(layer, nn.Linear):
-        rows = _chosen(x.reshape(len(x), -1, x.shape[-1]), at)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if at is None else rows[at]
     elif layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        rows = _chosen(patches.transpose(1, 2), at)
+        rows = _flat(F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride), at)
     else:
         return None
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
@@ -54,15 +60,13 @@ def input_rows(layer: Any, x: Tensor, at: Tensor | None = None) -> Tensor | None
 
 def output_rows(layer: Any, y: Tensor, at: Tensor | None = None) -> Tensor:
     """Return the outputs [rows, outputs] of a plain convolution or linear layer, in the order of `input_rows`."""
-    each = y.reshape(len(y), -1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
-    return _chosen(each, at)
+    if not isinstance(layer, nn.Linear):
+        return _flat(y.flatten(2), at)
+    rows = y.reshape(-1, y.shape[-1])
+    return rows if at is None else rows[at]
 
 
-def output_positions(layer: Any, y: Tensor) -> int:
-    """Return the number of output positions of an image, each of which gives a row."""
-    return y.numel() // (len(y) * (y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1]))
-
-
-def _chosen(each: Tensor, at: Tensor | None) -> Tensor:
-    """Return the rows [images x positions, width] of [images, positions, width]."""
-    return (each if at is None else each[:, at]).reshape(-1, each.shape[-1])
+def _flat(maps: Tensor, at: Tensor | None) -> Tensor:
+    """Return the rows [images x positions, width] of [images, width, positions]."""
+    each, positions = maps.transpose(1, 2), maps.shape[2]
+    return each.flatten(0, 1) if at is None else each[at // positions, at % positions]

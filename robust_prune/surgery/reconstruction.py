@@ -26,7 +26,7 @@ from ..console import track
 from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..structure.cutting import Place
-from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_positions, output_rows
+from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_rows, single
 
 _BATCH = 64
 LEAST_ROWS, ROWS_PER_INPUT = 1 << 15, 32
@@ -53,7 +53,7 @@ def reconstruct(
     """Fit the weights of every plain convolution and linear layer of `small` that lost inputs, in place.
 
     Each output position of an image is a row of the problem. Where these are more than 32 for each unknown, and more
-    than 32,768, as many are drawn at random, the same positions for all images of a batch.
+    than 32,768, as many are drawn at random.
 
     Cost: a forward pass of `dense` over `images` for each GiB of outputs, and a partial one of `small` for each
     layer. Memory: at most 1 GiB of outputs (or those of one layer), 256 MiB of unfolded inputs (or those of one image),
@@ -84,28 +84,36 @@ def reconstruct(
     batches = _Batches(images.split(batch_size), device, weights_dtype(small), bf16)
     solved = []
     with frozen_eval(small), frozen_eval(dense):
-        positions = _positions(small, readers, batches.ready(images[:1]))
-        drawn = {name: batches.draw(small.get_submodule(name), count) for name, count in positions.items()}
-        with track("Reconstruction, least squares", len(drawn)) as advance:
-            for names in _in_memory({name: len(readers[name]) * rows.count for name, rows in drawn.items()}):
-                targets = batches.outputs(dense, {name: (readers[name], drawn[name]) for name in names})
+        first = batches.ready(images[:1])
+        once = {name for name, count in _calls(dense, readers, first).items() if count == 1}
+        order = [
+            name
+            for name, count in _calls(small, readers, first).items()
+            if count == 1 and name in once and fits(small.get_submodule(name))
+        ]
+        most = {name: batches.rows(small.get_submodule(name)) for name in order}
+        with track("Reconstruction, least squares", len(order)) as advance:
+            for names in _in_memory({name: len(batches.parts) * most[name] * len(readers[name]) for name in order}):
+                targets = batches.outputs(dense, {name: (readers[name], most[name]) for name in names})
                 for name in names:
-                    if _solve(small, name, batches, drawn[name], targets[name], ridge):
+                    if _solve(small, name, batches, targets[name], ridge):
                         solved.append(name)
                     advance()
     return tuple(solved)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of the problem of a layer.
+class _Target:
+    """Rows of a layer's outputs in the dense model, for one batch.
 
     Attributes:
-        at: output positions of each batch; None for all.
-        count: number of rows over all batches.
+        rows: outputs [rows, channels], in the channels that stay.
+        at: their positions among all rows of the batch, ascending.
+        count: number of all rows of the batch.
     """
 
-    at: list[Tensor | None]
+    rows: Tensor
+    at: Tensor
     count: int
 
 
@@ -122,18 +130,12 @@ class _Batches:
         """Return images as the models take them."""
         return x.to(self.device, self.dtype)
 
-    def draw(self, layer: Any, positions: int) -> _Rows:
-        """Return the rows of a layer with a number of output positions in each image."""
-        images = sum(len(x) for x in self.parts)
-        wanted = math.ceil(max(LEAST_ROWS, ROWS_PER_INPUT * layer.weight[0].numel()) / images)
-        if wanted >= positions:
-            return _Rows([None] * len(self.parts), images * positions)
-        generator = torch.Generator().manual_seed(0)
-        at = [torch.randperm(positions, generator=generator)[:wanted].to(self.device) for _ in self.parts]
-        return _Rows([*at], images * wanted)
+    def rows(self, layer: Any) -> int:
+        """Return the largest number of rows of a layer's problem that a batch contributes."""
+        return math.ceil(max(LEAST_ROWS, ROWS_PER_INPUT * layer.weight[0].numel()) / len(self.parts))
 
-    def passed(self, model: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the input and output of module `name` for each batch, in forward passes that end there."""
+    def passed(self, model: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Yield the input and output of module `name` for each batch, None where it does not run."""
         for x in self.parts:
             found: list[Tensor] = []
 
@@ -142,25 +144,27 @@ class _Batches:
                 raise _Reached
 
             self._run(model, x, {name: hook})
-            yield found[0].to(self.dtype), found[1].to(self.dtype)
+            yield (found[0].to(self.dtype), found[1].to(self.dtype)) if found else None
 
-    def outputs(self, model: nn.Module, layers: Mapping[str, tuple[Tensor, _Rows]]) -> dict[str, list[Tensor]]:
-        """Return rows of outputs of each batch, in the given channels, from one forward pass to the last of `layers`.
+    def outputs(self, model: nn.Module, layers: Mapping[str, tuple[Tensor, int]]) -> dict[str, list[_Target | None]]:
+        """Return rows of outputs of each batch, from a pass to the last of `layers`; None where a layer does not run.
 
         Args:
             model: the dense model.
-            layers: layers in the order in which they run, each with channels and rows.
+            layers: layers in the order in which they run, each with channels and the largest number of rows.
         """
-        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        found: dict[str, list[_Target | None]] = {name: [None] * len(self.parts) for name in layers}
         last = [*layers][-1]
 
         def note(name: str, number: int) -> Callable[..., None]:
-            channels, rows = layers[name]
+            channels, most = layers[name]
 
-            def hook(layer: nn.Module, _: Any, __: Any, output: Tensor) -> None:
-                if len(found[name]) == number:  # else a layer that runs once in the pruned model runs again here
-                    kept = output_rows(layer, output, rows.at[number])[:, channels]
-                    found[name].append(kept.to(self.dtype))
+            def hook(layer: Any, _: Any, __: Any, output: Tensor) -> None:
+                count = output.numel() // len(layer.weight)
+                generator = torch.Generator().manual_seed(number)
+                at = torch.randperm(count, generator=generator)[:most].sort().values.to(self.device)
+                rows = output_rows(layer, output, at)[:, channels].to(self.dtype)
+                found[name][number] = _Target(rows, at, count)
                 if name == last:
                     raise _Reached
 
@@ -210,45 +214,43 @@ def _readers(dense: nn.Module, removed: Mapping[Place, Iterable[int]]) -> dict[s
     return found
 
 
-def _positions(model: nn.Module, readers: Iterable[str], image: Tensor) -> dict[str, int]:
-    """Return the number of output positions of each of `readers`, in the order in which they run.
-
-    Layers that run more than once or have too many inputs are left out.
-    """
+def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Counter[str]:
+    """Return how often each of the named layers runs in a pass, in the order in which they run first."""
     calls: Counter[str] = Counter()
-    found: dict[str, int] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
-            calls.update([name])
-            found[name] = output_positions(layer, output)
-
-        return hook
+        return lambda *_: calls.update([name])
 
     present = {name for name, _ in model.named_modules()}  # layers may have gone with a branch
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in readers if name in present]
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names if name in present]
     try:
         model(image)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: count for name, count in found.items() if calls[name] == 1 and fits(model.get_submodule(name))}
+    return calls
 
 
-def _solve(
-    small: nn.Module, name: str, batches: _Batches, rows: _Rows, targets: Sequence[Tensor], ridge: float
-) -> bool:
+def _solve(small: nn.Module, name: str, batches: _Batches, targets: Sequence[_Target | None], ridge: float) -> bool:
     layer: Any = small.get_submodule(name)
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for (given, found), at, wanted in zip(batches.passed(small, name), rows.at, targets, strict=True):
-        some = images_at_once(layer, given)
-        each = wanted.split(some * len(wanted) // len(given))
-        for inputs, now, outputs in zip(given.split(some), found.split(some), each, strict=True):
-            known = input_rows(layer, inputs, at)
-            if known is None or outputs.shape != (len(known), len(layer.weight)):
+    for passed, target in zip(batches.passed(small, name), targets, strict=True):
+        if passed is None or target is None or not target.count:
+            continue
+        given, found = passed
+        if found.numel() != target.count * len(layer.weight):
+            return False
+        some, begin = images_at_once(layer, given), 0
+        for inputs, now in zip(given.split(some), found.split(some), strict=True):
+            end = begin + now.numel() // len(layer.weight)
+            here = (target.at >= begin) & (target.at < end)
+            known, at = input_rows(layer, inputs, target.at[here] - begin), target.at[here] - begin
+            begin = end
+            if known is None or target.rows.shape[1] != len(layer.weight):
                 return False
-            rest = outputs - output_rows(layer, now, at)
+            rest = single(target.rows[here] - output_rows(layer, now, at))
+            known = single(known)
             squares, products = (known.T @ known).double(), (known.T @ rest).double()
             gram = squares if gram is None else gram + squares
             moment = products if moment is None else moment + products

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..attacks.context import frozen_eval
 from ..console import console
 from ..data.base import ImageSet, random_images
-from ..introspect.modes import eval_mode
 from ..models.branches import taken_out
-from ..models.layout import fastest_layout, runs_in_bf16
+from ..models.layout import fastest_passes, weights_dtype
 from ..recipe import Recipe
 from ..sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from ..structure.branches import mean_result
@@ -51,11 +51,12 @@ def repair(
         clean, _ = random_images(images, min(section.repair_images, len(images)), recipe.seed)
         shown = torch.cat([clean, adv.images])
         fit_branches(small, dense, surgery.removed, shown)
-        few = shown[:1].to(device)
-        with eval_mode(dense), eval_mode(small):
-            bf16 = runs_in_bf16(dense, few) and runs_in_bf16(small, few)
-            layout = fastest_layout(dense, few)
-        reconstruct(small, dense, surgery.removed, shown.contiguous(memory_format=layout), bf16=bf16)
+        few = shown[:2].to(device, weights_dtype(dense))
+        with frozen_eval(dense), frozen_eval(small):
+            ways = [fastest_passes(model, few) for model in (dense, small)]
+        last = all(layout == torch.channels_last for layout, _ in ways)
+        shown = shown.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        reconstruct(small, dense, surgery.removed, shown, bf16=all(bf16 for _, bf16 in ways))
 
 
 def repair_set(dense: nn.Module, images: ImageSet, recipe: Recipe, device: str) -> AdversarialSet:

@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "sensitivity.images": (17, {}),
     "sensitivity.steps": (3, {}),
     "sensitivity.rho": (0.2, {}),
-    "sensitivity.ascent_steps": (1, {"estimator": "ascent"}),
+    "sensitivity.ascent_steps": (1, {"estimator": "ascent", "rho": 0.02}),
     "sensitivity.aggregation": ("max", {}),
     "pruning.ratio": (0.3, {}),
     "pruning.metric": ("params", {}),

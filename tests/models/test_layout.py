@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from builders.branches import Plain
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_prune.models import layout
-from robust_prune.models.layout import runs_in_bf16
+from robust_prune.models.layout import fastest_passes, runs_in_bf16
 from robust_prune.training import decisions, precision
 from robust_prune.training.precision import choose_precision
 
@@ -53,3 +55,43 @@ def test_the_same_machine_chooses_the_same_precision_again(monkeypatch: pytest.M
     assert not choose_precision(model, images[:2]).channels_last
     (decisions.cache_folder() / "decisions.json").write_text("{")
     assert not choose_precision(model, images).channels_last
+
+
+def _flattened(x: Tensor) -> Tensor:
+    return x.view(len(x) * x.shape[1], 1, *x.shape[2:]).view(x.shape)
+
+
+def _asserted(x: Tensor) -> Tensor:
+    assert x.is_contiguous()
+    return x
+
+
+def _single(x: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:
+        raise TypeError("no bf16 here")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("between", "layout_found", "bf16"),
+    [
+        (lambda x: x, torch.channels_last, True),
+        (_flattened, torch.contiguous_format, True),  # with one image it would run in channels_last
+        (_asserted, torch.contiguous_format, True),
+        (_single, torch.channels_last, False),
+    ],
+)
+def test_the_fastest_passes_are_those_that_run(
+    between: Any, layout_found: torch.memory_format, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return between(self.conv(x)).mean((2, 3))
+
+    monkeypatch.setattr(layout, "has_fast_bf16", lambda device: True)
+    assert fastest_passes(Between().eval(), torch.rand(2, 3, 8, 8)) == (layout_found, bf16)
+    assert fastest_passes(Between().eval().double(), torch.rand(2, 3, 8, 8).double()) == (layout_found, False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robust_prune.budget.types import PlannedGroup, PruningPlan
 from robust_prune.errors import UsageError
 from robust_prune.structure import least_squares
+from robust_prune.structure.cutting import Place
 from robust_prune.structure.groups import find_groups
 from robust_prune.surgery import reconstruction
 from robust_prune.surgery.apply import Surgery, apply
@@ -117,6 +118,71 @@ def test_a_sample_of_the_rows_is_nearly_as_good_as_all(net: Net, monkeypatch: py
         errors.append((float((surgery.model(unseen) - net(unseen)).detach().square().mean()), sum(counted)))
     (whole, rows), (sampled, fewer) = errors
     assert fewer < rows / 10 and sampled < 1.5 * whole
+
+
+class Paths(nn.Module):
+    """Layers with unusual inputs: fewer positions for dark images, an expert for bright ones, a vector, flat tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 6, 1)
+        self.expert = nn.Linear(6, 6)
+        self.vector = nn.Linear(6, 6)
+        self.tokens = nn.Linear(6, 6)
+        self.weights = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() < 0.5:
+            x = x[:, :, ::4, ::4]
+        y = self.last(torch.relu(self.stem(x)))
+        y = self.tokens(y.flatten(2).transpose(1, 2).flatten(0, 1)).view(len(y), -1, 6).mean(1)
+        bright = x.mean((1, 2, 3)) > 0.7
+        y = y.clone()
+        y[bright] = self.expert(y[bright])
+        return y * self.vector(self.weights)
+
+
+def test_layers_whose_rows_differ_by_batch_or_are_no_positions_of_images_are_fitted() -> None:
+    torch.manual_seed(0)
+    model = Paths().eval()
+    small = copy.deepcopy(model)
+    removed: dict[Place, tuple[int, ...]] = {}
+    with torch.no_grad():
+        for name in ("last", "expert", "vector", "tokens"):
+            removed[name, "in", 0] = ()
+            small.get_submodule(name).weight.add_(0.1)
+    images = torch.cat([torch.rand(64, 3, 8, 8) * shade for shade in (0.3, 2.0, 1.1)]).clamp(0, 1)
+    names = reconstruct(small, model, removed, images, ridge=0)
+    assert set(names) == {"last", "tokens", "expert", "vector"}
+    with torch.no_grad():
+        assert torch.allclose(small(images[64:128]), model(images[64:128]), atol=1e-3)
+
+
+def test_rows_are_drawn_anew_for_each_image_and_no_more_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, images = nn.Linear(4, 4), torch.rand(64, 50, 4)
+    monkeypatch.setattr(reconstruction, "LEAST_ROWS", 300)
+    monkeypatch.setattr(reconstruction, "ROWS_PER_INPUT", 1)
+    batches = reconstruction._Batches(images.split(32), torch.device("cpu"), torch.float32, False)
+    model = nn.Sequential(layer)
+    found = batches.outputs(model, {"0": (torch.arange(4), batches.rows(layer))})["0"]
+    assert [len(target.rows) for target in found] == [150, 150] and found[0].count == 32 * 50
+    for target, part in zip(found, images.split(32), strict=True):
+        assert torch.allclose(target.rows, layer(part).reshape(-1, 4)[target.at])
+        assert len({int(at) % 50 for at in target.at}) > 40, "every position of some image"
+
+
+def test_half_precision_does_not_overflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small[2].weight.add_(0.1)
+    images = 30 * torch.rand(64, 3, 16, 16)
+    assert reconstruct(small.half(), model.half(), {("2", "in", 0): ()}, images, ridge=1e-6) == ("2",)
+    with torch.no_grad():
+        wanted = model(images.half())
+        assert (small(images.half()) - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 def test_few_dense_outputs_at_a_time_give_the_same_result(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
