@@ -47,17 +47,7 @@ def runs_in_bf16(model: nn.Module, images: Tensor) -> bool:
         model: in eval mode; it is run forward, and backward to the images.
         images: a few images [N, C, H, W], on the model's device.
     """
-    if not has_fast_bf16(images.device) or weights_dtype(model) != torch.float32:
-        return False
-    try:
-        with torch.enable_grad():
-            x = images.detach().clone().requires_grad_()
-            with torch.autocast(images.device.type, torch.bfloat16):
-                logits = model(x)
-            torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
-    except RuntimeError:  # some operations are not written for bf16
-        return False
-    return True
+    return _may_use_bf16(model, images) and _runs(model, images, bf16=True)
 
 
 def fastest_passes(model: nn.Module, images: Tensor) -> tuple[torch.memory_format, bool]:
@@ -68,12 +58,16 @@ def fastest_passes(model: nn.Module, images: Tensor) -> tuple[torch.memory_forma
         images: two images or more [N, C, H, W], on the model's device and in its precision; some code works with one
             image only.
     """
-    bf16 = has_fast_bf16(images.device) and weights_dtype(model) == torch.float32
+    bf16 = _may_use_bf16(model, images)
     for layout in (torch.channels_last, torch.contiguous_format):
         for fast in (True, False) if bf16 else (False,):
             if _runs(model, images.contiguous(memory_format=layout), fast):
                 return layout, fast
     return torch.contiguous_format, False
+
+
+def _may_use_bf16(model: nn.Module, images: Tensor) -> bool:
+    return has_fast_bf16(images.device) and weights_dtype(model) == torch.float32
 
 
 def _runs(model: nn.Module, images: Tensor, bf16: bool) -> bool:

@@ -245,8 +245,8 @@ def _solve(small: nn.Module, name: str, batches: _Batches, targets: Sequence[_Ta
         for inputs, now in zip(given.split(some), found.split(some), strict=True):
             end = begin + now.numel() // len(layer.weight)
             here = (target.at >= begin) & (target.at < end)
-            known, at = input_rows(layer, inputs, target.at[here] - begin), target.at[here] - begin
-            begin = end
+            at, begin = target.at[here] - begin, end
+            known = input_rows(layer, inputs, at)
             if known is None or target.rows.shape[1] != len(layer.weight):
                 return False
             rest = single(target.rows[here] - output_rows(layer, now, at))
