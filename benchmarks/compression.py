@@ -33,6 +33,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import compression_plot
 import compression_table
 import torch
 from attack_gap import survivors
@@ -159,7 +160,7 @@ class Bench:
 
     def cut(self, seed: int, ratio: float, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
         """Return the base, cut and repaired, and what is stored of the cut; the model must not be changed."""
-        place = seed, ratio, (UNIFORM if arm.name == SCRATCH else arm.name)
+        place = seed, ratio, compression_table.network_of(arm.name)
         if place in self._cuts:
             return self._cuts[place]
         changes = {"ratio": ratio, "allocation": arm.allocation, "criterion": arm.criterion, "branches": True}
@@ -324,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = {name: read(path) for name in BASES if (path := args.out / f"{name}.json").exists()}
     text = compression_table.tables(every)
     write_text(args.out.with_suffix(".md"), text)
+    if drawn := compression_plot.plot(every):
+        write_text(args.out.with_suffix(".svg"), drawn)
     print(text)
 
 

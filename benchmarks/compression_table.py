@@ -18,6 +18,11 @@ def right(row: Mapping[str, Any], attack: str) -> np.ndarray:
     return right_images(row[attack], "robust")
 
 
+def network_of(arm: str) -> str:
+    """Return the arm whose network an arm has; a small network from scratch is that of the uniform cut."""
+    return UNIFORM if arm == SCRATCH else arm
+
+
 def tables(bases: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the Markdown text: the differences to `mrs`, meaned over the bases, and a table for each base."""
     text = [
@@ -109,7 +114,7 @@ def _one(name: str, stored: Mapping[str, Any]) -> list[str]:
                 spent = f"{minutes:g} | {_spent(mine):.1f}"
                 text.append(
                     f"| {arm} | {spent} | {len(mine)} | {_macs(mine)} | {_mean(mine, 'params') / 1e3:.0f} k | "
-                    + " | ".join(times.get(UNIFORM if arm == SCRATCH else arm, ["–"] * 3))
+                    + " | ".join(times.get(network_of(arm), ["–"] * 3))
                     + f" | {_share(mine, 'pgd', 'clean')} | {_share(mine, 'pgd')} | {_share(mine, 'aa_fast')} | "
                     f"{mean_text([('', apart)]) if apart is not None else ''} |"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from robust_prune.recipe_reader import load
 sys.path.insert(0, str(BENCHMARKS))
 
 import compression
+import compression_plot
 import compression_table
 
 
@@ -84,6 +86,18 @@ def test_latencies_are_those_of_one_thread() -> None:
     times = [{**made, "kind": "host", "p50_ms": 1.0}, {**made, "kind": "defaults", "p50_ms": 7.0}]
     stored = base([row("mrs", 0, np.ones(100))]) | {"latency": {"0.75": {"rows": times}}}
     assert "| 1 [0.9, 1.1] | – | – |" in compression_table.tables({"one": stored})
+
+
+def test_the_plot_has_a_point_for_each_timed_cell_and_from_scratch_shares_the_uniform_network() -> None:
+    arms = ["mrs", "uniform, adversarial Taylor", compression.SCRATCH]
+    made = {"batch": 1, "kind": "host", "p50_low": 0.9, "p50_high": 1.1}
+    times = [{**made, "label": "dense", "p50_ms": 2.0}, *({**made, "label": a, "p50_ms": 1.0} for a in arms[:2])]
+    rows = [row(arm, 0, np.arange(100) < 40, minutes=m) for arm in arms for m in (2.0, 10.0)]
+    stored = base([*rows, row("mrs", 0, np.ones(100), ratio=0.9)]) | {"latency": {"0.75": {"rows": times}}}
+    drawn = ElementTree.fromstring(compression_plot.plot({"one & only": stored}))
+    tips = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert tips == [f"{a}, 75 % of the MACs removed, {m} min: 1 ms, 40.0 %" for a in arms for m in (2, 10)]
+    assert compression_plot.plot({"untimed": base(rows)}) == ""
 
 
 def test_all_bases_have_a_recipe_and_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
