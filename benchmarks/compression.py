@@ -46,6 +46,7 @@ from torch import nn
 import robust_prune as rp
 from robust_prune.budget.analysis import Analysis, analyse, with_cut_losses
 from robust_prune.budget.counting import count_macs, count_params
+from robust_prune.budget.measured import Measured
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle, ImageSet, random_subset, stratified
@@ -141,14 +142,14 @@ class Bench:
         recipe = self.recipe.model_copy(update={"seed": seed})
         if (seed, "mrs") not in self._analyses:
             begin = time.process_time()
-            found = analyse(module, spec, train, recipe, self.device)
+            found = analyse(Measured(module, spec, train, recipe, self.device))
             self._attacked[seed] = repair_set(module, train, recipe, self.device)
             self._analyses[seed, "mrs"] = found, time.process_time() - begin
         found, seconds = self._analyses[seed, "mrs"]
         if arm.allocation == "cuts":
             if (seed, "cuts") not in self._analyses:
                 begin = time.process_time()
-                cuts = with_cut_losses(found, module, spec, train, recipe)
+                cuts = with_cut_losses(found, Measured(module, spec, train, recipe, self.device))
                 self._analyses[seed, "cuts"] = cuts, seconds + time.process_time() - begin
             return self._analyses[seed, "cuts"]
         if arm.criterion != found.criterion:

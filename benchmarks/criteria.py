@@ -38,6 +38,7 @@ from criteria_table import tables
 from torch import nn
 
 from robust_prune.budget.analysis import Analysis, analyse
+from robust_prune.budget.measured import Measured
 from robust_prune.budget.plan import PruningPlan, make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.compression import score_before_finetune
@@ -115,7 +116,7 @@ def analyses(
     loaded: Model, data: DataBundle, recipe: Recipe, device: str, criteria: Sequence[str]
 ) -> Iterator[tuple[str, Analysis]]:
     """Yield an analysis for each criterion, that of the recipe first; groups, costs and MRS are measured once."""
-    base = analyse(loaded.module, loaded.spec, data.train, recipe, device)
+    base = analyse(Measured(loaded.module, loaded.spec, data.train, recipe, device))
     yield recipe.pruning.criterion, base
     clean = random_images(data.train, recipe.sensitivity.images, recipe.seed)
     for criterion in dict.fromkeys(criteria):
@@ -308,7 +309,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 own = seeded.model_copy(
                     update={"pruning": seeded.pruning.model_copy(update={"criterion": arm.criterion})}
                 )
-                slim = base, analyse(base.module, base.spec, data.train, own, device)
+                slim = base, analyse(Measured(base.module, base.spec, data.train, own, device))
             row = run_arm(arm, ratio, slim[1], adv, slim[0], data, seeded, device)
         else:
             row = run_arm(arm, ratio, found[arm.criterion], adv, loaded, data, seeded, device)

@@ -33,6 +33,7 @@ from torch import nn
 
 from robust_prune.bench.candidates import CandidateClock
 from robust_prune.budget.analysis import Analysis, analyse
+from robust_prune.budget.measured import Measured
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.compression import plan_by_clock
@@ -175,7 +176,7 @@ def main() -> None:
         recipe = base_recipe.model_copy(
             update={"seed": seed, "pruning": section, "bench": BenchSection(kinds=("host",))}
         )
-        analysis = analyse(base.module, base.spec, data.train, recipe, device)
+        analysis = analyse(Measured(base.module, base.spec, data.train, recipe, device))
         adv = repair_set(base.module, data.train, recipe, device)
         measured = {name: [vars(cut) for cut in cuts] for name, cuts in (analysis.cut_losses or {}).items()}
         for ratio, arm in dict.fromkeys((ratio, arm) for ratio, arm, _ in wanted):

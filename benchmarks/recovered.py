@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from robust_prune.budget.analysis import analyse
+from robust_prune.budget.measured import Measured
 from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import DataBundle, ImageSet, random_subset, stratified
 from robust_prune.evaluation.evaluate import Subject, evaluate
@@ -63,7 +64,7 @@ class Base:
 def cut_base(loaded: Model, data: DataBundle, recipe: Recipe) -> Base:
     """Return the base, pruned and repaired by the settings of the recipe."""
     device, dense = choose_device(recipe.device), loaded.module
-    analysis = analyse(dense, loaded.spec, data.train, recipe, device)
+    analysis = analyse(Measured(dense, loaded.spec, data.train, recipe, device))
     surgery = apply(dense.cpu(), make_plan(analysis, recipe.pruning), loaded.spec.blank_image())
     repair(surgery, dense, data.train, recipe, device)
     return Base(surgery.model, dense, loaded.spec, data, device)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from robust_prune.attacks import ThreatModel
 from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.cost import cost_model
+from robust_prune.budget.measured import Measured
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.console import console
@@ -270,7 +271,7 @@ def cost(
     if len(data.train) < max(BATCHES):
         raise SystemExit(f"cost takes batches of up to {max(BATCHES)} images, {data.name} has {len(data.train)}.")
     threat = recipe.threat_model
-    analysis = analyse(dense, spec, data.train, recipe, device)
+    analysis = analyse(Measured(dense, spec, data.train, recipe, device))
     models, kept = {0.0: dense}, {0.0: 1.0}
     for ratio in RATIOS:
         plan = make_plan(analysis, recipe.pruning.model_copy(update={"ratio": ratio}))

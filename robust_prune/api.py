@@ -31,6 +31,7 @@ from .bench.latency import run_section
 from .bench.types import LatencyTable
 from .budget.analysis import Analysis
 from .budget.analysis import analyse as _analyse
+from .budget.measured import Measured
 from .budget.plan import make_plan
 from .budget.types import PruningPlan
 from .compression import compress as _compress
@@ -54,6 +55,7 @@ from .preflight import preflight
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
 from .recipe_reader import check_code, check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe
+from .runs.cache import Cache
 from .structure.paths import sample_images
 from .surgery.apply import apply
 from .surgery.repair import repair
@@ -125,7 +127,12 @@ def analyse(model: ModelSource, data: DataSource, *, recipe: str | None = None, 
     resolved = _recipe(recipe, settings, opened, None)
     for note in preflight(opened.module, bundle.train, bundle.num_classes, resolved.seed).notes:
         warn(note)
-    return _analyse(opened.module, opened.spec, bundle.train, resolved, choose_device(resolved.device))
+    return _analyse(
+        Measured(
+            opened.module, opened.spec, bundle.train, resolved, choose_device(resolved.device),
+            Cache.named().of_model(opened.spec.arch),
+        )
+    )  # fmt: skip
 
 
 def plan(analysis: Analysis, *, ratio: float = 0.5, **pruning: Any) -> PruningPlan:
@@ -333,7 +340,8 @@ def compress(
         raise UsageError(f"ratio was given twice: {ratio} and pruning__ratio={settings['pruning__ratio']}. Give one.")
     resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
     command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"
-    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command)
+    cache = Cache.named().of_model(opened.spec.arch)
+    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, cache)
     done = _compress(job)
     if done is None:
         raise SystemExit(0)

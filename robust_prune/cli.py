@@ -96,6 +96,7 @@ for _name, _verb in _VERBS.items():
         usage=f"Usage: robust-prune {_name} {_verb.arguments}".rstrip(),
     )
 app.command("robust_prune.commands.recipes:app", name="recipes", help="List, show, copy or explain recipes.")
+app.command("robust_prune.commands.cache:app", name="cache", help="List or remove results that commands share.")
 
 
 @app.command(name="--install-completion", group=OPTIONS)

@@ -21,6 +21,7 @@ from .budget.analysis import Analysis, analyse
 from .budget.counting import count_macs, count_params
 from .budget.iterative import compose, dense_widths, realised, remaining_ratio
 from .budget.latency_search import plan_for_latency
+from .budget.measured import Measured
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn, working
@@ -34,7 +35,7 @@ from .exporters.onnx import check_export, export_model
 from .exporters.parity import check_enough_images
 from .exporters.precision import export_precisions, reduced_path
 from .exporters.types import OnnxArtifact
-from .introspect.fingerprint import images_hash, models_hash
+from .introspect.fingerprint import models_hash
 from .job import (
     Compressed,
     Compression,
@@ -126,7 +127,7 @@ def _run_stages(job: Compression, run: Run) -> Compressed | None:
 
 
 def plan_only(job: Compression) -> PruningPlan:
-    """Measure sensitivity and print and return the plan of the (first) cut; no files are written.
+    """Measure sensitivity and print and return the plan of the (first) cut; no run folder is written.
 
     The model is tried as in `compress`, also by an export.
 
@@ -136,7 +137,11 @@ def plan_only(job: Compression) -> PruningPlan:
     dense, recipe = job.dense, job.recipe
     check_enough_images(job.data.train, job.data.name)
     choose_device(recipe.device)
-    for note in _tried(job).notes:
+    batch = _share_of_batch(job)
+    known = job.cache.value(
+        "Trial of the model on a few images", Preflight, job.reuse("preflight", batch), partial(_tried, job)
+    )
+    for note in known.notes:
         warn(note)
     check_export(dense.module, dense.spec, job.data.train, recipe.export, recipe.seed)
     plan = next_cut(job, job.dense.module, ()).plan
@@ -151,19 +156,19 @@ def open_run(job: Compression) -> Run:
         UsageError: the folder belongs to a run with other inputs, or is a file.
         EnvironmentProblem: the folder cannot be written.
     """
-    recipe, data = job.recipe, job.data
-    images = [images_hash(part) for part in (data.train, data.validation, data.test)]
+    recipe = job.recipe
     functions = (
         recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
         recipe.evaluation.tier,
     )  # fmt: skip
     versions = user_file.versions(*functions)
-    model = [models_hash(job.dense.module), to_json(job.dense.spec)]
-    inputs = RunInputs.of(model, images, recipe.model_dump(mode="json"), versions)
+    inputs = RunInputs.of(
+        job.model_identity, list(job.images_identity.values()), recipe.model_dump(mode="json"), versions
+    )
     section = recipe.pruning
     folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{inputs.key[:6]}"
     check = partial(user_file.check_unchanged, functions, versions)
-    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe), check)
+    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe), check, job.cache)
 
 
 def look_at_dense(job: Compression, run: Run) -> str:
@@ -175,7 +180,7 @@ def look_at_dense(job: Compression, run: Run) -> str:
             dense.module, data.validation, data.train, data.num_classes, recipe.threat_model, recipe.seed, job.device
         )
 
-    found = run.stage("dense", DenseCheck, [], make)
+    found = run.stage("dense", DenseCheck, [], make, reuse=job.reuse("dense"))
     console.print(found.line(), markup=False)
     warn(found.note())
     return found.note()
@@ -183,15 +188,21 @@ def look_at_dense(job: Compression, run: Run) -> str:
 
 def try_out(job: Compression, run: Run) -> tuple[str, ...]:
     """Run the stage that tries the dense model on a few images; print and return what it found."""
-    notes = run.stage("preflight", Preflight, [], partial(_tried, job)).notes
+    reuse = job.reuse("preflight", _share_of_batch(job))
+    notes = run.stage("preflight", Preflight, [], partial(_tried, job), reuse=reuse).notes
     for note in notes:
         warn(note)
     return notes
 
 
 def _tried(job: Compression) -> Preflight:
-    dense, recipe, batch = job.dense, job.recipe, job.recipe.finetune.batch_size // distributed.count()
-    return preflight(dense.module, job.data.train, dense.spec.num_classes, recipe.seed, batch_size=max(1, batch))
+    dense, batch = job.dense, _share_of_batch(job)
+    return preflight(dense.module, job.data.train, dense.spec.num_classes, job.recipe.seed, batch_size=batch)
+
+
+def _share_of_batch(job: Compression) -> int:
+    """Return the number of images of a training batch that each process has."""
+    return max(1, job.recipe.finetune.batch_size // distributed.count())
 
 
 def reopen(job: Compression, file: Path) -> nn.Module:
@@ -214,11 +225,16 @@ def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, befo
     return planned
 
 
+def measured(job: Compression, model: nn.Module) -> Measured:
+    """Return the measurements of a model that is cut, on training images."""
+    return Measured(model, job.dense.spec, job.data.train, job.recipe, job.device, job.cache)
+
+
 def next_cut(job: Compression, model: nn.Module, before: Sequence[Cut]) -> Planned:
     """Analyse the current model and plan the next cut."""
     recipe, section = job.recipe, job.recipe.pruning
     plans = [cut.plan for cut in before]
-    analysis = analyse(model, job.dense.spec, job.data.train, recipe, job.device, dense_widths(plans))
+    analysis = analyse(measured(job, model), dense_widths(plans))
     assert analysis.profile is not None
     if section.metric == "latency":
         wanted = (1 - section.ratio) ** ((len(plans) + 1) / section.cuts)
@@ -259,7 +275,10 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
     def make() -> Pruned:
         with working("Cutting channels and proving every group against the masked dense model"):
             surgery = apply(parent.cpu(), plan, spec.blank_image(), sample_images(job.data.train, recipe.seed))
-        repair(surgery, parent, job.data.train, recipe, job.device)
+        attacked = None
+        if recipe.pruning.repair == "least_squares":
+            attacked = measured(job, parent).attacked(min(recipe.pruning.repair_images, len(job.data.train)))
+        repair(surgery, parent, job.data.train, recipe, job.device, attacked)
         card = score_before_finetune(surgery.model, job.data, recipe)
         save(job, surgery.model, file)
         return Pruned(surgery.rolled_back, surgery.parity, card)
@@ -358,7 +377,9 @@ def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str
         return export_model(model, spec, job.data.train, path, section, job.recipe.seed)
 
     # The folder may have been moved since the files were written, so paths are set anew.
-    stored = run.stage(f"export-{label}", OnnxArtifact, [identity], make, files=[path])
+    name = f"export-{label}"
+    reuse = job.reuse(name) if label == DENSE else None
+    stored = run.stage(name, OnnxArtifact, [identity], make, files=[path], reuse=reuse)
     files = {"fp32": replace(stored, path=str(path))}
     if label != PRUNED or not section.precisions:
         return files
@@ -388,8 +409,11 @@ def evaluate_on_test(
         )  # fmt: skip
         return replace(card, macs=count_macs(model.cpu(), job.dense.spec.blank_image()), params=count_params(model))
 
-    inputs = [models_hash(model), [file.sha256 for file in files.values()]]
-    return run.stage(name, ResultCard, inputs, make, files=[run.folder / name / "state.npz"], shared=True)
+    hashes = [file.sha256 for file in files.values()]
+    return run.stage(
+        name, ResultCard, [models_hash(model), hashes], make, files=[run.folder / name / "state.npz"], shared=True,
+        reuse=job.reuse(name, files=hashes) if label == DENSE else None,
+    )  # fmt: skip
 
 
 def benchmark(job: Compression, run: Run, rows: Sequence[ModelRow]) -> LatencyTable:

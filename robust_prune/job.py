@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -11,13 +14,17 @@ from .budget.types import PruningPlan
 from .data.base import DataBundle
 from .evaluation.card import ResultCard
 from .exporters.types import OnnxArtifact
+from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
+from .models import user_file
 from .models.artifact import Model
 from .recipe import Recipe
 from .report.rows import DENSE, PRUNED, SCRATCH
 from .report.types import RunReport
+from .runs.cache import Cache
 from .runs.run import Run
 from .sensitivity.profile import SensitivityProfile
+from .serialization import to_json
 from .shown import Shown
 from .structure.types import Skipped
 from .training.types import TrainResult
@@ -34,6 +41,7 @@ class Compression:
         recipe: all settings.
         out: run folder; None derives it from name, metric, ratio and inputs.
         command: command line that reproduces the run.
+        cache: results of the dense model, which runs share.
     """
 
     name: str
@@ -42,11 +50,48 @@ class Compression:
     recipe: Recipe
     out: Path | None = None
     command: str = ""
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def device(self) -> str:
         """Device of torch, ``cpu`` or ``cuda``."""
         return choose_device(self.recipe.device)
+
+    @cached_property
+    def model_identity(self) -> list[Any]:
+        """JSON values that identify the dense model."""
+        return [models_hash(self.dense.module), to_json(self.dense.spec)]
+
+    @cached_property
+    def images_identity(self) -> dict[str, str]:
+        """Hashes of the images and labels of each split."""
+        data = self.data
+        return {
+            "train": images_hash(data.train),
+            "held-out": images_hash(data.validation),
+            "test": images_hash(data.test),
+        }
+
+    def reuse(self, stage: str, batch_size: int = 0, files: Sequence[str] = ()) -> list[Any]:
+        """Return JSON values of all that the result of a stage of the dense model depends on.
+
+        Args:
+            stage: ``preflight``, ``dense``, or the name of the stage that exports or evaluates the dense model.
+            batch_size: images in each batch of ``preflight``.
+            files: hashes of the exported files that are evaluated.
+        """
+        recipe, images = self.recipe, self.images_identity
+        threat, evaluation = to_json(recipe.threat_model), recipe.evaluation
+        own: dict[str, list[Any]] = {
+            "preflight": [images["train"], batch_size],
+            "dense": [images["train"], images["held-out"], threat, self.device],
+            f"export-{DENSE}": [images["train"], recipe.export.model_dump(mode="json")],
+            f"evaluate-{DENSE}": [
+                images["test"], threat, evaluation.model_dump(mode="json"), user_file.versions(evaluation.tier),
+                self.device, *files,
+            ],
+        }  # fmt: skip
+        return [*self.model_identity, recipe.seed, *own[stage]]
 
 
 @dataclass(frozen=True, repr=False)

@@ -53,13 +53,14 @@ def test_analysis_takes_training_images_and_the_recipe_that_is_named(
     model: rp.Model, data: rp.DataBundle, asked: dict[str, Any], tmp_path: Path
 ) -> None:
     assert rp.analyse(model, data, sensitivity__images=32) is PREPARED.analysis
-    (module, spec, images, recipe, device), _ = asked["_analyse"]
-    assert (module, spec, images, device) == (model.module, model.spec, data.train, "cpu")
+    (known,), _ = asked["_analyse"]
+    assert (known.model, known.spec, known.images, known.device) == (model.module, model.spec, data.train, "cpu")
+    recipe = known.recipe
     assert recipe.sensitivity.images == 32 and recipe.threat_model == TRAINED_FOR
     mine = tmp_path / "mine.yaml"
     mine.write_text("seed: 3\nthreat: {norm: linf, epsilon: 2/255}\n")
     rp.analyse(model, data, recipe=str(mine), sensitivity__steps=2)
-    recipe = asked["_analyse"][0][3]
+    recipe = asked["_analyse"][0][0].recipe
     assert (recipe.seed, recipe.sensitivity.steps, recipe.threat_model) == (3, 2, rp.ThreatModel("linf", 2 / 255))
 
 

@@ -156,9 +156,9 @@ def test_a_later_cut_takes_its_share_of_what_is_left_and_knows_the_dense_widths(
     job = _job(load(None, {"pruning.ratio": 0.75, "pruning.cuts": 2}), tmp_path)
     before = _cut(1.0)
     compression.next_cut(job, PREPARED.surgery.model, [before])
-    arguments, section = asked
-    assert arguments[0] is PREPARED.surgery.model and arguments[2] is PREPARED.bundle.train
-    assert arguments[5] == {group.name: group.channels for group in before.plan.groups}
+    (known, dense_widths), section = asked
+    assert known.model is PREPARED.surgery.model and known.images is PREPARED.bundle.train
+    assert dense_widths == {group.name: group.channels for group in before.plan.groups}
     left = before.plan.macs_after / before.plan.macs_before
     assert left * (1 - section.ratio) == pytest.approx(0.25)
 

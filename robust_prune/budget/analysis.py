@@ -6,24 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..console import working
-from ..data.base import ImageSet, random_images
+from ..data.base import random_images
 from ..errors import UsageError
-from ..models.spec import ModelSpec
-from ..ranking.importance import channel_scores, removed_fraction_curve
-from ..recipe import Recipe
-from ..sensitivity.adversarial_set import make_adversarial_set
+from ..ranking.importance import removed_fraction_curve
 from ..sensitivity.display import render_table
-from ..sensitivity.estimators import measure
 from ..sensitivity.profile import SensitivityProfile
 from ..shown import Shown
 from ..structure.branches import Removable, find_branch
-from ..structure.groups import GroupSearch, find_groups
-from ..structure.paths import sample_images
+from ..structure.groups import GroupSearch
 from .cost import CostModel, cost_model
-from .cut_losses import CutLosses, measure_cuts
+from .cut_losses import CutLosses
+from .measured import Measured
 
 _BRANCH_IMAGES = 4
 
@@ -65,74 +60,49 @@ class Analysis(Shown):
         return render_table(self.profile) if self.profile else None
 
 
-def analyse(
-    model: nn.Module,
-    spec: ModelSpec,
-    images: ImageSet,
-    recipe: Recipe,
-    device: str,
-    dense_widths: Mapping[str, int] | None = None,
-) -> Analysis:
+def analyse(known: Measured, dense_widths: Mapping[str, int] | None = None) -> Analysis:
     """Find the groups of a model and measure its cost, MRS and channel scores.
 
     Args:
-        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it is moved to `device`.
-        spec: specification of the model, with the size of its images.
-        images: training images that are not used for model selection; never test images.
-        recipe: recipe with threat model, seed and the sections ``sensitivity`` and ``pruning``.
-        device: ``cpu`` or ``cuda``.
+        known: measurements of the model, which are made where the cache lacks them; the model is moved to its device.
         dense_widths: channels of each group before earlier cuts, by name; minimum widths are a share of them.
 
     Raises:
         UsageError: the model has no group of channels that can be cut, or cannot be traced, measured or scored.
     """
-    section, example = recipe.sensitivity, spec.blank_image()
-    model.cpu()
-    with working("Finding groups of channels and proving each by a trial cut"):
-        search = find_groups(model, example, sample_images(images, recipe.seed))
+    model, criterion, widths = known.model, known.recipe.pruning.criterion, dense_widths or {}
+    search = known.groups()
     check_groups(search)
-    widths = dense_widths or {}
     search = replace(search, groups=tuple(replace(group, dense=widths.get(group.name)) for group in search.groups))
-    cost = cost_model(model, example, search.groups)
-    model.to(device)
-    adv = make_adversarial_set(model, images, recipe.threat_model, section, seed=recipe.seed, device=device)
-    profile = measure(model, adv, section, groups=search.groups, device=device)
-    scores = channel_scores(
-        model, search.groups, recipe.pruning.criterion,
-        adv=adv, clean=random_images(images, section.images, recipe.seed), seed=recipe.seed, device=device,
-    )  # fmt: skip
+    cost = cost_model(model.cpu(), known.spec.blank_image(), search.groups)
+    model.to(known.device)
+    profile, scores = known.profile(search.groups), known.scores(search.groups)
     removed = {group.name: removed_fraction_curve(model, group, scores[group.name]) for group in search.groups}
-    found = Analysis(search, cost, profile, scores, removed, recipe.pruning.criterion)
-    return with_cut_losses(found, model, spec, images, recipe) if recipe.pruning.allocation == "cuts" else found
+    found = Analysis(search, cost, profile, scores, removed, criterion)
+    return with_cut_losses(found, known) if known.recipe.pruning.allocation == "cuts" else found
 
 
-def with_cut_losses(
-    analysis: Analysis, model: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe
-) -> Analysis:
+def with_cut_losses(analysis: Analysis, known: Measured) -> Analysis:
     """Return the analysis with the branches that may be removed whole and the losses of real cuts.
 
     Args:
         analysis: result of `analyse` for the same model.
-        model: maps [0, 1] images [N, C, H, W] to logits [N, K]; it stays on its device.
-        spec: specification of the model, with the size of its images.
-        images: training images that are not used for model selection.
-        recipe: recipe with threat model, seed and the section ``pruning``.
+        known: measurements of the model, which stays on its device.
 
     Raises:
         UsageError: the model cannot be traced or measured.
     """
+    model, recipe = known.model, known.recipe
     groups, branches = analysis.search.groups, dict[str, Removable]()
     place = next(model.parameters()).device
     if recipe.pruning.branches:
         model.cpu()
-        few = random_images(images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
+        few = random_images(known.images, _BRANCH_IMAGES, recipe.seed)[0].to(next(model.parameters()))
         branches = {g.name: b for g in groups if (b := find_branch(model, g, few))}
-        analysis = replace(analysis, cost=cost_model(model, spec.blank_image(), groups, branches), branches=branches)
+        cost = cost_model(model, known.spec.blank_image(), groups, branches)
+        analysis = replace(analysis, cost=cost, branches=branches)
         model.to(place)
-    losses = measure_cuts(
-        model, images, groups, analysis.scores, branches, recipe.threat_model, seed=recipe.seed
-    )  # fmt: skip
-    return replace(analysis, cut_losses=losses)
+    return replace(analysis, cut_losses=known.cut_losses(groups, analysis.scores, branches))
 
 
 def check_groups(search: GroupSearch) -> None:

@@ -27,6 +27,7 @@ from .flags import (
     RECOVERY,
     RUN,
     ArchFlag,
+    CacheFlag,
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
@@ -84,7 +85,7 @@ def compress(
         of_recipe(PRUNING, "pruning.cuts", "Number of rounds of pruning and fine-tuning that share the ratio."),
     ] = None,
     dry_run: Annotated[
-        bool, Parameter(group=RUN, negative="", help="Print the plan and write nothing.", show_default=False)
+        bool, Parameter(group=RUN, negative="", help="Print the plan, and write no run folder.", show_default=False)
     ] = False,
     epsilon: EpsilonFlag = None,
     norm: NormFlag = None,
@@ -114,6 +115,7 @@ def compress(
     precision: PrecisionFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
+    cache: CacheFlag = None,
     trust_pickle: TrustFlag = False,
     trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
@@ -153,9 +155,11 @@ def compress(
         from ..compression import plan_only
         from ..job import Compression
         from ..machine.host import tune_allocator
+        from ..runs.cache import Cache
 
     tune_allocator()
-    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line())
+    store = Cache.named(cache).of_model(loaded.spec.arch)
+    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), store)
     if not dry_run:
         done = run_compression(job)
         if done is not None:
@@ -164,4 +168,4 @@ def compress(
     plan_only(job)
     if resolved.pruning.cuts > 1:
         warn(f"this is the first of {resolved.pruning.cuts} cuts; the others are planned on the model that it leaves.")
-    console.print("Dry run: nothing was written.")
+    console.print("Dry run: no run folder was written.")

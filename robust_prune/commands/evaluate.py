@@ -27,6 +27,7 @@ from .flags import (
     MODEL_AND_DATA,
     RUN,
     ArchFlag,
+    CacheFlag,
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
@@ -81,6 +82,7 @@ def evaluate(
     normalization: NormalizationFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
+    cache: CacheFlag = None,
     trust_pickle: TrustFlag = False,
     trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
@@ -109,23 +111,39 @@ def evaluate(
 
     from ..budget.counting import count_macs, count_params
     from ..data.base import SAMPLE_NOTE, stratified
+    from ..evaluation.card import ResultCard as Card
     from ..evaluation.evaluate import Subject
     from ..evaluation.evaluate import evaluate as evaluate_model
     from ..evaluation.onnx_scores import OnnxModel
+    from ..introspect.fingerprint import images_hash, models_hash
     from ..machine.device import choose_device
     from ..machine.host import tune_allocator
     from ..machine.snapshot import snapshot
+    from ..models.user_file import versions
+    from ..runs.cache import Cache
     from ..runs.files import write_json
     from ..serialization import to_json
 
     tune_allocator()
     threat, section = resolved.threat_model, resolved.evaluation
     state = out.with_suffix(".state.npz") if out is not None else None
-    card = evaluate_model(
-        loaded.module.to(choose_device(resolved.device)), stratified(bundle.test, section.images), threat, section,
-        subject=Subject(run_name(model), bundle.name, "test"), seed=resolved.seed,
-        exported={"exported": OnnxModel(onnx)} if onnx else {}, state_path=state,
-    )  # fmt: skip
+    judged, where = stratified(bundle.test, section.images), choose_device(resolved.device)
+    subject = Subject(run_name(model), bundle.name, "test")
+    exported = {"exported": OnnxModel(onnx)} if onnx else {}
+
+    def make() -> ResultCard:
+        return evaluate_model(
+            loaded.module.to(where), judged, threat, section, subject=subject, seed=resolved.seed,
+            exported=exported, state_path=state,
+        )  # fmt: skip
+
+    given = [
+        models_hash(loaded.module), to_json(loaded.spec), images_hash(judged), to_json(threat),
+        section.model_dump(mode="json"), versions(section.tier), to_json(subject), resolved.seed, where,
+        [file.key for file in exported.values()],
+    ]  # fmt: skip
+    store = Cache.named(cache).of_model(loaded.spec.arch)
+    card = store.value(f"Evaluation of {subject.model} by {section.tier}", Card, given, make)
     macs = count_macs(loaded.module.cpu(), loaded.spec.blank_image())
     card = replace(card, macs=macs, params=count_params(loaded.module))
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)

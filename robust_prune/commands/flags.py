@@ -121,6 +121,15 @@ PrecisionFlag = Annotated[
     str | None,
     of_recipe(EXPORT, "export.precisions", "Further ONNX files beside the fp32 one: fp16, int8, or fp16,int8."),
 ]
+CacheFlag = Annotated[
+    str | None,
+    Parameter(
+        group=RUN,
+        help="Folder of results that depend on the model and the data alone, which commands share; none switches this "
+        "off.",
+        show_default=stated("$ROBUST_PRUNE_CACHE, or ~/.cache/robust-prune"),
+    ),
+]
 TrustCodeFlag = Annotated[
     bool,
     Parameter(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..console import console, warn, working
+from ..console import console, warn
 from .common import (
     DEMO,
     check_model_path,
@@ -21,6 +21,7 @@ from .flags import (
     RUN,
     SENSITIVITY,
     ArchFlag,
+    CacheFlag,
     DataFlag,
     DeviceFlag,
     EpsilonFlag,
@@ -54,6 +55,7 @@ def sensitivity(
     norm: NormFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = None,
+    cache: CacheFlag = None,
     trust_pickle: TrustFlag = False,
     trust_code: TrustCodeFlag = False,
     assignments: SetFlag = None,
@@ -70,25 +72,19 @@ def sensitivity(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)
 
+    from ..budget.measured import Measured
     from ..machine.device import choose_device
     from ..preflight import preflight
+    from ..runs.cache import Cache
     from ..runs.files import write_json
-    from ..sensitivity.adversarial_set import make_adversarial_set
     from ..sensitivity.display import render_table
-    from ..sensitivity.estimators import measure
     from ..serialization import to_json
-    from ..structure.groups import find_groups
-    from ..structure.paths import sample_images
 
-    threat, section, where = resolved.threat_model, resolved.sensitivity, choose_device(resolved.device)
+    where, store = choose_device(resolved.device), Cache.named(cache).of_model(loaded.spec.arch)
     for note in preflight(loaded.module, bundle.train, bundle.num_classes, resolved.seed).notes:
         warn(note)
-    seen = sample_images(bundle.train, resolved.seed)
-    with working("Finding groups of channels and proving each by a trial cut"):
-        search = find_groups(loaded.module, loaded.spec.blank_image(), seen)
-    loaded.module.to(where)
-    adv = make_adversarial_set(loaded.module, bundle.train, threat, section, seed=resolved.seed, device=where)
-    profile = measure(loaded.module, adv, section, groups=search.groups, device=where)
+    known = Measured(loaded.module, loaded.spec, bundle.train, resolved, where, store)
+    profile = known.profile(known.groups().groups)
     console.print(render_table(profile))
     if out is not None:
         write_json(out / "sensitivity.json", to_json(profile))

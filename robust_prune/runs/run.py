@@ -24,6 +24,7 @@ from ..machine.snapshot import snapshot
 from ..printable import printable
 from ..recipe import Recipe
 from ..serialization import from_json, to_json
+from .cache import Cache, copied_from, writers
 from .files import digest, file_sha256, json_text, read_json, remove_parts, write_json, write_text
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Run:
         fresh: whether this process claimed the folder first.
         check: raises if something on which results depend has changed since the run began; called after each stage.
         lock: what keeps other processes out of the folder until the ``with`` block of the run ends.
+        cache: results that runs of the same model and data share.
     """
 
     folder: Path
@@ -69,11 +71,12 @@ class Run:
     fresh: bool = False
     check: Callable[[], None] = lambda: None
     lock: FileLock | None = None
+    cache: Cache = field(default_factory=Cache)
 
     @classmethod
     def open(
         cls, folder: Path, inputs: RunInputs, recipe: Recipe, command: str, stages: Mapping[str, str] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None, cache: Cache | None = None,
     ) -> Run:  # fmt: skip
         """Claim `folder` for the run with these inputs, and write recipe, command and environment to it.
 
@@ -82,7 +85,7 @@ class Run:
             inputs: hashes of everything on which the run depends.
             recipe: all settings.
             command: command line that reproduces the run.
-            stages, check: as in the class.
+            stages, check, cache: as in the class.
 
         Raises:
             UsageError: the folder contains another run, a run of another format or other files that would be
@@ -106,7 +109,9 @@ class Run:
                 if fresh and not (folder / "run.json").exists():
                     (folder / LOCK).unlink(missing_ok=True)
             raise
-        return cls(folder, inputs.key, command, stages or {}, fresh=fresh, check=check, lock=lock)
+        return cls(
+            folder, inputs.key, command, stages or {}, fresh=fresh, check=check, lock=lock, cache=cache or Cache()
+        )
 
     def __enter__(self) -> Run:
         return self
@@ -145,6 +150,7 @@ class Run:
         *,
         files: Sequence[Path] = (),
         shared: bool = False,
+        reuse: Sequence[Any] | None = None,
     ) -> T:
         """Return the stored result of a stage with the same inputs, or call `make` and store its result.
 
@@ -159,34 +165,37 @@ class Run:
             files: files that the stage writes; their hashes are stored. A result is computed again if one of them is
                 missing or was changed, or if that happened to an earlier stage.
             shared: whether all processes call `make`.
+            reuse: JSON values of all that the result depends on, if that is less than the inputs of the run: it is then
+                taken from the cache, or stored there for other runs. `files` must have different names.
         """
         first, mark = distributed.is_first(), self.folder / name / RECORD
         given = digest(list(inputs))
         key = stage_key(self.key, name, given)
         stored, problem = self._stored(mark, key, kind, files) if first else (None, "")
+        if problem:
+            warn(f"{problem}. This stage and those after it are done again.")
+            self.damaged.append(name)
+        whence = " (from an earlier run)"
+        if first and stored is None and reuse is not None:
+            stored, whence = self._reused(name, key, given, reuse, kind, files), " (from the cache)"
         stored = distributed.broadcast(stored)
         if stored is None:
-            if problem:
-                warn(f"{problem}. This stage and those after it are done again.")
-                self.damaged.append(name)
             self._announce(name)
             begin = time.monotonic()
-            with working(self.stages.get(name, name)):
+            with working(self._title(name)):
                 value = make() if first or shared else None
             seconds = time.monotonic() - begin
             self.check()
             if first:
-                stored = sealed({
-                    "key": key, "inputs": given, "seconds": seconds, "value": to_json(value),
-                    "files": {self._relative(file): file_sha256(file) for file in files if file.is_file()},
-                })  # fmt: skip
-                write_json(mark, stored)
+                stored = self._record(name, key, given, seconds, to_json(value), files)
+                if reuse is not None:
+                    self.cache.store(self._title(name), reuse, to_json(value), seconds, writers(files))
             stored = distributed.broadcast(stored)
             self.made.append(name)
             if name in self.stages:
                 say_end(self._place(name), seconds)
         else:
-            self._announce(name, " (from an earlier run)")
+            self._announce(name, whence)
         assert stored is not None
         self.seconds[name] = stored["seconds"]
         # A fresh result is read back from JSON too, so that a resumed run has exactly the same values.
@@ -218,6 +227,31 @@ class Run:
                 file.unlink()  # a stage may go on from a file of its own, such as the progress of an attack
                 return None, f"{file} is damaged or was changed"
         return stored, ""
+
+    def _reused(
+        self, name: str, key: str, given: str, reuse: Sequence[Any], kind: type[Any], files: Sequence[Path]
+    ) -> dict[str, Any] | None:
+        """Return the record of a stage whose result is in the cache, with its files put in their places."""
+        entry = self.cache.find(self._title(name), reuse)
+        if entry is None or not copied_from(entry, files):
+            return None
+        try:
+            from_json(kind, entry.value)
+        except ValueError:
+            return None
+        return self._record(name, key, given, entry.seconds, entry.value, files)
+
+    def _record(
+        self, name: str, key: str, given: str, seconds: float, value: Any, files: Sequence[Path]
+    ) -> dict[str, Any]:
+        """Write and return the record of a stage."""
+        hashes = {self._relative(file): file_sha256(file) for file in files if file.is_file()}
+        stored = sealed({"key": key, "inputs": given, "seconds": seconds, "value": value, "files": hashes})
+        write_json(self.folder / name / RECORD, stored)
+        return stored
+
+    def _title(self, name: str) -> str:
+        return self.stages.get(name, name)
 
     def _relative(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()

@@ -28,6 +28,7 @@ from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..models.wrappers import unwrap
 from ..recipe import SensitivitySection
+from ..runs.cache import Parts
 from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .aggregation import aggregate_groups
@@ -58,6 +59,7 @@ def measure(
     batch_size: int = 256,
     memory_bytes: int = 2 << 30,
     device: torch.device | str = "cpu",
+    parts: Parts | None = None,
 ) -> SensitivityProfile:
     """Measure the MRS of every convolution, linear layer and attention projection.
 
@@ -92,6 +94,7 @@ def measure(
             to fit it, to one image at least, and ascents recompute activations that do not fit. About ten copies of the
             measured weights (three for ``gradient``) come on top.
         device: device on which to compute.
+        parts: where what is found of each module is stored, and found again; by default nowhere.
 
     Returns:
         The profile, with modules in the order of execution and unused ones last.
@@ -127,12 +130,12 @@ def measure(
         else:
             if rho >= BF16_RHO:
                 searched = searched.fast()
-            directions = find_directions(searched, trace, live, rho, SHORT, 0, half)
+            directions = find_directions(searched, trace, live, rho, SHORT, 0, half, parts=parts)
             if estimator == "ascent":
                 directions = find_directions(
-                    searched, trace, live, rho, LONG, section.ascent_steps, half, others=directions
+                    searched, trace, live, rho, LONG, section.ascent_steps, half, others=directions, parts=parts
                 )
-            base, rises = _along(loss, trace, live, directions, all_radii)
+            base, rises = _along(loss, trace, live, directions, all_radii, parts)
         ordered = sorted(targets, key=lambda t: trace.first_use.get(id(t.weight), NEVER))
         modules = tuple(_result(t, rises.get(id(t.weight)), all_radii, rho) for t in ordered)
     profile = SensitivityProfile(
@@ -198,18 +201,19 @@ def _along(
     live: list[tuple[Target, Tensor]],
     directions: list[Tensor],
     radii: tuple[float, ...],
+    parts: Parts | None,
 ) -> tuple[float, dict[int, list[float]]]:
     """Return R and, for each target, its increase at each radius."""
     line_searches = [
         LineSearch(t, d, tuple(r * _norm(t) for r in radii)) for (t, _), d in zip(live, directions, strict=True)
     ]
     fast = loss.fast()
-    base, rises = _rises(fast, trace, line_searches, "Sensitivity, losses")
+    base, rises = _rises(fast, trace, line_searches, "losses", parts)
     if fast.bf16:
         small = [[k for k, rise in enumerate(row) if abs(rise) < FINE_BELOW] for row in rises]
         rows = [i for i, found in enumerate(small) if found]
         again = [replace(line_searches[i], lengths=tuple(line_searches[i].lengths[k] for k in small[i])) for i in rows]
-        exact = _rises(loss, trace, again, "Sensitivity, small losses")[1] if again else []
+        exact = _rises(loss, trace, again, "small losses", parts)[1] if again else []
         for i, values in zip(rows, exact, strict=True):
             for k, value in zip(small[i], values, strict=True):
                 rises[i][k] = value
@@ -217,10 +221,9 @@ def _along(
 
 
 def _rises(
-    loss: RobustLoss, trace: Trace, line_searches: list[LineSearch], label: str
+    loss: RobustLoss, trace: Trace, line_searches: list[LineSearch], name: str, parts: Parts | None
 ) -> tuple[float, list[list[float]]]:
-    with track(label, loss.num_batches * len(line_searches)) as advance:
-        base, losses = losses_along(loss, trace, line_searches, advance)
+    base, losses = losses_along(loss, trace, line_searches, parts, name)
     return base, [[value - base for value in row] for row in losses]
 
 

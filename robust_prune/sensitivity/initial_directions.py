@@ -16,7 +16,7 @@ are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..console import track
+from ..runs.cache import Parts
 from .losses import RobustLoss
 from .targets import Target, exchanged
 
@@ -45,6 +46,8 @@ def shortlist(
     rho: float,
     count: int,
     step: Callable[[int, Tensor], tuple[Tensor, float]],
+    parts: Parts | None = None,
+    name: str = "initial directions",
 ) -> list[list[Tensor]]:
     """Return the most promising initial directions of each target after one step, best first.
 
@@ -58,6 +61,9 @@ def shortlist(
         rho: relative radius of the balls, > 0.
         count: largest number of directions of each target, >= 1.
         step: maps the index of a target and a direction to the next direction and an estimate of the loss there.
+        parts: where the best directions so far are stored after each initial direction, and found again; by default
+            nowhere.
+        name: name of these parts.
 
     Returns:
         For each target 1 to `count` directions of unit Frobenius norm, no two of them with a cosine similarity above
@@ -66,17 +72,36 @@ def shortlist(
     Raises:
         UsageError: a loss is not finite.
     """
-    best: list[list[tuple[float, Tensor]]] = [[] for _ in targets]
+    parts = parts or Parts()
     lengths = [rho * float(target.weight.detach().norm()) for target in targets]
     labels = (None, *_likely_classes(loss))
-    with track("Sensitivity, initial directions", len(labels) * len(targets)) as advance:
-        for label in labels:
+    done, stored = parts.last(name, len(labels))
+    best = [_unpacked(stored, position, target) for position, target in enumerate(targets)]
+    with track("Sensitivity, initial directions", len(labels) * len(targets), done * len(targets)) as advance:
+        for number, label in enumerate(labels[done:], start=done + 1):
             directions = _joint_climb(loss, targets, gradients, lengths, label)
             for position, (held, direction) in enumerate(zip(best, directions, strict=True)):
                 following, promise = step(position, direction)
                 keep(held, promise, following, count)
                 advance()
+            parts.step(name, number, {k: v for position, held in enumerate(best) for k, v in _packed(held, position)})
     return [[direction for _, direction in held] for held in best]
+
+
+Held = list[tuple[float, Tensor]]
+"""Estimates of the loss and directions of one target, best first."""
+
+
+def _packed(held: Held, position: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the directions of a target and their estimates as named tensors; `_unpacked` reverses it."""
+    yield f"{position}", torch.tensor([value for value, _ in held], dtype=torch.float64)
+    for rank, (_, direction) in enumerate(held):
+        yield f"{position}.{rank}", direction
+
+
+def _unpacked(stored: Mapping[str, Tensor], position: int, target: Target) -> Held:
+    values = stored[f"{position}"].tolist() if stored else []
+    return [(value, stored[f"{position}.{rank}"].to(target.weight)) for rank, value in enumerate(values)]
 
 
 def unit(direction: Tensor) -> Tensor:
@@ -84,7 +109,7 @@ def unit(direction: Tensor) -> Tensor:
     return direction / direction.norm()
 
 
-def keep(held: list[tuple[float, Tensor]], value: float, direction: Tensor, count: int) -> None:
+def keep(held: Held, value: float, direction: Tensor, count: int) -> None:
     """Insert a direction into the `count` best ones, in place; of two similar directions the better one is kept."""
     alike = [float((other * direction).sum()) > ALIKE for _, other in held]
     if any(same and pair[0] >= value for pair, same in zip(held, alike, strict=True)):

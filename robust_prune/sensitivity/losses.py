@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..console import track
 from ..errors import UsageError
 from ..models.layout import runs_in_bf16, weights_dtype
+from ..runs.cache import Parts
 from .adversarial_set import AdversarialSet
 from .replay import Trace, record, replay
 from .targets import Target, exchanged
@@ -159,7 +162,11 @@ class LineSearch:
 
 
 def losses_along(
-    loss: RobustLoss, trace: Trace, line_searches: Sequence[LineSearch], tick: Callable[[], None]
+    loss: RobustLoss,
+    trace: Trace,
+    line_searches: Sequence[LineSearch],
+    parts: Parts | None = None,
+    name: str = "losses",
 ) -> tuple[float, list[list[float]]]:
     """Return R at the unperturbed weights and at every point of every line search, in nats.
 
@@ -170,7 +177,8 @@ def losses_along(
         loss: the robust loss.
         trace: trace of the same model.
         line_searches: perturbations to evaluate, one weight at a time.
-        tick: called after each line search of each batch.
+        parts: where the sums so far are stored after each line search, and found again; by default nowhere.
+        name: name of these parts, and of the losses in the progress line.
 
     Returns:
         The unperturbed loss, and for each line search one loss for each length.
@@ -178,21 +186,33 @@ def losses_along(
     Raises:
         UsageError: a loss is not finite.
     """
+    parts = parts or Parts()
     frontiers = [trace.frontier(line.target.weight) for line in line_searches]
     keep = frozenset[int]().union(*frontiers)
-    base = 0.0
-    sums = [[0.0] * len(line.lengths) for line in line_searches]
-    with torch.no_grad(), loss.autocast():
+    lengths = [len(line.lengths) for line in line_searches]
+    done, stored = parts.last(name, loss.num_batches * len(line_searches))
+    base, *flat = stored["sums"].tolist() if done else [0.0] * (1 + sum(lengths))
+    sums = [list(islice(flat, start - count, start)) for start, count in zip(accumulate(lengths), lengths, strict=True)]
+    step, steps = 0, loss.num_batches * len(line_searches)
+    with track(f"Sensitivity, {name}", steps, done) as advance, torch.no_grad(), loss.autocast():
         for x, y in loss.batches():
+            if step + len(line_searches) <= done:
+                step += len(line_searches)
+                continue
             logits, recording = record(loss.model, trace, x, keep)
-            base += finite(cross_entropy_sum(logits, y).item(), "at the given weights")
+            if step >= done:
+                base += finite(cross_entropy_sum(logits, y).item(), "at the given weights")
             for line, frontier, row in zip(line_searches, frontiers, sums, strict=True):
+                step += 1
+                if step <= done:
+                    continue
                 for position, length in enumerate(line.lengths):
                     with exchanged(line.target, line.target.weight + length * line.direction):
                         logits = replay(loss.model, trace, x, recording, frontier)
                     value = cross_entropy_sum(logits, y).item()
                     row[position] += finite(value, f"with {line.target.name!r} perturbed by a norm of {length:.3g}")
-                tick()
+                parts.step(name, step, {"sums": torch.tensor([base, *chain(*sums)], dtype=torch.float64)})
+                advance()
     count = len(loss.adv)
     return base / count, [[value / count for value in row] for row in sums]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..console import track
+from ..runs.cache import Parts
 from .ascent import ascend, first_step
 from .initial_directions import shortlist
 from .losses import RobustLoss
@@ -52,6 +53,7 @@ def find_directions(
     whole_steps: int,
     memory_bytes: int,
     others: Sequence[Tensor] = (),
+    parts: Parts | None = None,
 ) -> list[Tensor]:
     """Return for each target the direction of the largest loss found on the ball.
 
@@ -64,6 +66,7 @@ def find_directions(
         whole_steps: largest number of iterates on the full set after that; 0 for none.
         memory_bytes: limit on the recordings kept for the ascents, in bytes.
         others: for each target an additional starting direction of the ascent that follows the comparison.
+        parts: where the directions found so far are stored, and found again; by default nowhere.
 
     Returns:
         For each target a direction of unit Frobenius norm.
@@ -73,6 +76,11 @@ def find_directions(
     """
     if not live:
         return []
+    parts, name = parts or Parts(), f"directions of {search_budget.images} images"
+    known = [parts.get(f"{name}, {position}") for position in range(len(live))]
+    found = [part["direction"].to(t.weight) for part, (t, _) in zip(known, live, strict=True) if part is not None]
+    if len(found) == len(live):
+        return found
     targets, gradients = [target for target, _ in live], [gradient for _, gradient in live]
     weights = [target.weight for target in targets]
     radii = [rho * float(weight.detach().norm()) for weight in weights]
@@ -93,16 +101,23 @@ def find_directions(
         rho,
         search_budget.initial_directions,
         lambda i, start: first_step(first(weights[i]), targets[i], start, radii[i]),
+        parts,
+        f"{name}, initial",
     )
     bases = [stage.value() for stage, _ in stages]
     recorders = [_recorder(stage, trace, weights, limit) for stage, _ in stages]
     found = []
     with track("Sensitivity, directions", len(live)) as advance:
         for position, (target, directions) in enumerate(zip(targets, starts, strict=True)):
-            for number, ((_, steps), recorder, base) in enumerate(zip(stages, recorders, bases, strict=True)):
-                if number == 1 and others:
-                    directions = [*directions, others[position]]
-                directions = [ascend(recorder(target.weight), target, directions, radii[position], steps, base)]
+            earlier = known[position]
+            if earlier is not None:
+                directions = [earlier["direction"].to(target.weight)]
+            else:
+                for number, ((_, steps), recorder, base) in enumerate(zip(stages, recorders, bases, strict=True)):
+                    if number == 1 and others:
+                        directions = [*directions, others[position]]
+                    directions = [ascend(recorder(target.weight), target, directions, radii[position], steps, base)]
+                parts.put(f"{name}, {position}", {"direction": directions[0]})
             found += directions
             advance()
     return found

@@ -6,7 +6,6 @@ differ from run to run, and with it the last bits of every weight.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,16 +16,11 @@ from torch import nn
 
 from ..errors import RobustPruneError
 from ..machine import host
+from ..runs.cache import cache_folder
 from ..runs.files import digest, read_json, write_json
 
 LOCK_SECONDS = 10
 _FILE = "decisions.json"
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached values: ``ROBUST_PRUNE_CACHE`` if it is set, else a folder in the user's cache."""
-    named = os.environ.get("ROBUST_PRUNE_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "robust-prune"
 
 
 def decided(what: str, inputs: Any, decide: Callable[[], dict[str, bool]]) -> dict[str, bool]:
@@ -38,7 +32,10 @@ def decided(what: str, inputs: Any, decide: Callable[[], dict[str, bool]]) -> di
         decide: makes the decision.
     """
     key = digest([what, inputs, host.cpu_name(), host.device_name(), host.versions(("torch", "robust-prune"))])
-    file = cache_folder() / _FILE
+    folder = cache_folder()
+    if folder is None:
+        return decide()
+    file = folder / _FILE
     known = _stored(file).get(key)
     if isinstance(known, dict) and known and all(isinstance(value, bool) for value in known.values()):
         return known

@@ -23,7 +23,7 @@ from robust_prune import compression, job, recipe_reader
 from robust_prune import train as training
 from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable
-from robust_prune.budget import analysis
+from robust_prune.budget import analysis, measured
 from robust_prune.budget.plan import make_plan
 from robust_prune.commands.common import open_data, open_model_for
 from robust_prune.data import sources
@@ -62,6 +62,8 @@ class Recorder:
 
         def noted(*arguments: Any, **keywords: Any) -> Any:
             label = "held-out score" if name == "evaluation" and keywords["subject"].split == "validation" else name
+            if name == "adversarial set" and name in self.called:
+                label = "attacked images of the repair"
             # What is saved names its whole recipe by a hash, which every value reaches.
             seen = keywords.get("threat") if name == "artifact" else [arguments, keywords]
             self.first.setdefault(label, note(seen))
@@ -184,19 +186,19 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (registry, "make_spec", "architecture", registry.make_spec),
         (job, "choose_device", "device", lambda _: "cpu"),
         (compression, "choose_device", "device", lambda _: "cpu"),
-        (analysis, "find_groups", "groups", lambda *_: given.analysis.search),
+        (measured, "find_groups", "groups", lambda *_: given.analysis.search),
         (analysis, "cost_model", "cost", lambda *_: given.analysis.cost),
-        (analysis, "make_adversarial_set", "adversarial set", lambda *_, **__: given.adv),
-        (analysis, "measure", "sensitivity", lambda *_, **__: given.analysis.profile),
-        (analysis, "random_images", "clean images", lambda *_: clean),
-        (analysis, "channel_scores", "channel scores", lambda *_, **__: given.analysis.scores),
+        (measured, "make_adversarial_set", "adversarial set", lambda *_, **__: given.adv),
+        (measured, "measure", "sensitivity", lambda *_, **__: given.analysis.profile),
+        (measured, "aggregate_groups", "sensitivity of groups", lambda profile, *_: profile),
+        (measured, "random_images", "clean images", lambda *_: clean),
+        (measured, "channel_scores", "channel scores", lambda *_, **__: given.analysis.scores),
         (compression, "check_dense", "check of the dense model", checked),
         (compression, "make_plan", "plan", lambda *_: given.plan),
         (compression, "plan_for_latency", "plan for a latency", lambda *_: given.plan),
         (compression.CandidateClock, "open", "candidate clock", clock),
         (compression, "apply", "surgery", lambda *_: given.surgery),
         (repairing, "reestimate_batchnorm", "batch-norm repair", lambda *_, **__: 0),
-        (repairing, "make_adversarial_set", "attacked images of the repair", lambda *_, **__: given.adv),
         (repairing, "random_images", "clean images of the repair", lambda *_: clean),
         (repairing, "reconstruct", "least-squares repair", lambda *_, **__: ()),
         (compression, "evaluate", "evaluation", evaluated),

@@ -157,5 +157,5 @@ def test_dry_run_prints_the_plan_and_touches_nothing(here, capsys):
     before = sorted(here.rglob("*"))
     compress("run", "--dry-run")
     text = capsys.readouterr().out
-    assert "MACs" in text and "Dry run: nothing was written." in text
+    assert "MACs" in text and "Dry run: no run folder was written." in text
     assert [p for p in sorted(here.rglob("*")) if "__pycache__" not in str(p)] == before
