@@ -6,10 +6,12 @@ interrupted run is resumed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
@@ -31,7 +33,7 @@ from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.examples import make_examples
 from .evaluation.onnx_scores import OnnxModel
-from .exporters.onnx import check_export, export_model
+from .exporters.onnx import export_model
 from .exporters.parity import check_enough_images
 from .exporters.precision import export_precisions, reduced_path
 from .exporters.types import OnnxArtifact
@@ -60,6 +62,7 @@ from .report.files import NAMES, write
 from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
 from .report.terminal import show_end
 from .report.types import ModelRow, RunReport
+from .runs.cache import writers
 from .runs.files import digest
 from .runs.run import Run, RunInputs
 from .serialization import to_json
@@ -134,19 +137,28 @@ def plan_only(job: Compression) -> PruningPlan:
     Raises:
         UsageError: the model is refused, or a setting does not fit.
     """
-    dense, recipe = job.dense, job.recipe
     check_enough_images(job.data.train, job.data.name)
-    choose_device(recipe.device)
-    batch = _share_of_batch(job)
-    known = job.cache.value(
-        "Trial of the model on a few images", Preflight, job.reuse("preflight", batch), partial(_tried, job)
-    )
-    for note in known.notes:
+    choose_device(job.recipe.device)
+    title, reuse = stage_titles(job.recipe)["preflight"], job.reuse("preflight", _share_of_batch(job))
+    for note in job.cache.value(title, Preflight, reuse, partial(_tried, job)).notes:
         warn(note)
-    check_export(dense.module, dense.spec, job.data.train, recipe.export, recipe.seed)
+    _try_export(job)
     plan = next_cut(job, job.dense.module, ()).plan
     say_plan(plan)
     return plan
+
+
+def _try_export(job: Compression) -> None:
+    """Export the dense model, unless a stored export shows that it can be; a run finds the file in the cache."""
+    dense, recipe, name = job.dense, job.recipe, f"export-{DENSE}"
+    title, reuse = stage_titles(recipe)[name], job.reuse(name)
+    if job.cache.find(title, reuse) is not None:
+        return
+    begin = time.monotonic()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / onnx_name(DENSE)
+        made = export_model(dense.module, dense.spec, job.data.train, path, recipe.export, recipe.seed)
+        job.cache.store(title, reuse, to_json(made), time.monotonic() - begin, writers([path]))
 
 
 def open_run(job: Compression) -> Run:

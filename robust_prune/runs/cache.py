@@ -161,10 +161,11 @@ class Cache:
         Args:
             what, inputs: those under which the result will be stored.
         """
-        found = Parts(self, f"{what}, in part", tuple(inputs))
-        yield found
-        for name in tuple(found.names):
-            found.drop(name)
+        whole = f"{what}, in part ({digest(list(inputs))})"
+        yield Parts(self, whole)
+        for entry in self.entries():
+            if entry.what == whole:
+                _remove(entry.folder)
 
     def find(self, what: str, inputs: Sequence[Any]) -> Entry | None:
         """Return the entry of a result if it is whole, and note its use; a damaged one is removed and named."""
@@ -260,28 +261,20 @@ class Parts:
 
     Attributes:
         cache: where they are stored.
-        what: the computation in words.
-        inputs: JSON values on which it depends.
-        names: names of the parts that are stored.
+        what: the computation in words, with the hash of its inputs.
     """
 
     cache: Cache = field(default_factory=Cache)
     what: str = ""
-    inputs: tuple[Any, ...] = ()
-    names: set[str] = field(default_factory=set)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors of a part, on the CPU, or None if it is not stored."""
-        entry = self.cache.find(self.what, [*self.inputs, name])
-        found = None if entry is None else _loaded(entry)
-        if found is not None:
-            self.names.add(name)
-        return found
+        entry = self.cache.find(self.what, [name])
+        return None if entry is None else _loaded(entry)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors of a part."""
-        self.cache.store(self.what, [*self.inputs, name], None, 0.0, {_TENSORS: partial(_save, tensors)})
-        self.names.add(name)
+        self.cache.store(self.what, [name], None, 0.0, {_TENSORS: partial(_save, tensors)})
 
     def last(self, name: str, steps: int) -> tuple[int, dict[str, Tensor]]:
         """Return the last of at most `steps` steps after which `step` stored tensors, and these; 0 and none without."""
@@ -294,12 +287,7 @@ class Parts:
     def step(self, name: str, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors that step `number`, counted from 1, leaves, in place of those of the step before."""
         self.put(f"{name} {number}", tensors)
-        self.drop(f"{name} {number - 1}")
-
-    def drop(self, name: str) -> None:
-        """Remove a part."""
-        self.cache.forget(self.what, [*self.inputs, name])
-        self.names.discard(name)
+        self.cache.forget(self.what, [f"{name} {number - 1}"])
 
 
 def copied_from(entry: Entry, files: Sequence[Path]) -> bool:

@@ -82,7 +82,8 @@ def shortlist(
             directions = _joint_climb(loss, targets, gradients, lengths, label)
             for position, (held, direction) in enumerate(zip(best, directions, strict=True)):
                 following, promise = step(position, direction)
-                keep(held, promise, following, count)
+                # What is stored loses its strides, with which sums end in other last bits.
+                keep(held, promise, following.contiguous(), count)
                 advance()
             parts.step(name, number, {k: v for position, held in enumerate(best) for k, v in _packed(held, position)})
     return [[direction for _, direction in held] for held in best]

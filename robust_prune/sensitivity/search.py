@@ -116,7 +116,8 @@ def find_directions(
                 for number, ((_, steps), recorder, base) in enumerate(zip(stages, recorders, bases, strict=True)):
                     if number == 1 and others:
                         directions = [*directions, others[position]]
-                    directions = [ascend(recorder(target.weight), target, directions, radii[position], steps, base)]
+                    ascent = ascend(recorder(target.weight), target, directions, radii[position], steps, base)
+                    directions = [ascent.contiguous()]
                 parts.put(f"{name}, {position}", {"direction": directions[0]})
             found += directions
             advance()

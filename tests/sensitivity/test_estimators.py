@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,6 +17,7 @@ from torch.nn.utils import prune
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.recipe import SensitivitySection
+from robust_prune.runs.cache import Cache, Parts
 from robust_prune.sensitivity import estimators
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
@@ -219,3 +222,33 @@ def test_gradient_checkpointing_is_put_aside() -> None:
 
 def test_default_radii_contain_the_default_rho() -> None:
     assert 0.1 in estimators.DEFAULT_RADII
+
+
+@pytest.mark.parametrize("estimator", ["boundary", "ascent"])
+def test_a_killed_measurement_goes_on_and_ends_alike_wherever_it_was_killed(
+    estimator: str, resnet: nn.Module, adv: AdversarialSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = settings(estimator=estimator, ascent_steps=2)
+    wanted = measure(resnet, adv, section, batch_size=4)
+    store, put = Cache(tmp_path), Parts.put
+    left = 0
+
+    def counted(parts: Parts, name: str, tensors: Mapping[str, Tensor]) -> None:
+        nonlocal left
+        put(parts, name, tensors)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "put", counted)
+    times = 0
+    for _ in range(500):
+        left = 3  # parts that each process completes before it is killed
+        try:
+            with store.parts("Sensitivity", [estimator]) as parts:
+                found = measure(resnet, adv, section, batch_size=4, parts=parts)
+            break
+        except KeyboardInterrupt:
+            times += 1
+    assert found == wanted and times > 10
+    assert store.entries() == []
