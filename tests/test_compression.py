@@ -30,6 +30,7 @@ from robust_prune.models.artifact import Model
 from robust_prune.recipe import PruningSection, Recipe
 from robust_prune.recipe_reader import load
 from robust_prune.report import RunReport
+from robust_prune.runs.cache import Cache
 from robust_prune.runs.run import Run
 from robust_prune.structure.types import Skipped
 from robust_prune.training.types import TrainResult
@@ -72,6 +73,40 @@ def test_a_run_on_other_images_or_of_another_model_is_another_run(answers: dict[
     with pytest.raises(UsageError, match=r"holds a run with another (model|data|recipe|code)"):
         recorded("compress", {}, tmp_path / "run", {"plan"}, answers)
     assert "plan" in recorded("compress", {}, tmp_path / "run", {"plan"}).called
+
+
+PLANNING = {"groups", "adversarial set", "sensitivity", "channel scores"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "again"),
+    [
+        ({"data": _other_images("train")}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
+        ({"data": _other_images("validation")}, {"check of the dense model"}),
+        ({"data": _other_images("test")}, set()),
+        ({"model": _other_weights}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
+        ({"model": _other_names}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
+    ],
+    ids=["train", "validation", "test", "weights", "class names"],
+)  # fmt: skip
+def test_nothing_of_another_model_or_other_images_is_taken_from_the_cache(
+    answers: dict[str, Any], again: set[str], tmp_path: Path
+) -> None:
+    store = Cache(tmp_path / "cache")
+    recorded("compress", {}, tmp_path / "one", cache=store)
+    called = recorded("compress", {}, tmp_path / "two", answers=answers, cache=store).called
+    assert {*PLANNING, "attacked images of the repair", "check of the dense model"} & set(called) == again
+    judged_anew = answers.keys() == {"model"} or "test" in str(answers["data"].__closure__[0].cell_contents)
+    assert called.count("evaluation") == (2 if judged_anew else 1), "of the dense model and the pruned one"
+
+
+def test_scores_by_another_version_of_a_users_file_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    source, store = tmp_path / "mine.py", Cache(tmp_path / "cache")
+    values = {"pruning.criterion": f"{source}:mine"}
+    for number, body in enumerate(("return None", "return 1")):
+        source.write_text(f"def mine(*_):\n    {body}\n")
+        called = recorded("compress", values, tmp_path / f"run{number}", {"plan"}, cache=store).called
+        assert "channel scores" in called and ("sensitivity" in called) == (number == 0)
 
 
 @pytest.mark.parametrize(

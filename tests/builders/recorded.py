@@ -36,6 +36,7 @@ from robust_prune.models import artifact, foreign, registry
 from robust_prune.models.artifact import Model
 from robust_prune.recipe import PruningSection, Recipe
 from robust_prune.report import RunReport
+from robust_prune.runs.cache import Cache, Parts
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.surgery import repair as repairing
 from robust_prune.surgery.apply import apply
@@ -62,7 +63,7 @@ class Recorder:
 
         def noted(*arguments: Any, **keywords: Any) -> Any:
             label = "held-out score" if name == "evaluation" and keywords["subject"].split == "validation" else name
-            if name == "adversarial set" and name in self.called:
+            if name == "adversarial set" and "surgery" in self.called:
                 label = "attacked images of the repair"
             # What is saved names its whole recipe by a hash, which every value reaches.
             seen = keywords.get("threat") if name == "artifact" else [arguments, keywords]
@@ -86,6 +87,8 @@ def note(value: Any) -> Any:
     """
     if isinstance(value, Recipe):
         return "a recipe"
+    if isinstance(value, Parts):
+        return "parts"  # where results are stored is no setting
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, nn.Module):
@@ -226,6 +229,7 @@ def recorded(
     folder: Path,
     until: Collection[str] = (),
     answers: Mapping[str, Callable[..., Any]] | None = None,
+    cache: Cache | None = None,
 ) -> Recorder:
     """What the stages of ``compress`` or ``train`` are called with under a recipe of `values`.
 
@@ -235,6 +239,7 @@ def recorded(
         folder: of the run.
         until: stages; the run ends as soon as all of them have been called.
         answers: by stage, what it answers in place of what was prepared.
+        cache: results that runs share; by default none.
     """
     recorder = Recorder(frozenset(until))
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
@@ -249,5 +254,5 @@ def recorded(
             training.train_model("toy", bundle, recipe, folder, "command")
         else:
             model = open_model_for("toy.pt", bundle, recipe, None)
-            compression.compress(job.Compression("toy", model, bundle, recipe, folder, "command"))
+            compression.compress(job.Compression("toy", model, bundle, recipe, folder, "command", cache or Cache()))
     return recorder

@@ -17,6 +17,7 @@ from builders.recorded import recorded
 from pydantic import BaseModel
 
 from robust_prune.recipe import Recipe
+from robust_prune.runs.cache import Cache
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -135,8 +136,24 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], dict
     return lambda case: run(case.command, tuple(case.given.items()), case.stages)
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Cache]:
+    """The cache that a run of a case leaves before its value is changed."""
+
+    @cache
+    def run(given: tuple[tuple[str, Any], ...], until: tuple[str, ...]) -> Cache:
+        store = Cache(tmp_path_factory.mktemp("filled"))
+        recorded("compress", dict(given), tmp_path_factory.mktemp("unchanged") / "run", until, cache=store)
+        return store
+
+    # The prepared groups are those of the dense model, so that no run gets through a second cut.
+    return lambda case: run(tuple(case.given.items()), case.stages if "pruning.cuts" in case.given else ())
+
+
 @pytest.mark.parametrize("name", leaves(Recipe))
-def test_every_value_reaches_its_stages(name: str, unchanged: Callable[[Case], dict[str, Any]], tmp_path: Path) -> None:
+def test_every_value_reaches_its_stages(
+    name: str, unchanged: Callable[[Case], dict[str, Any]], filled: Callable[[Case], Cache], tmp_path: Path
+) -> None:
     for number, case in enumerate(CASES[name]):
         before = unchanged(case)
         after = recorded(
@@ -145,6 +162,25 @@ def test_every_value_reaches_its_stages(name: str, unchanged: Callable[[Case], d
         for stage in case.stages:
             assert stage in before or stage in after, f"no run got as far as the {stage}"
             assert before.get(stage) != after.get(stage), f"{name} does not reach the {stage}"
+        if case.command == "compress":
+            given, folder = {**case.given, name: case.value}, tmp_path / f"cached {number}" / "run"
+            cached = recorded("compress", given, folder, case.stages, cache=filled(case)).first
+            for stage in case.stages:
+                assert cached.get(stage) == after.get(stage), f"with another {name} the {stage} is taken from the cache"
+
+
+def test_a_second_run_does_nothing_of_the_dense_model_again(tmp_path: Path) -> None:
+    """Or the cache would hold nothing that the test above could find."""
+    store = Cache(tmp_path / "cache")
+    first = recorded("compress", {}, tmp_path / "one", cache=store).called
+    second = recorded("compress", {"pruning.ratio": 0.75}, tmp_path / "two", cache=store).called
+    dense = {
+        "groups", "adversarial set", "sensitivity", "channel scores", "attacked images of the repair",
+        "check of the dense model",
+    }  # fmt: skip
+    assert dense <= set(first) and not dense & set(second)
+    for stage, times in {"export": 1, "evaluation": 1}.items():
+        assert first.count(stage) - second.count(stage) == times, f"the {stage} of the dense model"
 
 
 @pytest.mark.parametrize("command", ["compress", "train"])
