@@ -51,6 +51,11 @@ _VERBS = {
         _MODEL,
         "compress demo --ratio 0.5",
     ),
+    "frontier": Verb(
+        "Compress a robust model by several ratios, and report all models in one table and one plot.",
+        _MODEL,
+        "frontier demo --ratio 0.3,0.5,0.75,0.9",
+    ),
     "train": Verb(
         "Train a robust model from scratch.",
         "[OPTIONS]",
@@ -88,9 +93,10 @@ _VERBS = {
     ),
     "doctor": Verb("Check the installation and the hardware, and name repairs.", "", "doctor"),
 }
+_MODULES = {"frontier": "compress"}
 for _name, _verb in _VERBS.items():
     app.command(
-        f"robust_prune.commands.{_name}:{_name}",
+        f"robust_prune.commands.{_MODULES.get(_name, _name)}:{_name}",
         name=_name,
         help=f"{_verb.purpose}\n\nExample: robust-prune {_verb.example}",
         usage=f"Usage: robust-prune {_name} {_verb.arguments}".rstrip(),

@@ -7,7 +7,7 @@ interrupted run is resumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,22 +16,21 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from . import distributed
-from .bench.candidates import CandidateClock, conditions, missed
-from .bench.latency import check_section, run_section
-from .bench.types import LatencyTable
+from .baseline import train_from_scratch
+from .bench.candidates import CandidateClock, conditions
+from .bench.latency import check_section
 from .budget.analysis import Analysis, analyse
 from .budget.counting import count_macs, count_params
-from .budget.iterative import compose, dense_widths, realised, remaining_ratio
+from .budget.iterative import dense_widths, realised, remaining_ratio
 from .budget.latency_search import plan_for_latency
 from .budget.measured import Measured
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn, working
-from .data.base import DataBundle, ImageSet, random_subset, stratified
+from .data.base import DataBundle, ImageSet, stratified
 from .evaluation.card import ResultCard
 from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
-from .evaluation.examples import make_examples
 from .evaluation.onnx_scores import OnnxModel
 from .exporters.onnx import export_model
 from .exporters.parity import check_enough_images
@@ -42,7 +41,7 @@ from .job import (
     Compressed,
     Compression,
     Cut,
-    Length,
+    Judged,
     LowerPrecisions,
     Planned,
     Pruned,
@@ -50,18 +49,17 @@ from .job import (
     onnx_name,
     pruned_file,
     recovered_file,
+    reopen,
     stage_titles,
 )
 from .machine.device import choose_device
-from .machine.snapshot import snapshot
 from .models import artifact, user_file
 from .models.artifact import Model
+from .outcome import benchmark, report
 from .preflight import Preflight, preflight
 from .recipe import Recipe, TrainSettings
-from .report.files import NAMES, write
-from .report.rows import DENSE, PRUNED, SCRATCH, model_rows, with_latency
+from .report.rows import DENSE, PRUNED, SCRATCH, model_rows
 from .report.terminal import show_end
-from .report.types import ModelRow, RunReport
 from .runs.cache import writers
 from .runs.files import digest
 from .runs.run import Run, RunInputs
@@ -69,8 +67,6 @@ from .serialization import to_json
 from .structure.paths import sample_images
 from .surgery.apply import apply
 from .surgery.repair import repair
-from .training.affordable import affordable
-from .training.scratch import fresh_like
 from .training.trainer import train
 from .training.types import TrainResult
 
@@ -80,7 +76,6 @@ FILES = {
     "model.onnx": "the pruned model for ONNX Runtime",
     "model.safetensors": "the pruned model for PyTorch and for other commands",
 }
-UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels", "latency": "the latency"}
 
 
 @working("Compressing")
@@ -99,10 +94,21 @@ def compress(job: Compression) -> Compressed | None:
     check_enough_images(job.data.train, job.data.name)
     choose_device(job.recipe.device)
     with open_run(job) as run:
-        return _run_stages(job, run)
+        judged = judge(job, run)
+        if not distributed.leave_group():
+            return None
+        table = benchmark(run, judged.rows, job.recipe)
+        made = report(job, run, judged, table)
+        show_end(made, run, FILES)
+        return Compressed(made, run.folder)
 
 
-def _run_stages(job: Compression, run: Run) -> Compressed | None:
+def judge(job: Compression, run: Run) -> Judged:
+    """Run the stages of a compression up to the evaluation; the processes of a distributed run share this work.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `compress`.
+    """
     dense = job.dense.module
     with run.refusable(run.folder / f"{DENSE}.onnx"):
         notes = list(try_out(job, run))
@@ -122,11 +128,8 @@ def _run_stages(job: Compression, run: Run) -> Compressed | None:
         notes.append(note)
     files |= {label: export(job, run, label, found) for label, found in models.items() if label != DENSE}
     cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
-    if not distributed.leave_group():
-        return None
     rows = [row for label in models for row in model_rows(label, cards[label], files[label])]
-    table = benchmark(job, run, rows)
-    return Compressed(report(job, run, cuts, models, with_latency(rows, table), table, notes), run.folder)
+    return Judged(tuple(cuts), models, tuple(rows), tuple(notes))
 
 
 def plan_only(job: Compression) -> PruningPlan:
@@ -161,26 +164,23 @@ def _try_export(job: Compression) -> None:
         job.cache.store(title, reuse, to_json(made), time.monotonic() - begin, writers([path]))
 
 
-def open_run(job: Compression) -> Run:
+def open_run(job: Compression, without: Collection[str] = ()) -> Run:
     """Claim the run folder.
+
+    Args:
+        job: the compression.
+        without: stages that another run makes for this one.
 
     Raises:
         UsageError: the folder belongs to a run with other inputs, or is a file.
         EnvironmentProblem: the folder cannot be written.
     """
-    recipe = job.recipe
-    functions = (
-        recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
-        recipe.evaluation.tier,
-    )  # fmt: skip
-    versions = user_file.versions(*functions)
-    inputs = RunInputs.of(
-        job.model_identity, list(job.images_identity.values()), recipe.model_dump(mode="json"), versions
-    )
-    section = recipe.pruning
+    recipe, section = job.recipe, job.recipe.pruning
+    inputs = RunInputs.of(*job.identity, recipe.model_dump(mode="json"), job.code)
     folder = job.out or Path("runs") / f"{job.name}-{section.metric}-{100 * section.ratio:.0f}-{inputs.key[:6]}"
-    check = partial(user_file.check_unchanged, functions, versions)
-    return Run.open(folder, inputs, recipe, job.command, stage_titles(recipe), check, job.cache)
+    check = partial(user_file.check_unchanged, job.functions, job.code)
+    titles = {name: title for name, title in stage_titles(recipe).items() if name not in without}
+    return Run.open(folder, inputs, recipe, job.command, titles, check, job.cache)
 
 
 def look_at_dense(job: Compression, run: Run) -> str:
@@ -215,11 +215,6 @@ def _tried(job: Compression) -> Preflight:
 def _share_of_batch(job: Compression) -> int:
     """Return the number of images of a training batch that each process has."""
     return max(1, job.recipe.finetune.batch_size // distributed.count())
-
-
-def reopen(job: Compression, file: Path) -> nn.Module:
-    """Load a model that this run has written."""
-    return artifact.load(file, known=job.dense.spec).module
 
 
 def analyse_and_plan(job: Compression, run: Run, at: str, model: nn.Module, before: Sequence[Cut]) -> Planned:
@@ -345,41 +340,6 @@ def what_was_cut(plan: PruningPlan, pruned: Pruned, job: Compression, model: nn.
     return realised(plan, whole, count_macs(model, job.dense.spec.blank_image()), count_params(model))
 
 
-def train_from_scratch(job: Compression, run: Run, pruned: nn.Module, cuts: Sequence[Cut]) -> tuple[nn.Module, str]:
-    """Train the pruned architecture from fresh weights; return the model and a sentence on its training."""
-    recipe, spec, file = job.recipe, job.dense.spec, run.folder / f"{SCRATCH}.safetensors"
-    recovery = sum(record.seconds for cut in cuts for record in cut.tuned.history)
-    minutes, identity = recipe.baseline.minutes, models_hash(pruned)
-    seconds = recovery if minutes is None else 60 * minutes
-
-    def measure_length() -> Length:
-        model = fresh_like(spec, pruned, recipe.seed)
-        settings, threat = recipe.training, recipe.threat_model
-        return Length(*affordable(model, job.data.train, threat, settings, seconds, device=job.device))
-
-    # A separate stage, so that a resumed run does not time the machine again and train for another length.
-    length = run.stage(f"{SCRATCH}-length", Length, [identity, seconds], measure_length, shared=True)
-
-    def make() -> TrainResult:
-        model = fresh_like(spec, pruned, recipe.seed)
-        result = train(
-            model, random_subset(job.data.train, length.images, recipe.seed), job.data.validation, recipe.threat_model,
-            recipe.training.model_copy(update={"epochs": length.epochs}),
-            seed=recipe.seed, device=job.device, checkpoint=run.folder / SCRATCH / "checkpoint.pt",
-        )  # fmt: skip
-        artifact.save(file, model.cpu(), spec, threat=recipe.threat_model, provenance={"command": job.command})
-        return result
-
-    result = run.stage(SCRATCH, TrainResult, [identity, to_json(length)], make, files=[file], shared=True)
-    took = sum(record.seconds for record in result.history)
-    epochs = f"{length.epochs} epoch{'' if length.epochs == 1 else 's'}"
-    note = (
-        f"{SCRATCH}: the pruned architecture from fresh weights, trained by {recipe.training.loss} for {took:.0f} s "
-        f"({epochs} of {length.images:,} images); fine-tuning the pruned model took {recovery:.0f} s. {result.note}"
-    )
-    return reopen(job, file).eval(), note.strip()
-
-
 def export(job: Compression, run: Run, label: str, model: nn.Module) -> dict[str, OnnxArtifact]:
     """Run the stages that export a model; return its files by precision (below fp32 for the pruned model only)."""
     path = run.folder / onnx_name(label)
@@ -426,57 +386,6 @@ def evaluate_on_test(
         name, ResultCard, [models_hash(model), hashes], make, files=[run.folder / name / "state.npz"], shared=True,
         reuse=job.reuse(name, files=hashes) if label == DENSE else None,
     )  # fmt: skip
-
-
-def benchmark(job: Compression, run: Run, rows: Sequence[ModelRow]) -> LatencyTable:
-    """Run the stage that measures the latency of all files together."""
-    files = [(row.label, row.onnx) for row in rows if row.onnx is not None]
-    paths = [(label, Path(file.path)) for label, file in files]
-    measure = partial(run_section, paths, job.recipe.bench, job.recipe.seed)
-    return run.stage("bench", LatencyTable, [file.sha256 for _, file in files], measure)
-
-
-def report(
-    job: Compression,
-    run: Run,
-    cuts: Sequence[Cut],
-    models: Mapping[str, nn.Module],
-    rows: Sequence[ModelRow],
-    table: LatencyTable,
-    notes: Sequence[str],
-) -> RunReport:
-    """Run the stage that writes the report, print what it says, and return it."""
-    recipe, section, last = job.recipe, job.recipe.pruning, cuts[-1]
-
-    def make() -> RunReport:
-        late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
-        made = RunReport(
-            title=f"{job.name} compressed: {100 * section.ratio:.0f} % of {UNITS[section.metric]} removed",
-            command=job.command,
-            recipe=recipe.model_dump(mode="json"),
-            notes=tuple(note for note in (*job.data.cautions, late, *notes) if note),
-            models=tuple(rows),
-            profile=cuts[0].planned.profile,
-            plan=compose([cut.plan for cut in cuts], section.ratio),
-            rolled_back=last.pruned.rolled_back,
-            history=last.tuned.history,
-            before_finetune=last.pruned.before_finetune,
-            environment=snapshot() | {"bench": table.environment},
-            seconds=dict(run.seconds),
-            latency_protocol=table.protocol,
-            noise_floor=table.noise_floor,
-        )
-        examples = make_examples(
-            {label: model.to(job.device) for label, model in models.items() if label != SCRATCH},
-            job.data.test, recipe.threat_model, job.data.class_names,
-            attacked=PRUNED, seed=recipe.seed, device=job.device,
-        )  # fmt: skip
-        write(made, run.folder, examples)
-        return made
-
-    made = run.stage("report", RunReport, to_json(tuple(rows)), make, files=[run.folder / name for name in NAMES])
-    show_end(made, run, FILES)
-    return made
 
 
 def say_plan(plan: PruningPlan) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
+from torch import nn
 
 from .budget.types import PruningPlan
 from .data.base import DataBundle
@@ -16,11 +17,11 @@ from .evaluation.card import ResultCard
 from .exporters.types import OnnxArtifact
 from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
-from .models import user_file
+from .models import artifact, user_file
 from .models.artifact import Model
 from .recipe import Recipe
 from .report.rows import DENSE, PRUNED, SCRATCH
-from .report.types import RunReport
+from .report.types import ModelRow, RunReport
 from .runs.cache import Cache
 from .runs.run import Run
 from .sensitivity.profile import SensitivityProfile
@@ -57,6 +58,11 @@ class Compression:
         """Device of torch, ``cpu`` or ``cuda``."""
         return choose_device(self.recipe.device)
 
+    def at(self, ratio: float) -> Compression:
+        """Return the compression by another ratio."""
+        section = self.recipe.pruning.model_copy(update={"ratio": ratio})
+        return replace(self, recipe=self.recipe.model_copy(update={"pruning": section}))
+
     @cached_property
     def model_identity(self) -> list[Any]:
         """JSON values that identify the dense model."""
@@ -71,6 +77,25 @@ class Compression:
             "held-out": images_hash(data.validation),
             "test": images_hash(data.test),
         }
+
+    @property
+    def identity(self) -> tuple[list[Any], list[str]]:
+        """JSON values that identify the dense model and all images."""
+        return self.model_identity, list(self.images_identity.values())
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Choices of the recipe that may be functions in users' files."""
+        recipe = self.recipe
+        return (
+            recipe.finetune.loss, recipe.training.loss, recipe.pruning.criterion, recipe.pruning.allocation,
+            recipe.evaluation.tier,
+        )  # fmt: skip
+
+    @cached_property
+    def code(self) -> list[str]:
+        """Hashes of the users' files among `functions`, as they are when the compression begins."""
+        return user_file.versions(*self.functions)
 
     def reuse(self, stage: str, batch_size: int = 0, files: Sequence[str] = ()) -> list[Any]:
         """Return JSON values of all that the result of a stage of the dense model depends on.
@@ -151,6 +176,23 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A compression of which all but the latency is known.
+
+    Attributes:
+        cuts: results of each cut.
+        models: the models by label, on the CPU in eval mode; the dense one is the first.
+        rows: row of each model and file in the report, without latency.
+        notes: sentences to show with the results.
+    """
+
+    cuts: tuple[Cut, ...]
+    models: Mapping[str, nn.Module]
+    rows: tuple[ModelRow, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Length:
     """Length of training from scratch: number of epochs and of images in each epoch."""
 
@@ -210,3 +252,8 @@ def pruned_file(run: Run, at: str) -> Path:
 def recovered_file(run: Run, at: str) -> Path:
     """Return the path of the fine-tuned model; that of the last cut is in the run folder itself."""
     return (run.folder / f"finetune{at}" if at else run.folder) / "model.safetensors"
+
+
+def reopen(job: Compression, file: Path) -> nn.Module:
+    """Load a model that this run has written."""
+    return artifact.load(file, known=job.dense.spec).module

@@ -17,7 +17,7 @@ from builders.report_sample import card, epoch, latency
 from builders.training_sample import make_images
 from torch import nn
 
-from robust_prune import compression
+from robust_prune import baseline, compression
 from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable, Ratio
 from robust_prune.budget.plan import make_plan
@@ -246,13 +246,13 @@ def test_the_rival_is_trained_as_long_as_all_fine_tuning_took_or_as_the_recipe_s
     minutes: float | None, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(compression, "affordable", lambda *arguments, **_: asked.append(arguments) or (3, 64))
+    monkeypatch.setattr(baseline, "affordable", lambda *arguments, **_: asked.append(arguments) or (3, 64))
     tuned = TrainResult((epoch(1, 1.0),), 1)
-    monkeypatch.setattr(compression, "train", lambda *arguments, **_: asked.append(arguments) or tuned)
+    monkeypatch.setattr(baseline, "train", lambda *arguments, **_: asked.append(arguments) or tuned)
     values = {"baseline.kind": "scratch", "baseline.minutes": minutes, "training.epochs": 30}
     job = _job(load(None, values), tmp_path)
     cuts = [_cut(3.0), _cut(5.0)]
-    _, note = compression.train_from_scratch(job, Run(tmp_path, "key"), PREPARED.surgery.model, cuts)
+    _, note = baseline.train_from_scratch(job, Run(tmp_path, "key"), PREPARED.surgery.model, cuts)
     (_, images, threat, settings, given), (model, subset, held_out, _, shortened) = asked
     assert given == pytest.approx(seconds) and images is job.data.train
     assert (settings.epochs, shortened.epochs, len(subset)) == (30, 3, 64)

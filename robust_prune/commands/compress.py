@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
 from ..console import console, warn, working
-from ..recipe import RECOVERIES, Recovery
+from ..recipe import RECOVERIES, Recipe, Recovery
 from .common import (
     DEMO,
     check_functions,
@@ -48,21 +50,18 @@ from .flags import (
 from .next_steps import after_compress
 
 
-# More than eight parameters: one for each flag.
-def compress(
-    model: ModelArgument,
-    /,
-    *,
-    data: DataFlag = None,
-    recipe: RecipeFlag = None,
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CompressFlags:
+    """Flags of the commands that compress a model."""
+
+    data: DataFlag = None
+    recipe: RecipeFlag = None
     out: Annotated[
-        Path | None, Parameter(group=RUN, help="Run folder.", show_default=stated("runs/MODEL-METRIC-RATIO-HASH"))
-    ] = None,
-    arch: ArchFlag = None,
-    normalization: NormalizationFlag = None,
-    ratio: Annotated[
-        str | None, of_recipe(PRUNING, "pruning.ratio", "Share to remove, between 0 and 1: 0.5 removes half.")
-    ] = None,
+        Path | None, Parameter(group=RUN, help="Run folder.", show_default=stated("a new one below runs/"))
+    ] = None
+    arch: ArchFlag = None
+    normalization: NormalizationFlag = None
     metric: Annotated[
         str | None,
         of_recipe(
@@ -71,24 +70,21 @@ def compress(
             "What the ratio counts: macs (multiply-accumulates), params, channels, or latency (of the exported file on "
             "this machine).",
         ),
-    ] = None,
+    ] = None
     allocation: Annotated[
         str | None,
         of_recipe(PRUNING, "pruning.allocation", f"How the cut is spread over the groups: {ALLOCATIONS.help()}."),
-    ] = None,
+    ] = None
     criterion: Annotated[
         str | None,
         of_recipe(PRUNING, "pruning.criterion", f"Score of the channels within a group: {CRITERIA.help()}."),
-    ] = None,
+    ] = None
     cuts: Annotated[
         int | None,
         of_recipe(PRUNING, "pruning.cuts", "Number of rounds of pruning and fine-tuning that share the ratio."),
-    ] = None,
-    dry_run: Annotated[
-        bool, Parameter(group=RUN, negative="", help="Print the plan, and write no run folder.", show_default=False)
-    ] = False,
-    epsilon: EpsilonFlag = None,
-    norm: NormFlag = None,
+    ] = None
+    epsilon: EpsilonFlag = None
+    norm: NormFlag = None
     recovery: Annotated[
         Recovery | None,
         Parameter(
@@ -96,11 +92,11 @@ def compress(
             help="Preset for method and length of fine-tuning.",
             show_default=stated("what the recipe says"),
         ),
-    ] = None,
+    ] = None
     epochs: Annotated[
         int | None, of_recipe(RECOVERY, "finetune.epochs", "Passes over the training images in fine-tuning.")
-    ] = None,
-    loss: Annotated[str | None, of_recipe(RECOVERY, "finetune.loss", f"Fine-tuning method: {LOSSES.help()}.")] = None,
+    ] = None
+    loss: Annotated[str | None, of_recipe(RECOVERY, "finetune.loss", f"Fine-tuning method: {LOSSES.help()}.")] = None
     baseline: Annotated[
         str | None,
         of_recipe(
@@ -109,63 +105,117 @@ def compress(
             "With scratch, also train the pruned architecture from fresh weights for as long as fine-tuning took "
             "(or --set baseline.minutes=10), and add it to the table.",
         ),
+    ] = None
+    tier: TierFlag = None
+    images: ImagesFlag = None
+    precision: PrecisionFlag = None
+    seed: SeedFlag = None
+    device: DeviceFlag = None
+    cache: CacheFlag = None
+    trust_pickle: TrustFlag = False
+    trust_code: TrustCodeFlag = False
+    assignments: SetFlag = None
+
+    def resolved(self, model: str, ratio: str | None) -> Recipe:
+        """Return the recipe with these flags put over it.
+
+        Raises:
+            UsageError: as `resolve`.
+        """
+        given = self._values() | ({} if ratio is None else {"pruning.ratio": ratio})
+        return resolve(self.recipe, given, self.assignments, demo=model == DEMO, trust_code=self.trust_code)
+
+    def _values(self) -> dict[str, Any]:
+        """Return the values of the recipe that were given, by their keys."""
+        flags = {
+            "pruning.metric": self.metric,
+            "pruning.allocation": self.allocation,
+            "pruning.criterion": self.criterion,
+            "pruning.cuts": self.cuts,
+            "threat.epsilon": self.epsilon,
+            "threat.norm": self.norm,
+            "data.name": self.data,
+            "model.normalization": self.normalization,
+            "finetune.epochs": self.epochs,
+            "finetune.loss": self.loss,
+            "baseline.kind": self.baseline,
+            "evaluation.images": self.images,
+            "evaluation.tier": self.tier,
+            "export.precisions": listed(self.precision),
+            "seed": self.seed,
+            "device": self.device,
+        }
+        preset = {f"finetune.{key}": value for key, value in RECOVERIES[self.recovery].items()} if self.recovery else {}
+        return preset | {key: value for key, value in flags.items() if value is not None}
+
+
+DryRunFlag = Annotated[
+    bool, Parameter(group=RUN, negative="", help="Print the plan, and write no run folder.", show_default=False)
+]
+_RATIOS = "Shares to remove, each between 0 and 1: a model for each."
+
+
+def compress(
+    model: ModelArgument,
+    /,
+    *,
+    ratio: Annotated[
+        str | None,
+        of_recipe(
+            PRUNING,
+            "pruning.ratio",
+            "Share to remove, between 0 and 1: 0.5 removes half. Several, such as 0.5,0.75, are a frontier.",
+        ),
     ] = None,
-    tier: TierFlag = None,
-    images: ImagesFlag = None,
-    precision: PrecisionFlag = None,
-    seed: SeedFlag = None,
-    device: DeviceFlag = None,
-    cache: CacheFlag = None,
-    trust_pickle: TrustFlag = False,
-    trust_code: TrustCodeFlag = False,
-    assignments: SetFlag = None,
+    dry_run: DryRunFlag = False,
+    flags: CompressFlags | None = None,
 ) -> None:
     """Prune a robust model, fine-tune it, and report its robust accuracy and latency."""
-    flags = {
-        "pruning.ratio": ratio,
-        "pruning.metric": metric,
-        "pruning.allocation": allocation,
-        "pruning.criterion": criterion,
-        "pruning.cuts": cuts,
-        "threat.epsilon": epsilon,
-        "threat.norm": norm,
-        "data.name": data,
-        "model.normalization": normalization,
-        "finetune.epochs": epochs,
-        "finetune.loss": loss,
-        "baseline.kind": baseline,
-        "evaluation.images": images,
-        "evaluation.tier": tier,
-        "export.precisions": listed(precision),
-        "seed": seed,
-        "device": device,
-    }
-    preset = {f"finetune.{key}": value for key, value in RECOVERIES[recovery].items()} if recovery else {}
-    given = preset | {key: value for key, value in flags.items() if value is not None}
-    resolved = resolve(recipe, given, assignments, demo=model == DEMO, trust_code=trust_code)
+    _run(model, listed(ratio) or [None], dry_run, flags or CompressFlags())
+
+
+def frontier(
+    model: ModelArgument,
+    /,
+    *,
+    ratio: Annotated[str, Parameter(group=PRUNING, help=_RATIOS)] = "0.3,0.5,0.75,0.9",
+    dry_run: DryRunFlag = False,
+    flags: CompressFlags | None = None,
+) -> None:
+    """Compress a robust model by several ratios, and report all models in one table and one plot."""
+    _run(model, listed(ratio) or [None], dry_run, flags or CompressFlags())
+
+
+def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: CompressFlags) -> None:
+    """Compress a model by one ratio (None for that of the recipe) or by several."""
+    recipes = [flags.resolved(model, ratio) for ratio in ratios]
+    resolved = recipes[0]
     check_model_path(model)
     cut = resolved.pruning
     check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
     bundle = open_data(resolved)
-    loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
+    loaded = open_model_for(model, bundle, resolved, flags.arch, flags.trust_pickle)
     resolved = with_threat_of(loaded, resolved)
 
     with working("Loading the libraries"):
         from ..compression import compress as run_compression
         from ..compression import plan_only
+        from ..frontier import frontier as run_frontier
         from ..job import Compression
         from ..machine.host import tune_allocator
         from ..runs.cache import Cache
 
     tune_allocator()
-    store = Cache.named(cache).of_model(loaded.spec.arch)
-    job = Compression(run_name(model), loaded, bundle, resolved, out, command_line(), store)
-    if not dry_run:
-        done = run_compression(job)
-        if done is not None:
-            after_compress(done.folder, resolved, arch or resolved.model.arch)
+    store = Cache.named(flags.cache).of_model(loaded.spec.arch)
+    job = Compression(run_name(model), loaded, bundle, resolved, flags.out, command_line(), store)
+    shares = [recipe.pruning.ratio for recipe in recipes]
+    if dry_run:
+        for share in shares:
+            plan_only(job.at(share))
+        if cut.cuts > 1:
+            warn(f"this is the first of {cut.cuts} cuts; the others are planned on the model that it leaves.")
+        console.print("Dry run: no run folder was written.")
         return
-    plan_only(job)
-    if resolved.pruning.cuts > 1:
-        warn(f"this is the first of {resolved.pruning.cuts} cuts; the others are planned on the model that it leaves.")
-    console.print("Dry run: no run folder was written.")
+    done = run_compression(job) if len(shares) == 1 else run_frontier(job, shares)
+    if done is not None and len(shares) == 1:
+        after_compress(done.folder, resolved, flags.arch or resolved.model.arch)

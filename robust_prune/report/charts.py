@@ -10,6 +10,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from ..budget.types import PruningPlan
+from ..evaluation.card import Accuracy
 from ..report import svg, text
 from ..sensitivity.profile import SensitivityProfile
 from ..training.types import EpochRecord
@@ -21,47 +22,82 @@ LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
 LETTER, LINE = 7.8, 13.0
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A model in the chart of the trade-off: its cost with bounds, and its robust accuracy."""
+
+    name: str
+    cost: float
+    low: float
+    high: float
+    robust: Accuracy
+
+
 def tradeoff(run: RunReport) -> Markup:
     """Return a chart of robust accuracy over median latency, with 95 % intervals; empty unless two models have both.
 
-    A line connects two models or, with more models, the Pareto front. The accuracy is that of the ONNX file if it was
-    measured, else that of the torch model.
+    Without latencies the cost is the number of MACs. A line connects two models or, with more models, the Pareto front;
+    models that another one dominates are grey. The accuracy is that of the ONNX file if it was measured, else that of
+    the torch model.
     """
-    keys = latency_keys(run)
-    if not keys:
-        return Markup("")
-    found = []
-    for model in run.models:
-        row = find_latency(model, keys[0])
-        robust = model.onnx_robust or (model.card.robust if model.card is not None else None)
-        if row is not None and robust is not None and robust.total:
-            found.append((model.label, row, robust))
+    found, cost = _placed(run)
     if len(found) < 2:
         return Markup("")
-    x = svg.axis([0.0, *(row.p50_high for _, row, _ in found)], LEFT, RIGHT)
-    y = svg.axis([100 * bound for _, _, robust in found for bound in robust.interval], BOTTOM, TOP)
-    parts = svg.frame(x, y, f"median latency in ms, batch {keys[0][2]} (left is faster)", "robust accuracy in %")
-    places = [(x(row.p50_ms), y(100 * robust.value)) for _, row, robust in found]
+    x = svg.axis([0.0, *(model.high for model in found)], LEFT, RIGHT)
+    y = svg.axis([100 * bound for model in found for bound in model.robust.interval], BOTTOM, TOP)
+    parts = svg.frame(x, y, cost, "robust accuracy in %")
+    places = [(x(model.cost), y(100 * model.robust.value)) for model in found]
     taken: list[tuple[float, float, float]] = []
-    front = pareto([(row.p50_ms, robust.value) for _, row, robust in found]) if len(found) > 2 else [0, 1]
+    front = pareto([(model.cost, model.robust.value) for model in found]) if len(found) > 2 else [0, 1]
     parts += [svg.line(*places[a], *places[b], "link") for a, b in pairwise(front)]
-    for position, (name, row, robust) in enumerate(found):
-        css = "base" if position == 0 else "main"
-        low, high = robust.interval
+    for position, model in enumerate(found):
+        css = "base" if position == 0 else "main" if position in front else "faint"
+        low, high = model.robust.interval
         px, py = places[position]
-        parts.append(svg.line(x(row.p50_low), py, x(row.p50_high), py, f"bar {css}"))
+        parts.append(svg.line(x(model.low), py, x(model.high), py, f"bar {css}"))
         parts.append(svg.line(px, y(100 * low), px, y(100 * high), f"bar {css}"))
-        tip = f"{name}: {row.p50_ms:.3g} ms, {text.percent(robust.value)}"
-        parts.append(svg.dot(px, py, 5, f"dot {css}", tip))
-        width = LETTER * len(name)
+        dominated = ", dominated" if css == "faint" else ""
+        parts.append(svg.dot(px, py, 5, f"dot {css}", f"{_tip(model, cost)}{dominated}"))
+        width = LETTER * len(model.name)
         shift, anchor = (-10.0, "end") if px + 10 + width > RIGHT else (10.0, "start")
         # On the side away from the connecting line.
         drop = 18.0 if position and py > places[0][1] else -9.0
         left = px + shift - (width if anchor == "end" else 0)
         at = _free_height(left, left + width, py + drop, taken)
         taken.append((left, left + width, at))
-        parts.append(svg.label(px + shift, at, name, f"name {css}", anchor))
-    return svg.figure(WIDTH, HEIGHT, "Robust accuracy against latency", parts)
+        parts.append(svg.label(px + shift, at, model.name, f"name {css}", anchor))
+    return svg.figure(WIDTH, HEIGHT, f"Robust accuracy against {'latency' if _MS in cost else 'MACs'}", parts)
+
+
+_MS = "latency in ms"
+
+
+def _placed(run: RunReport) -> tuple[list[Placed], str]:
+    """Return the models with a cost and a robust accuracy, and the title of the cost's axis."""
+    judged = [
+        (model, robust)
+        for model in run.models
+        if (robust := model.onnx_robust or (model.card.robust if model.card is not None else None)) is not None
+        and robust.total
+    ]
+    keys = latency_keys(run)
+    if not keys:
+        macs = [
+            Placed(model.label, model.macs / 1e6, model.macs / 1e6, model.macs / 1e6, robust)
+            for model, robust in judged
+        ]
+        return macs, "millions of MACs"
+    timed = [
+        Placed(model.label, row.p50_ms, row.p50_low, row.p50_high, robust)
+        for model, robust in judged
+        if (row := find_latency(model, keys[0])) is not None
+    ]
+    return timed, f"median {_MS}, batch {keys[0][2]} (left is faster)"
+
+
+def _tip(model: Placed, cost: str) -> str:
+    unit = "ms" if _MS in cost else "M MACs"
+    return f"{model.name}: {model.cost:.3g} {unit}, {text.percent(model.robust.value)}"
 
 
 def _free_height(left: float, right: float, wanted: float, taken: Sequence[tuple[float, float, float]]) -> float:

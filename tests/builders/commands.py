@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from builders.toy import QUICK
-from robust_prune import cli
+from robust_prune import cli, compression, outcome
 
-STAGES = ("preflight", "analyse", "apply", "train", "export_model", "evaluate", "run_section")
+STAGES: dict[str, Any] = dict.fromkeys(
+    ("preflight", "analyse", "apply", "train", "export_model", "evaluate"), compression
+) | {"run_section": outcome}
 """What the stages of `compress` call to do their work."""
 
 

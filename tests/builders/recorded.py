@@ -19,7 +19,7 @@ from builders.plans import analysed
 from builders.report_sample import artifact as onnx_artifact
 from builders.report_sample import card, epoch, latency
 from builders.training_sample import make_images
-from robust_prune import compression, job, recipe_reader
+from robust_prune import baseline, compression, frontier, job, outcome, recipe_reader
 from robust_prune import train as training
 from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable
@@ -189,6 +189,8 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (registry, "make_spec", "architecture", registry.make_spec),
         (job, "choose_device", "device", lambda _: "cpu"),
         (compression, "choose_device", "device", lambda _: "cpu"),
+        (frontier, "choose_device", "device of the frontier", lambda _: "cpu"),
+        (frontier, "check_section", "provider of the frontier", lambda *_: None),
         (measured, "find_groups", "groups", lambda *_: given.analysis.search),
         (analysis, "cost_model", "cost", lambda *_: given.analysis.cost),
         (measured, "make_adversarial_set", "adversarial set", lambda *_, **__: given.adv),
@@ -206,15 +208,16 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (repairing, "reconstruct", "least-squares repair", lambda *_, **__: ()),
         (compression, "evaluate", "evaluation", evaluated),
         (compression, "train", "fine-tuning", lambda *_, **__: tuned),
-        (compression, "affordable", "length from scratch", lambda *_, **__: (2, 64)),
-        (compression, "fresh_like", "fresh weights", lambda *_: small),
-        (compression, "random_subset", "images from scratch", lambda images, *_: images),
+        (baseline, "train", "training from scratch", lambda *_, **__: tuned),
+        (baseline, "affordable", "length from scratch", lambda *_, **__: (2, 64)),
+        (baseline, "fresh_like", "fresh weights", lambda *_: small),
+        (baseline, "random_subset", "images from scratch", lambda images, *_: images),
         (compression, "export_model", "export", exported),
         (compression, "export_precisions", "lower precisions", reduced),
         (compression, "OnnxModel", "exported file", lambda path: path.name),
         (compression, "check_section", "check of the provider", lambda *_: None),
-        (compression, "run_section", "latency", timed),
-        (compression, "make_examples", "examples", lambda *_, **__: []),
+        (outcome, "run_section", "latency", timed),
+        (outcome, "make_examples", "examples", lambda *_, **__: []),
         (artifact, "save", "artifact", artifact.save),
         (training, "check_export", "trial export", lambda *_: None),
         (training, "train", "training", lambda *_, **__: tuned),
@@ -241,13 +244,7 @@ def recorded(
         answers: by stage, what it answers in place of what was prepared.
         cache: results that runs share; by default none.
     """
-    recorder = Recorder(frozenset(until))
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Reached):
-        for owner, name, stage, answer in _stages():
-            patch.setattr(owner, name, recorder.stage(stage, (answers or {}).get(stage, answer)))
-        for owner in (compression, training):
-            patch.setattr(owner, "snapshot", dict)
-            patch.setattr(owner, "write", recorder.keep)
+    with contextlib.suppress(Reached), patched(answers, until) as recorder:
         recipe = recipe_reader.load(None, {"data.name": "toy", "model.arch": ARCH} | dict(values))
         bundle = open_data(recipe)
         if command == "train":
@@ -256,3 +253,16 @@ def recorded(
             model = open_model_for("toy.pt", bundle, recipe, None)
             compression.compress(job.Compression("toy", model, bundle, recipe, folder, "command", cache or Cache()))
     return recorder
+
+
+@contextlib.contextmanager
+def patched(answers: Mapping[str, Callable[..., Any]] | None = None, until: Collection[str] = ()) -> Iterator[Recorder]:
+    """Replace the stages by recorders inside the block; see `recorded`."""
+    recorder, given = Recorder(frozenset(until)), answers or {}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, stage, answer in _stages():
+            patch.setattr(owner, name, recorder.stage(stage, given.get(stage, answer)))
+        for owner in (outcome, frontier, training):
+            patch.setattr(owner, "snapshot", dict)
+            patch.setattr(owner, "write", given.get("write", recorder.keep))
+        yield recorder

@@ -80,8 +80,8 @@ def test_a_users_own_model_file_goes_all_the_way(here, capsys, monkeypatch):
     assert torch.allclose(one, many[:1], atol=1e-5)
 
     # The same command again finds everything done.
-    for name in STAGES:
-        monkeypatch.setattr(compression, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
+    for name, owner in STAGES.items():
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
     written = (folder / "report.html").stat().st_mtime_ns
     compress("run")
     assert json.loads((folder / "result.json").read_text())["models"] == result["models"]

@@ -37,7 +37,7 @@ def test_nothing_is_measured_chosen_or_trained_on_test_images(tmp_path, monkeypa
     loaded = open_model_for("weights.pt", data, recipe, "model.py:make_model")
     data = replace(data, test=Forbidden(data.test))
     job = Compression("toy", loaded, data, recipe, tmp_path / "run")
-    monkeypatch.setattr("robust_prune.compression.images_hash", lambda images: str(len(images)))
+    monkeypatch.setattr("robust_prune.job.images_hash", lambda images: str(len(images)))
     monkeypatch.setattr("robust_prune.budget.latency_search.MOST_CANDIDATES", 1)
     # The first who reads test images is the evaluation of the finished models, from the files that were exported.
     with pytest.raises(AssertionError, match="test split was read"):
