@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import analyse, benchmark, compress, evaluate, export, finetune, load, load_data, plan, prune, save
+    from .api import (
+        analyse,
+        benchmark,
+        compress,
+        evaluate,
+        export,
+        finetune,
+        frontier,
+        load,
+        load_data,
+        plan,
+        prune,
+        save,
+    )
     from .attacks.threat import ThreatModel
     from .data.base import DataBundle
     from .models.artifact import Model
@@ -21,7 +34,7 @@ _HOMES = {"ThreatModel": "attacks.threat", "DataBundle": "data.base", "Model": "
 
 __all__ = [
     "DataBundle", "Model", "ThreatModel", "__version__", "analyse", "benchmark", "compress", "evaluate", "export",
-    "finetune", "load", "load_data", "plan", "prune", "save",
+    "finetune", "frontier", "load", "load_data", "plan", "prune", "save",
 ]  # fmt: skip
 
 

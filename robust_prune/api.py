@@ -45,6 +45,8 @@ from .evaluation.evaluate import Subject
 from .evaluation.evaluate import evaluate as _evaluate
 from .exporters.onnx import export_model
 from .exporters.types import OnnxArtifact
+from .frontier import RATIOS
+from .frontier import frontier as _frontier
 from .job import Compressed, Compression
 from .machine.device import choose_device
 from .models import artifact
@@ -332,20 +334,75 @@ def compress(
         QualityGateError: the pruned model or an exported file differs from its reference, or training diverged.
         EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
-    _check_kind("out is", out, str, Path, None, "a folder such as 'runs/half'")
-    _check_kind("name is", name, str, "a text")
-    bundle = load_data(data)
-    opened = _model(model, bundle)
     if ratio is not None and "pruning__ratio" in settings:
         raise UsageError(f"ratio was given twice: {ratio} and pruning__ratio={settings['pruning__ratio']}. Give one.")
-    resolved = _recipe(recipe, {"pruning__ratio": ratio, **settings}, opened, threat)
-    command = f"robust_prune.compress({opened!r}, {bundle!r}, ...) with the recipe of this folder"
-    cache = Cache.named().of_model(opened.spec.arch)
-    job = Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, cache)
+    job = _job("compress", model, data, out, recipe, threat, name, {"pruning__ratio": ratio, **settings})
     done = _compress(job)
     if done is None:
         raise SystemExit(0)
     return done
+
+
+def frontier(
+    model: ModelSource,
+    data: DataSource,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    out: str | Path | None = None,
+    recipe: str | None = None,
+    threat: Threat = None,
+    name: str = "model",
+    **settings: Any,
+) -> Compressed:
+    """Compress a model by several ratios, each in a folder of its own, and time all models together.
+
+    A call with the same inputs resumes an interrupted one, and may have other ratios.
+
+    Args:
+        model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
+        data: data set; see `load_data`.
+        ratios: shares of the MACs (or of the recipe's metric) to remove, each in (0, 1).
+        out: folder of the frontier; by default ``runs/NAME-frontier-...``.
+        recipe, threat, name, settings: as in `compress`.
+
+    Returns:
+        The report on all models and the folder. Under a distributed launcher only the first process returns; the others
+        exit.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `compress`. A ratio that fails after another succeeded is
+            named in the report's notes.
+    """
+    if "pruning__ratio" in settings:
+        raise UsageError("a frontier has several ratios: give ratios=(0.5, 0.75) in place of pruning__ratio.")
+    if isinstance(ratios, str) or not isinstance(ratios, Sequence) or not ratios:
+        raise UsageError(f"ratios are shares such as (0.5, 0.75), got {ratios!r}.")
+    for ratio in ratios:
+        make_section(PruningSection, ratio=ratio)
+    done = _frontier(_job("frontier", model, data, out, recipe, threat, name, settings), ratios)
+    if done is None:
+        raise SystemExit(0)
+    return done
+
+
+def _job(
+    function: str,
+    model: ModelSource,
+    data: DataSource,
+    out: str | Path | None,
+    recipe: str | None,
+    threat: Threat,
+    name: str,
+    settings: Mapping[str, Any],
+) -> Compression:
+    _check_kind("out is", out, str, Path, None, "a folder such as 'runs/half'")
+    _check_kind("name is", name, str, "a text")
+    bundle = load_data(data)
+    opened = _model(model, bundle)
+    resolved = _recipe(recipe, settings, opened, threat)
+    command = f"robust_prune.{function}({opened!r}, {bundle!r}, ...) with the recipe of this folder"
+    cache = Cache.named().of_model(opened.spec.arch)
+    return Compression(name, opened, bundle, resolved, Path(out) if out is not None else None, command, cache)
 
 
 def save(model: Model, path: str | Path) -> None:
