@@ -66,7 +66,7 @@ from .training.types import TrainResult
 
 ModelSource = Model | nn.Module | str | Path
 Threat = ThreatModel | float | None
-_PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_keep", "branches"})
+_PLANNING = frozenset({"metric", "allocation", "round_to", "mrs_exponent", "min_keep", "keep", "limits", "branches"})
 
 
 def load(

@@ -57,6 +57,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 """Experiment trackers that accelerate supports."""
 Count = Annotated[int, Field(ge=1)]
 FractionNumber = Annotated[float, BeforeValidator(radius.number)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(radius.number)]
 Radius = Annotated[float, Field(ge=0), BeforeValidator(radius.number)]
 LONGEST_TEXT, LARGEST = 4096, 2**32 - 1
 """Characters of a text, and size of a whole number: the largest seed that all random generators take."""
@@ -171,6 +172,11 @@ class PruningSection(Section):
     was better than 1 on held-out images, and could not be distinguished from 0 and 0.5."""
     min_keep: float = Field(0.1, ge=0, lt=1)
     """Smallest share of a group's channels to keep, at least one channel; branches that go whole keep none."""
+    keep: tuple[str, ...] = ()
+    """Layers that keep all channels, by name or pattern: `layer4`, `layer?.*.conv1`. Layers that lose channels together
+    with them keep theirs."""
+    limits: dict[str, Share] = Field(default_factory=dict)
+    """Largest share of its channels that a layer may lose, by name or pattern: `{layer4: 0.8}`."""
     branches: bool = True
     """Whether the allocation `cuts` may remove residual branches whole."""
     cuts: int = Field(1, ge=1, le=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +18,7 @@ from ..structure.types import ChannelGroup
 from .allocation import allocate
 from .analysis import Analysis, check_groups
 from .cost import CostModel
+from .limits import limited
 from .rounding import TOLERANCE, floor_of
 from .types import PlannedGroup, PruningPlan
 
@@ -33,14 +35,18 @@ def make_plan(analysis: Analysis, section: PruningSection) -> PruningPlan:
 
     Args:
         analysis: analysis of the model.
-        section: ratio, metric (for ``latency`` see `plan_for_latency`), allocation, rounding and minimum width. The
-            criterion is that of `analysis`, which made the scores.
+        section: ratio, metric (for ``latency`` see `plan_for_latency`), allocation, rounding, minimum width and limits.
+            The criterion is that of `analysis`, which made the scores.
 
     Raises:
-        UsageError: there is no group to cut, or an input that the allocation needs is missing from `analysis`.
+        UsageError: there is no group to cut, a limit fits no layer, or an input that the allocation needs is missing
+            from `analysis`.
     """
-    search, cost, profile = analysis.search, analysis.cost, analysis.profile
-    check_groups(search)
+    check_groups(analysis.search)
+    search, cost, profile = limited(analysis.search, section), analysis.cost, analysis.profile
+    branches = {group.name: analysis.branches[group.name] for group in search.groups
+                if group.name in analysis.branches and not group.least}  # fmt: skip
+    analysis = replace(analysis, search=search, branches=branches)
     keep = allocate(analysis, section, (1 - section.ratio) * cost.cost({}, section.metric))
     mrs = {} if profile is None else {group.name: group.mrs for group in profile.groups}
     planned = tuple(
@@ -114,6 +120,7 @@ def _note(search: GroupSearch, cost: CostModel, keep: Mapping[str, int], section
     if all(keep[g.name] in (0, floor_of(g, section.min_keep)) for g in search.groups):
         whole = f" and {len(search.skipped)} groups stay whole" if search.skipped else ""
         lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in search.groups) else ""
+        lower = f"keep, limits, {lower}" if any(g.least for g in search.groups) else lower
         said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"
         return f"{said}. Lower {lower}the ratio."
     return f"{asked} found is {reached:.1%}: one channel more or less is too coarse a step."

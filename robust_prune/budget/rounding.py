@@ -37,13 +37,13 @@ Floats = npt.NDArray[np.float64]
 
 
 def floor_of(group: ChannelGroup, min_keep: float) -> int:
-    """Return the smallest width of `group`: `min_keep` of its dense width, at least 1, a multiple of its blocks.
+    """Return the smallest width of `group`: a share of its dense width, at least 1, a multiple of its blocks.
 
     Args:
         group: the group.
-        min_keep: smallest kept share in [0, 1).
+        min_keep: smallest kept share in [0, 1), unless that of the group is larger.
     """
-    least = max(1, math.ceil(min_keep * (group.dense or group.channels) - 1e-9))
+    least = max(1, math.ceil(max(min_keep, group.least) * (group.dense or group.channels) - 1e-9))
     return min(group.channels, math.ceil(least / group.blocks) * group.blocks)
 
 

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from ..catalogue import ALLOCATIONS, CRITERIA, LOSSES
 from ..console import console, warn, working
+from ..errors import UsageError
 from ..recipe import RECOVERIES, Recipe, Recovery
 from .common import (
     DEMO,
@@ -48,6 +49,7 @@ from .flags import (
     stated,
 )
 from .next_steps import after_compress
+from .targets import with_target
 
 
 @Parameter(name="*")
@@ -78,6 +80,28 @@ class CompressFlags:
     criterion: Annotated[
         str | None,
         of_recipe(PRUNING, "pruning.criterion", f"Score of the channels within a group: {CRITERIA.help()}."),
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        Parameter(
+            group=PRUNING,
+            negative="",
+            help="Layer that keeps all channels, by name or pattern, e.g. layer4 or 'layer?.*.conv1'; repeatable.",
+        ),
+    ] = None
+    limit: Annotated[
+        list[str] | None,
+        Parameter(
+            group=PRUNING,
+            negative="",
+            help="Largest share of its channels that a layer may lose, e.g. layer4=0.8; repeatable.",
+        ),
+    ] = None
+    target_macs: Annotated[
+        str | None, Parameter(group=PRUNING, help="Number of MACs to leave, e.g. 50M, in place of a ratio.")
+    ] = None
+    target_params: Annotated[
+        str | None, Parameter(group=PRUNING, help="Number of parameters to leave, e.g. 300k, in place of a ratio.")
     ] = None
     cuts: Annotated[
         int | None,
@@ -131,6 +155,8 @@ class CompressFlags:
             "pruning.metric": self.metric,
             "pruning.allocation": self.allocation,
             "pruning.criterion": self.criterion,
+            "pruning.keep": self.keep,
+            "pruning.limits": dict(map(_limit, self.limit)) if self.limit else None,
             "pruning.cuts": self.cuts,
             "threat.epsilon": self.epsilon,
             "threat.norm": self.norm,
@@ -147,6 +173,13 @@ class CompressFlags:
         }
         preset = {f"finetune.{key}": value for key, value in RECOVERIES[self.recovery].items()} if self.recovery else {}
         return preset | {key: value for key, value in flags.items() if value is not None}
+
+
+def _limit(text: str) -> tuple[str, str]:
+    pattern, mark, share = text.rpartition("=")
+    if not mark or not pattern:
+        raise UsageError(f"--limit wants LAYER=SHARE such as layer4=0.8, got {text[:80]!r}")
+    return pattern, share
 
 
 DryRunFlag = Annotated[
@@ -188,6 +221,8 @@ def frontier(
 
 def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: CompressFlags) -> None:
     """Compress a model by one ratio (None for that of the recipe) or by several."""
+    if any(ratio is not None for ratio in ratios) and (flags.target_macs or flags.target_params):
+        raise UsageError("--ratio and a target are two budgets. Give one of them.")
     recipes = [flags.resolved(model, ratio) for ratio in ratios]
     resolved = recipes[0]
     check_model_path(model)
@@ -195,7 +230,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, flags.arch, flags.trust_pickle)
-    resolved = with_threat_of(loaded, resolved)
+    resolved = with_target(with_threat_of(loaded, resolved), loaded, flags.target_macs, flags.target_params)
 
     with working("Loading the libraries"):
         from ..compression import compress as run_compression
@@ -208,7 +243,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     tune_allocator()
     store = Cache.named(flags.cache).of_model(loaded.spec.arch)
     job = Compression(run_name(model), loaded, bundle, resolved, flags.out, command_line(), store)
-    shares = [recipe.pruning.ratio for recipe in recipes]
+    shares = [recipe.pruning.ratio for recipe in recipes] if len(recipes) > 1 else [resolved.pruning.ratio]
     if dry_run:
         for share in shares:
             plan_only(job.at(share))

@@ -42,6 +42,7 @@ class ChannelGroup:
         traced: whether the group was found by perturbing values (`tracing`) rather than in the dependency graph.
         members: names of the groups bundled in this one because the model's code ties their widths; else empty.
         dense: channels before the first cut, of which minimum widths are a share; None if nothing has been cut.
+        least: smallest share of the dense channels to keep, in [0, 1], whatever holds for other groups.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ChannelGroup:
     traced: bool = False
     members: tuple[str, ...] = ()
     dense: int | None = None
+    least: float = 0.0
 
     @property
     def producers(self) -> tuple[str, ...]:

@@ -23,6 +23,17 @@ BAD = {
         ["compress", "weights.pt", "--arch", "model.py:make_model", "--data", "toy.npz", "--ratio", "1.5"],
         "ratio must be in (0, 1), got 1.5. Try 0.5.",
     ),
+    "one of two ratios": (["compress", "demo", "--ratio", "0.5,1.5"], "ratio must be in (0, 1), got 1.5. Try 0.5."),
+    "ratio and target": (["compress", "demo", "--ratio", "0.5", "--target-macs", "1M"], "Give one of them"),
+    "two targets": (["compress", "demo", "--target-params", "1k", "--target-macs", "1M"], "Give one of them"),
+    "target word": (["compress", "demo", "--target-macs", "few"], "such as 50M, 300k or 1.2G, got 'few'"),
+    "target too large": (
+        ["compress", "demo", "--target-macs", "1G"],
+        "--target-macs 1,000,000,000: the dense model has 162,366,720 MACs. Ask for fewer.",
+    ),
+    "limit without share": (["compress", "demo", "--limit", "layer4"], "--limit wants LAYER=SHARE"),
+    "limit above 1": (["compress", "demo", "--limit", "layer4=2"], "less than or equal to 1, got 2"),
+    "unknown layer": (["compress", "demo", "--dry-run", "--keep", "layer9"], "no layer that can be cut fits 'layer9'"),
     "ratio word": (
         ["compress", "weights.pt", "--data", "toy.npz", "--ratio", "half"],
         "ratio must be in (0, 1), got 'half'. Try 0.5.",

@@ -96,6 +96,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "pruning.round_to": (Case(1, ("plan",)),),
     "pruning.mrs_exponent": (Case(1.0, ("plan",)),),
     "pruning.min_keep": (Case(0.4, ("plan",)),),
+    "pruning.keep": (Case(["layer1"], ("plan",)),),
+    "pruning.limits": (Case({"layer1": 0.1}, ("plan",)),),
     "pruning.branches": (Case(False, ("plan",)),),
     "pruning.cuts": (Case(2, ("plan",)), Case(2, ("plan for a latency",), {"pruning.metric": "latency"})),
     "pruning.epochs_between": (Case(9, ("fine-tuning",), {"pruning.cuts": 2}),),

@@ -184,6 +184,8 @@ CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "pruning.round_to": (1, {}),
     "pruning.mrs_exponent": (1.0, {"round_to": 1}),
     "pruning.min_keep": (0.6, {}),
+    "pruning.keep": (("0",), {}),
+    "pruning.limits": ({"0": 0.1}, {}),
     "pruning.branches": (False, {"allocation": "cuts", "round_to": 1}),
     **{f"training.{name}": case for name, case in TRAIN_CASES.items()},
     **{f"finetune.{name}": case for name, case in TRAIN_CASES.items()},
