@@ -47,6 +47,7 @@ from .exporters.onnx import export_model
 from .exporters.types import OnnxArtifact
 from .frontier import RATIOS
 from .frontier import frontier as _frontier
+from .goal import goal_of, reach
 from .job import Compressed, Compression
 from .machine.device import choose_device
 from .models import artifact
@@ -305,6 +306,8 @@ def compress(
     data: DataSource,
     *,
     ratio: float | None = None,
+    min_robust: float | None = None,
+    max_drop: float | None = None,
     out: str | Path | None = None,
     recipe: str | None = None,
     threat: Threat = None,
@@ -319,6 +322,9 @@ def compress(
         model: a `Model`, a torch module of [0, 1] images [N, C, H, W], ``"demo"`` or a file.
         data: data set; see `load_data`.
         ratio: share of the MACs (or of the recipe's metric) to remove, in (0, 1); by default that of the recipe (0.5).
+        min_robust: in place of a ratio, the least robust accuracy in percent; the largest ratio that keeps it is
+            searched on held-out images.
+        max_drop: in place of a ratio, the most points of robust accuracy to lose against the dense model.
         out: run folder; by default ``runs/NAME-...``.
         recipe: a recipe file, or the name of a shipped recipe.
         threat: threat model; a number is the radius of an Linf ball. By default that of the recipe; what it leaves
@@ -331,13 +337,17 @@ def compress(
 
     Raises:
         UsageError: a setting is wrong, or the folder contains another run.
-        QualityGateError: the pruned model or an exported file differs from its reference, or training diverged.
+        QualityGateError: the pruned model or an exported file differs from its reference, training diverged, or no
+            ratio meets the goal.
         EnvironmentProblem: the machine lacks a package, a device or disk space.
     """
     if ratio is not None and "pruning__ratio" in settings:
         raise UsageError(f"ratio was given twice: {ratio} and pruning__ratio={settings['pruning__ratio']}. Give one.")
+    goal = goal_of(min_robust, max_drop) if (min_robust, max_drop) != (None, None) else None
+    if goal is not None and (ratio is not None or "pruning__ratio" in settings):
+        raise UsageError("a ratio and a goal are two budgets. Give one of them.")
     job = _job("compress", model, data, out, recipe, threat, name, {"pruning__ratio": ratio, **settings})
-    done = _compress(job)
+    done = _compress(job) if goal is None else reach(job, goal)
     if done is None:
         raise SystemExit(0)
     return done

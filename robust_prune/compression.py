@@ -45,6 +45,7 @@ from .job import (
     LowerPrecisions,
     Planned,
     Pruned,
+    Recovered,
     cut_names,
     onnx_name,
     pruned_file,
@@ -109,10 +110,28 @@ def judge(job: Compression, run: Run) -> Judged:
     Raises:
         UsageError, QualityGateError, EnvironmentProblem: as `compress`.
     """
+    found = recover(job, run)
+    models, notes = {DENSE: job.dense.module.cpu().eval(), PRUNED: found.model.cpu().eval()}, list(found.notes)
+    if job.recipe.baseline.kind == "scratch":
+        models[SCRATCH], note = train_from_scratch(job, run, found.model, found.cuts)
+        notes.append(note)
+    files = {DENSE: found.dense}
+    files |= {label: export(job, run, label, model) for label, model in models.items() if label != DENSE}
+    cards = {label: evaluate_on_test(job, run, label, model, files[label]) for label, model in models.items()}
+    rows = [row for label in models for row in model_rows(label, cards[label], files[label])]
+    return Judged(found.cuts, models, tuple(rows), tuple(notes))
+
+
+def recover(job: Compression, run: Run) -> Recovered:
+    """Run the stages of a compression up to the last fine-tuning.
+
+    Raises:
+        UsageError, QualityGateError, EnvironmentProblem: as `compress`.
+    """
     dense = job.dense.module
     with run.refusable(run.folder / f"{DENSE}.onnx"):
-        notes = list(try_out(job, run))
-        files = {DENSE: export(job, run, DENSE, dense)}
+        notes = [*job.notes, *try_out(job, run)]
+        exported = export(job, run, DENSE, dense)
     notes.append(look_at_dense(job, run))
     model: nn.Module = dense
     cuts: list[Cut] = []
@@ -122,14 +141,7 @@ def judge(job: Compression, run: Run) -> Judged:
         tuned = finetune(job, run, at, planned.plan)
         model = reopen(job, recovered_file(run, at))
         cuts.append(Cut(planned, pruned, tuned, what_was_cut(planned.plan, pruned, job, model)))
-    models = {DENSE: dense.cpu().eval(), PRUNED: model.cpu().eval()}
-    if job.recipe.baseline.kind == "scratch":
-        models[SCRATCH], note = train_from_scratch(job, run, model, cuts)
-        notes.append(note)
-    files |= {label: export(job, run, label, found) for label, found in models.items() if label != DENSE}
-    cards = {label: evaluate_on_test(job, run, label, found, files[label]) for label, found in models.items()}
-    rows = [row for label in models for row in model_rows(label, cards[label], files[label])]
-    return Judged(tuple(cuts), models, tuple(rows), tuple(notes))
+    return Recovered(tuple(cuts), model, exported, tuple(notes))
 
 
 def plan_only(job: Compression) -> PruningPlan:

@@ -82,7 +82,7 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
         points: list[Point] = []
         lost: list[str] = []
         for number, ratio in enumerate(ordered, start=1):
-            part = _at(job, run, ratio)
+            part = point(job, run, ratio)
             console.print(f"{label(part)} ({number} of {len(ordered)})", markup=False, style="bold")
             try:
                 inner = open_runs.enter_context(open_run(part, without={"bench"}))
@@ -98,14 +98,14 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
         if not distributed.leave_group():
             return None
         table = benchmark(run, _rows(points), job.recipe)
-        for point in points:
-            report(point.job, point.run, point.judged, point.latency(table))
+        for one in points:
+            report(one.job, one.run, one.judged, one.latency(table))
         joint = run.stage(
             "report", RunReport, to_json(with_latency(_rows(points), table)),
             lambda: _written(_joint(job, points, lost, table), run.folder),
             files=[run.folder / name for name in NAMES],
         )  # fmt: skip
-        models = {f"{point.run.folder.name}/model.onnx": label(point.job) for point in points}
+        models = {f"{one.run.folder.name}/model.onnx": label(one.job) for one in points}
         show_end(joint, run, FILES | models)
         return Compressed(joint, run.folder)
 
@@ -128,7 +128,7 @@ def _open(job: Compression) -> Run:
     return Run.open(folder, inputs, job.recipe, job.command, STAGES)
 
 
-def _at(job: Compression, run: Run, ratio: float) -> Compression:
+def point(job: Compression, run: Run, ratio: float) -> Compression:
     """Return the compression by one ratio; without a cache of the user's the folder has one, or nothing was shared."""
     cache = job.cache if job.cache.folder is not None else Cache(run.folder / "cache")
     return replace(job.at(ratio), out=run.folder / f"{100 * ratio:g}", cache=cache)
@@ -136,7 +136,7 @@ def _at(job: Compression, run: Run, ratio: float) -> Compression:
 
 def _rows(points: Sequence[Point]) -> list[ModelRow]:
     dense = [row for row in points[0].judged.rows if row.label == DENSE]
-    return [*dense, *(row for point in points for row in point.rows())]
+    return [*dense, *(row for one in points for row in one.rows())]
 
 
 def _written(made: RunReport, folder: Path) -> RunReport:
@@ -147,8 +147,8 @@ def _written(made: RunReport, folder: Path) -> RunReport:
 def _joint(job: Compression, points: Sequence[Point], lost: Sequence[str], table: LatencyTable | None) -> RunReport:
     unit = UNITS[job.recipe.pruning.metric]
     rows = _rows(points)
-    seconds: Mapping[str, float] = {label(point.job): sum(point.run.seconds.values()) for point in points}
-    notes = [*job.data.cautions, *(note for point in points for note in point.judged.notes), *lost]
+    seconds: Mapping[str, float] = {label(one.job): sum(one.run.seconds.values()) for one in points}
+    notes = [*job.data.cautions, *(note for one in points for note in one.judged.notes), *lost]
     return RunReport(
         title=f"{job.name} compressed: {len(points)} shares of {unit} removed",
         command=job.command,

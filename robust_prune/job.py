@@ -43,6 +43,7 @@ class Compression:
         out: run folder; None derives it from name, metric, ratio and inputs.
         command: command line that reproduces the run.
         cache: results of the dense model, which runs share.
+        notes: sentences to show with the results.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Compression:
     out: Path | None = None
     command: str = ""
     cache: Cache = field(default_factory=Cache)
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -173,6 +175,23 @@ class Cut:
     pruned: Pruned
     tuned: TrainResult
     plan: PruningPlan
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A compression up to the last fine-tuning.
+
+    Attributes:
+        cuts: results of each cut.
+        model: the pruned and fine-tuned model.
+        dense: the exported file of the dense model, by precision.
+        notes: sentences to show with the results.
+    """
+
+    cuts: tuple[Cut, ...]
+    model: nn.Module
+    dense: Mapping[str, OnnxArtifact]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

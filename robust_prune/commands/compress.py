@@ -103,6 +103,20 @@ class CompressFlags:
     target_params: Annotated[
         str | None, Parameter(group=PRUNING, help="Number of parameters to leave, e.g. 300k, in place of a ratio.")
     ] = None
+    min_robust: Annotated[
+        float | None,
+        Parameter(
+            group=PRUNING,
+            help="Find the largest ratio that keeps this robust accuracy, in percent, in place of a ratio.",
+        ),
+    ] = None
+    max_drop: Annotated[
+        float | None,
+        Parameter(
+            group=PRUNING,
+            help="Find the largest ratio that loses at most so many points of robust accuracy, in place of a ratio.",
+        ),
+    ] = None
     cuts: Annotated[
         int | None,
         of_recipe(PRUNING, "pruning.cuts", "Number of rounds of pruning and fine-tuning that share the ratio."),
@@ -221,8 +235,13 @@ def frontier(
 
 def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: CompressFlags) -> None:
     """Compress a model by one ratio (None for that of the recipe) or by several."""
-    if any(ratio is not None for ratio in ratios) and (flags.target_macs or flags.target_params):
-        raise UsageError("--ratio and a target are two budgets. Give one of them.")
+    budgets = {
+        "--ratio": ratios[0], "--target-macs": flags.target_macs, "--target-params": flags.target_params,
+        "--min-robust": flags.min_robust, "--max-drop": flags.max_drop,
+    }  # fmt: skip
+    given = [flag for flag, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are two budgets. Give one of them.")
     recipes = [flags.resolved(model, ratio) for ratio in ratios]
     resolved = recipes[0]
     check_model_path(model)
@@ -236,6 +255,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
         from ..compression import compress as run_compression
         from ..compression import plan_only
         from ..frontier import frontier as run_frontier
+        from ..goal import goal_of, reach
         from ..job import Compression
         from ..machine.host import tune_allocator
         from ..runs.cache import Cache
@@ -251,6 +271,9 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
             warn(f"this is the first of {cut.cuts} cuts; the others are planned on the model that it leaves.")
         console.print("Dry run: no run folder was written.")
         return
-    done = run_compression(job) if len(shares) == 1 else run_frontier(job, shares)
+    if flags.min_robust is not None or flags.max_drop is not None:
+        done = reach(job, goal_of(flags.min_robust, flags.max_drop))
+    else:
+        done = run_compression(job) if len(shares) == 1 else run_frontier(job, shares)
     if done is not None and len(shares) == 1:
         after_compress(done.folder, resolved, flags.arch or resolved.model.arch)

@@ -19,7 +19,7 @@ from builders.plans import analysed
 from builders.report_sample import artifact as onnx_artifact
 from builders.report_sample import card, epoch, latency
 from builders.training_sample import make_images
-from robust_prune import baseline, compression, frontier, job, outcome, recipe_reader
+from robust_prune import baseline, compression, frontier, goal, job, outcome, recipe_reader
 from robust_prune import train as training
 from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable
@@ -191,6 +191,8 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (compression, "choose_device", "device", lambda _: "cpu"),
         (frontier, "choose_device", "device of the frontier", lambda _: "cpu"),
         (frontier, "check_section", "provider of the frontier", lambda *_: None),
+        (goal, "choose_device", "device of the search", lambda _: "cpu"),
+        (goal, "check_section", "provider of the search", lambda *_: None),
         (measured, "find_groups", "groups", lambda *_: given.analysis.search),
         (analysis, "cost_model", "cost", lambda *_: given.analysis.cost),
         (measured, "make_adversarial_set", "adversarial set", lambda *_, **__: given.adv),

@@ -25,6 +25,11 @@ BAD = {
     ),
     "one of two ratios": (["compress", "demo", "--ratio", "0.5,1.5"], "ratio must be in (0, 1), got 1.5. Try 0.5."),
     "ratio and target": (["compress", "demo", "--ratio", "0.5", "--target-macs", "1M"], "Give one of them"),
+    "ratio and goal": (
+        ["compress", "demo", "--ratio", "0.5", "--max-drop", "2"],
+        "--ratio and --max-drop are two budgets",
+    ),
+    "accuracy as a share": (["compress", "demo", "--min-robust", "0.38"], "in percent, got 0.38. Try 38."),
     "two targets": (["compress", "demo", "--target-params", "1k", "--target-macs", "1M"], "Give one of them"),
     "target word": (["compress", "demo", "--target-macs", "few"], "such as 50M, 300k or 1.2G, got 'few'"),
     "target too large": (
