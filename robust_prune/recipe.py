@@ -241,6 +241,9 @@ class TrainSettings(Section):
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """`torch.compile` of the model for attack and training step: `auto` times it on a GPU if the run takes more than
     five minutes, and uses it if it is faster; `on` uses it whenever the model compiles. In one process only."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Processes that decode images from disk ahead, for each training process; 0 decodes within the step. By default
+    half of the cores, at most 8. Images in memory need none."""
     trackers: tuple[Tracker, ...] = ()
     """Experiment trackers to which each epoch is logged; their packages must be installed."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from cyclopts import App
+from rich.markup import escape
 from rich.table import Table
 
 from ..console import console
+from ..printable import printable
 from .flags import CacheFlag
 
 app = App(name="cache", help="List or remove results that commands share.")
@@ -32,7 +34,9 @@ def ls(*, cache: CacheFlag = None) -> None:
         column.justify = "right"
     for entry in entries:
         used = datetime.fromtimestamp(entry.used, UTC).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.what, file_size(entry.size), f"{entry.seconds:.0f} s", moment(entry), used)
+        table.add_row(
+            escape(printable(entry.what)), file_size(entry.size), f"{entry.seconds:.0f} s", moment(entry), used
+        )
     if entries:
         console.print(table)
     total = file_size(sum(entry.size for entry in entries)) if entries else "0 bytes"

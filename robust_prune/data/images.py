@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..errors import UsageError
 
@@ -102,7 +103,13 @@ def common_form(
 
 
 def in_threads(function: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """Yield what `function`, which reads or decodes, returns for each of the items, in their order."""
+    """Yield what `function`, which reads or decodes, returns for each of the items, in their order.
+
+    A worker of a data loader has no threads: its siblings work beside it, and those of its parent did not come along.
+    """
+    if get_worker_info() is not None:
+        yield from map(function, items)
+        return
     for start in range(0, len(items), _WAITING):
         yield from _pool().map(function, items[start : start + _WAITING])
 

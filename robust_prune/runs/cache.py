@@ -11,6 +11,7 @@ A run never fails because of its cache: where it cannot be read or written, resu
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ LIMIT = 4 << 30
 """Bytes of all entries together; an entry that exceeds an eighth of it is not stored."""
 NOTHING = "none"
 """Name of the cache that stores nothing."""
+WORK_FOR_WRITING = 5.0
+"""Seconds of work between two parts of a computation for each second that storing a part takes."""
 _FORMAT = 1
 _PART = 8
 _RECORD, _TENSORS, _STAGES = "entry.json", "tensors.safetensors", "stages"
@@ -262,10 +265,12 @@ class Parts:
     Attributes:
         cache: where they are stored.
         what: the computation in words, with the hash of its inputs.
+        pace: when a part was stored last, and how long that took, in seconds.
     """
 
     cache: Cache = field(default_factory=Cache)
     what: str = ""
+    pace: dict[str, float] = field(default_factory=dict)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors of a part, on the CPU, or None if it is not stored."""
@@ -273,21 +278,33 @@ class Parts:
         return None if entry is None else _loaded(entry)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of a part."""
+        """Store the tensors of a part, unless storing would take a large share of the time since the last one."""
+        self._put(name, tensors)
+
+    def _put(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
+        begin = time.monotonic()
+        if begin - self.pace.get("stored", -math.inf) < WORK_FOR_WRITING * self.pace.get("took", 0.0):
+            return False
         self.cache.store(self.what, [name], None, 0.0, {_TENSORS: partial(_save, tensors)})
+        self.pace["stored"] = time.monotonic()
+        self.pace["took"] = self.pace["stored"] - begin
+        return True
 
     def last(self, name: str, steps: int) -> tuple[int, dict[str, Tensor]]:
         """Return the last of at most `steps` steps after which `step` stored tensors, and these; 0 and none without."""
         for number in range(steps, 0, -1):
             found = self.get(f"{name} {number}")
             if found is not None:
+                self.pace[name] = number
                 return number, found
         return 0, {}
 
     def step(self, name: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors that step `number`, counted from 1, leaves, in place of those of the step before."""
-        self.put(f"{name} {number}", tensors)
-        self.cache.forget(self.what, [f"{name} {number - 1}"])
+        """Store the tensors that step `number`, counted from 1, leaves, in place of earlier ones; see `put`."""
+        if self._put(f"{name} {number}", tensors):
+            earlier = int(self.pace.get(name, 0))
+            self.cache.forget(self.what, [f"{name} {earlier}"])
+            self.pace[name] = number
 
 
 def copied_from(entry: Entry, files: Sequence[Path]) -> bool:

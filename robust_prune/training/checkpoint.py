@@ -30,6 +30,7 @@ class RunState:
         step: completed steps of the current epoch.
         loss_sum, accuracy_sum: training loss in nats and training accuracy in [0, 1], summed over these steps.
         elapsed: seconds spent in the current epoch.
+        waited: seconds of these in which no step ran, since images were being read.
         best_epoch: epoch of the best weights; 0 is the start.
         best: held-out score of the best weights.
         note: why training ended early; empty otherwise.
@@ -40,6 +41,7 @@ class RunState:
     loss_sum: float = 0.0
     accuracy_sum: float = 0.0
     elapsed: float = 0.0
+    waited: float = 0.0
     best_epoch: int = 0
     best: Score = field(default_factory=lambda: Score(-1.0, -1.0))
     note: str = ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track, working
-from ..data.augment import crop_and_flip
+from ..data.augment import crop_and_flip, draw_moves
 from ..data.base import ImageSet, TensorImages, as_floats, plain_strides, stratified
 from ..errors import QualityGateError, UsageError
 from ..introspect.copies import copied
@@ -37,12 +37,15 @@ from .perturbation import perturbed_weights
 from .placement import frozen_copy, resident
 from .precision import Precision, choose_precision
 from .randomness import generator_at, seeded_layers
+from .reading import default_workers, read
 from .types import EpochRecord, TrainResult
 from .validation import Score, chance_note, score
 
 CHECKPOINT_SECONDS = 60.0
 # Fast adversarial training can lose all robustness within one epoch ("catastrophic overfitting", Wong et al., 2020).
 COLLAPSE = 0.15
+LONG_WAIT = 0.2
+"""Share of an epoch that is worth a line if it goes by while images are read."""
 
 
 class LossNotFinite(QualityGateError):
@@ -76,6 +79,9 @@ class _Run:
         self.model = model.to(self.device)
         # All processes have equally many images, so that the mean of their gradients is the gradient of the batch.
         self.batch_size = divisible(min(settings.batch_size, len(self.images)), accelerator.num_processes)
+        self.share = slice(accelerator.process_index, None, accelerator.num_processes)
+        found = settings.workers
+        self.workers = default_workers(accelerator.num_processes) if found is None else found
         self.precision = distributed.broadcast(self._precision())
         self.precision.arrange(model)
         self.loss = make_loss(settings)
@@ -99,8 +105,8 @@ class _Run:
         self.state = RunState()
         self.history: list[EpochRecord] = []
         self.best_weights = copy.deepcopy(model.state_dict())
-        # Trackers do not change weights.
-        described = settings.model_dump(exclude={"trackers"})
+        # Trackers and the processes that read images do not change weights.
+        described = settings.model_dump(exclude={"trackers", "workers"})
         written = user_file.versions(settings.loss)
         self.key = digest([described, written, to_json(threat), seed, *begun_from, len(self.validation)])
 
@@ -180,9 +186,13 @@ class _Run:
         order = self._order(state.epoch).to(self._index_device)
         begin = last_save = time.monotonic()
         before = state.elapsed
-        while state.step < self.steps_per_epoch:
-            start = state.step * self.settings.batch_size
-            self._step(order[start : start + self.batch_size])
+        batches = [self._indices(order, step) for step in range(state.step, self.steps_per_epoch)]
+        reading = read(self.images, batches, self.device, self.workers)
+        for _ in batches:
+            asked = time.monotonic()
+            x, y = next(reading)
+            state.waited += time.monotonic() - asked
+            self._step(x, y)
             state.step += 1
             unfinished = state.step < self.steps_per_epoch
             save = unfinished and time.monotonic() - last_save > CHECKPOINT_SECONDS
@@ -194,6 +204,11 @@ class _Run:
                 last_save = time.monotonic()
         state.elapsed = before + time.monotonic() - begin
         self._finish_epoch()
+
+    def _indices(self, order: Tensor, step: int) -> Tensor:
+        """Return the positions of this process's images of a step."""
+        start = step * self.settings.batch_size
+        return order[start : start + self.batch_size][self.share]
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.images), generator=generator_at("cpu", self.seed, "order", epoch))
@@ -215,13 +230,13 @@ class _Run:
             seen = f", held-out {100 * last.val_clean:.1f} / {100 * last.val_robust:.1f} %"
         advance(len(read), note=f"epoch {state.epoch + 1}: loss {mean[0]:.3f}, train {mean[1]:.1f} %{seen}")
 
-    def _step(self, indices: Tensor) -> None:
+    def _step(self, x: Tensor, y: Tensor) -> None:
         """Run one optimizer step without reading any value, which would synchronise host and device."""
         settings, state = self.settings, self.state
         self.scheduler.step_update(self._steps_done)
         awp = settings.awp if self._steps_done >= settings.awp_warmup * settings.epochs * self.steps_per_epoch else 0.0
         generator = generator_at(self.device, self.seed, "step", state.epoch, state.step)
-        result = self._gradients_of(indices, generator, awp)
+        result = self._gradients_of(x, y, generator, awp)
         if settings.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         self.optimizer.step()
@@ -231,10 +246,10 @@ class _Run:
             self.ema.update(self.model, step=self._steps_done + 1)
         self.figures.queue(result.loss, result.metrics.get("accuracy"))
 
-    def _gradients_of(self, indices: Tensor, generator: torch.Generator, awp: float) -> LossResult:
-        """Attack a batch and compute the gradients of its loss, in the parameters' ``grad``."""
+    def _gradients_of(self, x: Tensor, y: Tensor, generator: torch.Generator, awp: float) -> LossResult:
+        """Attack this process's share of a batch and compute the gradients of its loss, in each ``grad``."""
         state, process = self.state, self.accelerator.process_index
-        x, y = self._share(indices, generator)
+        x = self._augmented(x, generator)
         self.trained.train()
         batch = Batch(x, y, self.threat, generator, self.attacked, self.teacher)
         with ExitStack() as stack:
@@ -244,21 +259,18 @@ class _Run:
                 stack.enter_context(perturbed_weights(self.model, self._gradients(batch), awp))
             return self._forward_backward(batch)
 
-    def _share(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return this process's augmented images of a batch, in [0, 1], and their labels.
+    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return this process's augmented images of a batch, in [0, 1].
 
         Crops are drawn for the full batch, so that they do not depend on the number of processes.
         """
-        settings, share = self.settings, slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        whole = settings.crop_padding or settings.flip
-        x, y = self.images.get((indices if whole else indices[share]).to(self._index_device))
-        x, y = x.to(self.device), y.to(self.device)
-        if whole:
-            x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)[share]
-            y = y[share]
+        settings = self.settings
+        if settings.crop_padding or settings.flip:
+            moves = draw_moves(self.batch_size, settings.crop_padding, settings.flip, generator)
+            x = crop_and_flip(x, moves.of(self.share))
         else:
             x = plain_strides(x)
-        return (x.float() / 255).contiguous(memory_format=self.precision.memory_format), y
+        return (x.float() / 255).contiguous(memory_format=self.precision.memory_format)
 
     @property
     def _steps_done(self) -> int:
@@ -282,12 +294,13 @@ class _Run:
         wanted = self.settings.compile
         if wanted == "off" or self.accelerator.num_processes > 1 or (wanted == "auto" and self.device.type != "cuda"):
             return False
-        generator, indices = generator_at(self.device, self.seed, "compile"), self._order(0)[: self.batch_size]
+        generator, indices = generator_at(self.device, self.seed, "compile"), self._indices(self._order(0), 0)
+        ((x, y),) = read(self.images, [indices], self.device, 0)
 
         def step(model: nn.Module) -> None:
             self.trained = self.attacked = model
             with kept_buffers(self.model):
-                self._gradients_of(indices.to(self._index_device), generator, self.settings.awp)
+                self._gradients_of(x, y, generator, self.settings.awp)
 
         total = self.settings.epochs * self.steps_per_epoch
         method = [self.settings.loss, self.settings.steps, self.settings.awp, asdict(self.precision), self.batch_size]
@@ -355,12 +368,19 @@ class _Run:
             source=source,
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=state.elapsed,
+            waited=state.waited,
         )
         self.history.append(record)
+        if record.waited > LONG_WAIT * record.seconds and epoch == 1:
+            console.print(
+                f"{record.waited / record.seconds:.0%} of the first epoch went by while images were read, by "
+                f"{self.workers} process{'' if self.workers == 1 else 'es'}: see training.workers, finetune.workers.",
+                markup=False,
+            )
         # Trackers accept only numbers.
         self.accelerator.log({k: v for k, v in asdict(record).items() if isinstance(v, int | float)}, step=epoch)
         state.epoch, state.step = epoch, 0
-        state.loss_sum = state.accuracy_sum = state.elapsed = 0.0
+        state.loss_sum = state.accuracy_sum = state.elapsed = state.waited = 0.0
         self.save()
 
 

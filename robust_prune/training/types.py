@@ -19,6 +19,7 @@ class EpochRecord:
         source: weights with the better score: ``live`` or ``average``.
         lr: learning rate at the end of the epoch.
         seconds: wall time of the training steps, without validation.
+        waited: seconds of these in which no step ran, since images were being read.
     """
 
     epoch: int
@@ -29,6 +30,7 @@ class EpochRecord:
     source: str
     lr: float
     seconds: float
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)

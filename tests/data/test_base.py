@@ -7,7 +7,7 @@ import torch
 from builders.data_files import everything
 from torch import nn
 
-from robust_prune.data.augment import crop_and_flip
+from robust_prune.data.augment import crop_and_flip, draw_moves
 from robust_prune.data.base import (
     Subset,
     TensorImages,
@@ -97,7 +97,7 @@ def test_grey_images_have_the_strides_that_view_needs() -> None:
         Viewing()(stored.float())
     model, images = Viewing(), TensorImages(stored, torch.zeros(6, dtype=torch.long))
     assert torch.equal(images.images, stored)
-    moved = crop_and_flip(images.get(torch.arange(6))[0], 2, True, torch.Generator().manual_seed(0))
+    moved = crop_and_flip(images.get(torch.arange(6))[0], draw_moves(6, 2, True, torch.Generator().manual_seed(0)))
 
     class Foreign(TensorImages):
         def get(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +111,5 @@ def test_grey_images_have_the_strides_that_view_needs() -> None:
     ):
         assert model(x).shape == (len(x), 144)
         model(x.contiguous(memory_format=torch.channels_last))
-    assert crop_and_flip(torch.zeros(2, 3, 4, 4).byte(), 1, True, torch.Generator()).is_contiguous(
-        memory_format=torch.channels_last
-    )
+    coloured = crop_and_flip(torch.zeros(2, 3, 4, 4).byte(), draw_moves(2, 1, True, torch.Generator()))
+    assert coloured.is_contiguous(memory_format=torch.channels_last)

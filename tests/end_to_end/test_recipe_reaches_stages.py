@@ -55,7 +55,8 @@ TRAIN_SETTINGS = {
     "loss": "trades", "epochs": 7, "batch_size": 16, "lr": 0.03, "warmup": 0.4, "momentum": 0.5, "weight_decay": 0.01,
     "steps": 3, "beta": 2.0, "distillation": 0.5, "temperature": 3.0, "awp": 0.01, "awp_warmup": 0.3,
     "label_smoothing": 0.0, "ema_decay": 0.5, "clip_grad": 1.0, "crop_padding": 2, "flip": False,
-    "validation_images": 10, "validation_steps": 3, "precision": "fp32", "compile": "on", "trackers": ["tensorboard"],
+    "validation_images": 10, "validation_steps": 3, "precision": "fp32", "compile": "on", "workers": 1,
+    "trackers": ["tensorboard"],
 }  # fmt: skip
 EVALUATION = {
     "tier": "apgd", "steps": 3, "restarts": 5, "sweep": [0.1], "images": 10, "batch_size": 7, "precision": "bf16"

@@ -83,9 +83,9 @@ def pruning(section: PruningSection) -> Any:
 
 
 def training(settings: TrainSettings) -> Any:
-    """The weights and figures of a training, what was scored, and what was asked of accelerate and the compiler."""
+    """The weights and figures of a training, what was scored, and what accelerate, compiler and readers were asked."""
     asked: list[Any] = []
-    front, score = acceleration.Accelerator, trainer.score
+    front, score, read = acceleration.Accelerator, trainer.score, trainer.read
 
     def accelerator(**keywords: Any) -> Any:
         asked.append(keywords["log_with"])
@@ -99,6 +99,7 @@ def training(settings: TrainSettings) -> Any:
         patch.setattr(acceleration, "Accelerator", accelerator)
         patch.setattr(acceleration, "get_available_trackers", lambda: ["tensorboard"])
         patch.setattr(trainer, "score", scored)
+        patch.setattr(trainer, "read", lambda *given: asked.append(given[3]) or read(*given))
         patch.setattr(trainer, "choose_precision", lambda *_: asked.append("timed") or trainer.Precision(False, False))
         patch.setattr(trainer.compilation, "pays", lambda *_, **__: asked.append("compiled"))
         model = make_model()
@@ -168,7 +169,7 @@ TRAIN_CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "awp": (0.05, {}), "awp_warmup": (0.8, {"awp": 0.05}), "label_smoothing": (0.3, {}),
     "ema_decay": (0.0, {}), "clip_grad": (0.01, {}), "crop_padding": (3, {}), "flip": (False, {}),
     "validation_images": (10, {}), "validation_steps": (6, {}), "precision": ("fp32", {}), "compile": ("on", {}),
-    "trackers": (("tensorboard",), {}),
+    "workers": (3, {}), "trackers": (("tensorboard",), {}),
 }  # fmt: skip
 CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "sensitivity.estimator": ("gradient", {}),

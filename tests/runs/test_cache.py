@@ -136,7 +136,8 @@ def test_a_python_object_shares_nothing(store: Cache) -> None:
     assert store.of_model("object/Net-0123") == Cache() and store.of_model("cifar/resnet20") is store
 
 
-def test_parts_last_until_the_computation_succeeds(store: Cache) -> None:
+def test_parts_last_until_the_computation_succeeds(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 0.0)
     with pytest.raises(KeyboardInterrupt), store.parts("sum", [1]) as parts:
         for number in (1, 2, 3):
             parts.step("loss", number, {"sum": torch.tensor([float(number)])})
@@ -149,6 +150,16 @@ def test_parts_last_until_the_computation_succeeds(store: Cache) -> None:
         assert number == 3 and tensors["sum"].item() == 3
         assert parts.get("direction") is not None and len(store.entries()) == 2
     assert store.entries() == []
+
+
+def test_parts_are_not_stored_more_often_than_it_pays(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 1e9)
+    with pytest.raises(KeyboardInterrupt), store.parts("sum", []) as parts:
+        for number in (1, 2, 3):
+            parts.step("loss", number, {"sum": torch.ones(1)})
+        raise KeyboardInterrupt
+    with store.parts("sum", []) as parts:
+        assert parts.last("loss", 9)[0] == 1
 
 
 def test_a_stage_of_another_run_gives_its_result_and_its_files(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +17,8 @@ from torch.nn.utils import prune
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.recipe import SensitivitySection
-from robust_prune.runs.cache import Cache, Parts
+from robust_prune.runs import cache as caching
+from robust_prune.runs.cache import Cache
 from robust_prune.sensitivity import estimators
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from robust_prune.sensitivity.estimators import ESTIMATORS, measure
@@ -230,17 +231,18 @@ def test_a_killed_measurement_goes_on_and_ends_alike_wherever_it_was_killed(
 ) -> None:
     section = settings(estimator=estimator, ascent_steps=2)
     wanted = measure(resnet, adv, section, batch_size=4)
-    store, put = Cache(tmp_path), Parts.put
+    store, put = Cache(tmp_path), Cache.store
     left = 0
 
-    def counted(parts: Parts, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def counted(cache: Cache, *arguments: Any) -> None:
         nonlocal left
-        put(parts, name, tensors)
+        put(cache, *arguments)
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Parts, "put", counted)
+    monkeypatch.setattr(Cache, "store", counted)
+    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 0.0)
     times = 0
     for _ in range(500):
         left = 3  # parts that each process completes before it is killed

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_prune.catalogue import LOSSES
 from robust_prune.training import compilation, figures, trainer
+from robust_prune.training.reading import read
 from robust_prune.training.trainer import train
 
 # Each makes the host wait until the device has done all that was asked of it.
@@ -41,7 +42,8 @@ def test_a_step_reads_nothing_back_from_the_device(loss: str, tmp_path: Path) ->
     settings = make_settings(loss=loss, awp=0.005, awp_warmup=0.0, clip_grad=1.0, distillation=0.5)
     run = _run(settings, tmp_path, make_model(1))
     with _Recorded() as recorded:
-        run._step(torch.arange(16))
+        for x, y in read(run.images, [torch.arange(16)], run.device, 0):
+            run._step(x, y)
     assert "convolution" in recorded.names or "mkldnn_convolution" in recorded.names
     assert not set(recorded.names) & set(WAITS)
 
@@ -53,10 +55,11 @@ def test_a_step_on_a_gpu_never_waits_for_it(loss: str, tmp_path: Path) -> None:
     accelerator = trainer.make_accelerator(settings, "cuda", tmp_path)
     run = trainer._Run(make_model(), make_images(96), make_images(30, 1), THREAT, settings, 0, accelerator, None, None)
     order = torch.arange(16, device="cuda")
-    run._step(order)
+    run._step(*run.images.get(order))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run._step(order)
+        for x, y in read(run.images, [order], run.device, 0):
+            run._step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

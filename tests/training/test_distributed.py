@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders.places import TESTS
 from builders.training_sample import THREAT, make_images, make_model
-from builders.two_processes import run
+from builders.two_processes import run, run_counted
 
 from robust_prune.attacks import pgd
 
@@ -20,8 +20,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from builders.two_processes import run
+from builders.two_processes import run, run_counted
 states = {loss: run(loss, sys.argv[3]).state_dict() for loss in sys.argv[4:]}
+counts = [torch.zeros(1) for _ in range(2)]
+torch.distributed.all_gather(counts, torch.tensor([float(run_counted())]))
+states["counts"] = {str(rank): count for rank, count in enumerate(counts)}
 if torch.distributed.get_rank() == 0:
     torch.save(states, sys.argv[1])
 assert torch.distributed.get_world_size() == 2
@@ -58,6 +61,11 @@ def test_two_processes_equal_one_on_a_model_without_batch_norm(
     assert found.keys() == alone.keys()
     for name, value in alone.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_each_of_two_processes_reads_half_of_the_images(together: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert run_counted() == 2 * 96
+    assert [together["counts"][rank].item() for rank in ("0", "1")] == [96, 96]
 
 
 @pytest.mark.slow

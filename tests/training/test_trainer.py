@@ -55,12 +55,12 @@ def test_a_killed_run_ends_bit_identical(tmp_path, monkeypatch, kill_at):
 
     real, calls = trainer._Run._step, 0
 
-    def step(self, indices):
+    def step(self, x, y):
         nonlocal calls
         calls += 1
         if calls == kill_at:
             raise Killed
-        return real(self, indices)
+        return real(self, x, y)
 
     monkeypatch.setattr(trainer._Run, "_step", step)
     checkpoint = tmp_path / "checkpoint.pt"

@@ -1,0 +1,92 @@
+"""Batches of an epoch, read from disk by worker processes while the steps before them run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.base import ImageSet, TensorImages
+from ..errors import EnvironmentProblem, RobustPruneError, UsageError
+from ..machine.host import usable_cores
+
+AHEAD = 2
+"""Batches that each worker has ready."""
+MOST_WORKERS = 8
+Read = tuple[Tensor, Tensor]
+"""Images, uint8 [N, C, H, W], and labels, int64 [N]."""
+
+
+def read(images: ImageSet, batches: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Read]:
+    """Yield images and labels of batches on a device.
+
+    Args:
+        images: the image set; images in memory are taken without workers.
+        batches: positions of the images of each batch, int64 [N].
+        device: device of the results.
+        workers: processes that decode images ahead; 0 decodes each batch when it is asked for.
+
+    Raises:
+        UsageError: an image cannot be decoded.
+        EnvironmentProblem: a worker ended, for instance because memory was short.
+    """
+    if isinstance(images, TensorImages) or workers == 0:
+        place = images.images.device if isinstance(images, TensorImages) else torch.device("cpu")
+        for indices in batches:
+            x, y = images.get(indices.to(place))
+            yield x.to(device), y.to(device)
+        return
+    cuda = device.type == "cuda"
+    # The recipe asks for this number, or it is at most half of the cores.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(images), batch_size=None, sampler=_Listed(batches), num_workers=workers, prefetch_factor=AHEAD,
+        pin_memory=cuda,
+    )  # fmt: skip
+    try:
+        for x, y in loader:
+            if isinstance(x, str):
+                raise UsageError(x)
+            yield x.to(device, non_blocking=cuda), y.to(device, non_blocking=cuda)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise EnvironmentProblem(
+            f"a process that reads images ended ({said}). Memory, or shared memory (/dev/shm), may be short: set "
+            "training.workers and finetune.workers to a smaller number, or to 0."
+        ) from error
+
+
+def default_workers(processes: int) -> int:
+    """Return the number of workers of each of the processes of a run: half of the cores, at most `MOST_WORKERS`."""
+    return max(1, min(MOST_WORKERS, usable_cores() // (2 * processes)))
+
+
+class _Batches(Dataset[Any]):
+    """Whole batches as the items of a dataset; an error is returned as a text, since torch would wrap its message."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: Tensor) -> Any:
+        try:
+            return self.images.get(indices)
+        except RobustPruneError as error:
+            return str(error), ""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    batches: Sequence[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
