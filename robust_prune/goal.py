@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,8 +165,7 @@ def reach(job: Compression, goal: Goal) -> Compressed | None:
     images = judges(job)
     judged = min(len(job.data.test), job.recipe.evaluation.images or len(job.data.test))
     tried: list[Tried] = []
-    with ExitStack() as open_runs:
-        run = open_runs.enter_context(_open(job, goal))
+    with _open(job, goal) as run:
         dense = _robust(job, run, job.dense.module, images, "dense")
         if not goal.met(float(dense.mean()), float(dense.mean())):
             raise QualityGateError(
