@@ -23,7 +23,7 @@ from .report.rows import DENSE, PRUNED, with_latency
 from .report.terminal import show_end
 from .report.types import ModelRow, RunReport
 from .runs.cache import Cache
-from .runs.run import Run, RunInputs
+from .runs.run import RECORD, Run, RunInputs
 from .serialization import to_json
 
 RATIOS = (0.3, 0.5, 0.75, 0.9)
@@ -93,7 +93,9 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
                 lost.append(f"{label(part)}: {error}")
                 warn(lost[-1])
                 continue
-            if distributed.is_first():
+            if inner.made and distributed.is_first():
+                # The files are then no longer those of the stage that wrote them.
+                (run.folder / "report" / RECORD).unlink(missing_ok=True)
                 write(_joint(job, points, lost, None), run.folder)
         if not distributed.leave_group():
             return None

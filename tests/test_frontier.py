@@ -17,6 +17,7 @@ from robust_prune.frontier import frontier
 from robust_prune.job import Compressed, Compression
 from robust_prune.recipe_reader import load
 from robust_prune.report import RunReport
+from robust_prune.report.files import write
 from robust_prune.runs.cache import Cache
 
 
@@ -80,6 +81,24 @@ def test_it_is_reported_after_each_ratio_and_extended_by_others(tmp_path: Path) 
     assert called.count("fine-tuning") == 1 and seen[-1] == ["dense", "cut by 30 %", "cut by 50 %", "cut by 75 %"]
     with pytest.raises(UsageError, match="holds a run with another recipe"):
         run(tmp_path, [0.3], seed=5)
+
+
+def test_a_finished_frontier_is_reported_again_and_nothing_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seen() -> tuple[str, float]:
+        report = tmp_path / "run" / "report.html"
+        return capsys.readouterr().out, report.stat().st_mtime_ns
+
+    run(tmp_path, [0.3, 0.75], {"write": write})
+    _, written = seen()
+    _, called = run(tmp_path, [0.3, 0.75], {"write": write})
+    text, again = seen()
+    assert "Already done: nothing was computed" in text and "damaged" not in text and again == written
+    assert not {"fine-tuning", "evaluation", "latency"} & set(called)
+    run(tmp_path, [0.3, 0.5, 0.75], {"write": write})
+    text, again = seen()
+    assert "damaged" not in text and again > written
 
 
 def test_files_and_the_rival_of_each_point_are_named_by_its_ratio(tmp_path: Path) -> None:

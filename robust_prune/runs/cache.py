@@ -135,9 +135,11 @@ class Cache:
         """Return stored tensors by name, on the CPU, or those that `make` returns; see `value`."""
         found = self.find(what, inputs)
         stored = None if found is None else _loaded(found)
-        if found is not None and stored is not None:
-            _say(found)
-            return stored
+        if found is not None:
+            if stored is not None:
+                _say(found)
+                return stored
+            _remove(found.folder)
         begin = time.monotonic()
         made = make()
         if sum(tensor.nbytes for tensor in made.values()) <= self.limit // _PART:
@@ -151,7 +153,7 @@ class Cache:
         share results.
 
         Args:
-                arch: architecture of the model's specification.
+            arch: architecture of the model's specification.
         """
         from ..models.registry import OBJECT
 
