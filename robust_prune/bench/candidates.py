@@ -14,6 +14,7 @@ from torch import nn
 from ..budget.analysis import Analysis
 from ..budget.latency_cost import with_latency
 from ..budget.latency_search import TOLERANCE
+from ..console import working
 from ..data.base import ImageSet
 from ..exporters.onnx import export_model
 from ..models.spec import ModelSpec
@@ -51,6 +52,16 @@ class CandidateClock:
             clock._export(dense, "dense")
             yield clock
 
+    def few(self) -> BenchSection:
+        """Return the bench section with the first conditions alone, and less time."""
+        bench = self.recipe.bench
+        return bench.model_copy(
+            update={
+                "batches": bench.batches[:1], "threads": bench.threads[:1], "kinds": bench.kinds[:1],
+                "seconds": bench.seconds * SECONDS_SHARE,
+            }
+        )  # fmt: skip
+
     def kept(self, model: nn.Module) -> float:
         """Return the latency of `model` divided by that of the dense model, > 0.
 
@@ -58,15 +69,8 @@ class CandidateClock:
             QualityGateError: the exported file differs from the model.
             UsageError, EnvironmentProblem: as `export_onnx` and `run`.
         """
-        bench = self.recipe.bench
-        few = bench.model_copy(
-            update={
-                "batches": bench.batches[:1], "threads": bench.threads[:1], "kinds": bench.kinds[:1],
-                "seconds": bench.seconds * SECONDS_SHARE,
-            }
-        )  # fmt: skip
         files = [("dense", self.folder / "dense.onnx"), ("candidate", self._export(model, "candidate"))]
-        speedup = run_section(files, few, self.recipe.seed).rows[1].speedup
+        speedup = run_section(files, self.few(), self.recipe.seed).rows[1].speedup
         assert speedup is not None
         return 1 / speedup.value
 
@@ -94,6 +98,30 @@ class CandidateClock:
         path = self.folder / f"{name}.onnx"
         export_model(model, self.spec, self.images, path, self.recipe.export, self.recipe.seed)
         return path
+
+
+@dataclass(frozen=True)
+class DenseLatency:
+    """Median latency of the dense model, alone, under the recipe's first conditions."""
+
+    milliseconds: float
+
+
+def median_alone(dense: nn.Module, spec: ModelSpec, images: ImageSet, recipe: Recipe) -> DenseLatency:
+    """Export the dense model to a temporary file and time it alone.
+
+    Args:
+        dense: the dense model.
+        spec: its specification.
+        images: training images for the parity check of the export.
+        recipe: recipe with the sections ``bench`` and ``export``; its first batch size, thread count and kind are used.
+
+    Raises:
+        QualityGateError, UsageError, EnvironmentProblem: as `CandidateClock.kept`.
+    """
+    with working("Timing the dense model"), CandidateClock.open(dense, spec, images, recipe) as clock:
+        (row,) = run_section([("dense", clock.folder / "dense.onnx")], clock.few(), recipe.seed).rows
+    return DenseLatency(row.p50_ms)
 
 
 def conditions(bench: BenchSection) -> str:

@@ -49,7 +49,7 @@ from .flags import (
     stated,
 )
 from .next_steps import after_compress
-from .targets import with_target
+from .targets import target_of, with_target
 
 
 @Parameter(name="*")
@@ -102,6 +102,14 @@ class CompressFlags:
     ] = None
     target_params: Annotated[
         str | None, Parameter(group=PRUNING, help="Number of parameters to leave, e.g. 300k, in place of a ratio.")
+    ] = None
+    target_latency: Annotated[
+        str | None,
+        Parameter(
+            group=PRUNING,
+            help="Latency to reach on this machine, e.g. 5ms, in place of a ratio; at the first batch size and number "
+            "of threads of the recipe's bench section.",
+        ),
     ] = None
     min_robust: Annotated[
         float | None,
@@ -237,11 +245,12 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     """Compress a model by one ratio (None for that of the recipe) or by several."""
     budgets = {
         "--ratio": ratios[0], "--target-macs": flags.target_macs, "--target-params": flags.target_params,
-        "--min-robust": flags.min_robust, "--max-drop": flags.max_drop,
+        "--target-latency": flags.target_latency, "--min-robust": flags.min_robust, "--max-drop": flags.max_drop,
     }  # fmt: skip
     given = [flag for flag, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are two budgets. Give one of them.")
+    target = target_of(flags.target_macs, flags.target_params, flags.target_latency)
     recipes = [flags.resolved(model, ratio) for ratio in ratios]
     resolved = recipes[0]
     check_model_path(model)
@@ -249,7 +258,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     check_functions(resolved.finetune.loss, cut.criterion, cut.allocation, resolved.evaluation.tier)
     bundle = open_data(resolved)
     loaded = open_model_for(model, bundle, resolved, flags.arch, flags.trust_pickle)
-    resolved = with_target(with_threat_of(loaded, resolved), loaded, flags.target_macs, flags.target_params)
+    resolved = with_threat_of(loaded, resolved)
 
     with working("Loading the libraries"):
         from ..compression import compress as run_compression
@@ -262,6 +271,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
 
     tune_allocator()
     store = Cache.named(flags.cache).of_model(loaded.spec.arch)
+    resolved = with_target(resolved, target, loaded, bundle, store)
     job = Compression(run_name(model), loaded, bundle, resolved, flags.out, command_line(), store)
     shares = [recipe.pruning.ratio for recipe in recipes] if len(recipes) > 1 else [resolved.pruning.ratio]
     if dry_run:
