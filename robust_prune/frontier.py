@@ -12,7 +12,7 @@ from .bench.latency import check_section
 from .bench.types import LatencyTable
 from .compression import judge, open_run
 from .console import console, warn, working
-from .errors import RobustPruneError
+from .errors import QualityGateError, UsageError
 from .exporters.parity import check_enough_images
 from .job import Compressed, Compression, Judged
 from .machine.device import choose_device
@@ -63,7 +63,7 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
 
     Each ratio is a run in a folder of its own below that of the frontier, which shares the measurements of the dense
     model through the cache. The report of the frontier is written after each ratio, without latency, and with it at the
-    end. A ratio whose compression fails is named and left out, unless it is the first. In a distributed run only the
+    end. A ratio whose model fails a check is named and left out, unless it is the first. In a distributed run only the
     first process returns the result, as in `compress`.
 
     Args:
@@ -76,7 +76,7 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
     check_section(job.recipe.bench)
     check_enough_images(job.data.train, job.data.name)
     choose_device(job.recipe.device)
-    ordered = sorted(set(ratios))
+    ordered = distinct(ratios)
     with ExitStack() as open_runs:
         run = open_runs.enter_context(_open(job))
         points: list[Point] = []
@@ -87,7 +87,7 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
             try:
                 inner = open_runs.enter_context(open_run(part, without={"bench"}))
                 points.append(Point(part, inner, judge(part, inner)))
-            except RobustPruneError as error:
+            except QualityGateError as error:
                 if not points or distributed.count() > 1:
                     raise
                 lost.append(f"{label(part)}: {error}")
@@ -102,6 +102,14 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
         table = benchmark(run, _rows(points), job.recipe)
         for one in points:
             report(one.job, one.run, one.judged, one.latency(table))
+        names = {one.run.folder.name for one in points}
+        others = sorted(
+            path.parent.name for path in run.folder.glob("*/model.safetensors") if path.parent.name not in names
+        )
+        if others:
+            warn(
+                f"{run.folder} also holds {', '.join(others)}, which the report leaves out: give all ratios to see all."
+            )
         joint = run.stage(
             "report", RunReport, to_json(with_latency(_rows(points), table)),
             lambda: _written(_joint(job, points, lost, table), run.folder),
@@ -110,6 +118,18 @@ def frontier(job: Compression, ratios: Sequence[float] = RATIOS) -> Compressed |
         models = {f"{one.run.folder.name}/model.onnx": label(one.job) for one in points}
         show_end(joint, run, FILES | models)
         return Compressed(joint, run.folder)
+
+
+def distinct(ratios: Sequence[float]) -> list[float]:
+    """Return ratios in ascending order, each once, to a hundredth of a percent, which names their folders.
+
+    Raises:
+        UsageError: one is nearer to 0 or 1 than that.
+    """
+    found = sorted({round(ratio, 4) for ratio in ratios})
+    if not 0 < found[0] <= found[-1] < 1:
+        raise UsageError(f"ratios must be from 0.0001 to 0.9999, got {', '.join(f'{ratio:g}' for ratio in ratios)}.")
+    return found
 
 
 def label(job: Compression) -> str:

@@ -15,7 +15,7 @@ from .bench.latency import check_section
 from .compression import compress, open_run, recover
 from .console import console, warn, working
 from .data.base import ImageSet, Subset, labels_of, stratified, stratified_order
-from .errors import QualityGateError, RobustPruneError, UsageError
+from .errors import QualityGateError, UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.state import Flags, read_state
@@ -113,8 +113,9 @@ class Tried:
 def verdict(goal: Goal, ratio: float, robust: Flags, dense: Flags, test_images: int) -> Tried:
     """Return whether a model can be expected to meet the goal on test images.
 
-    The bound is the one-sided 95 % bound of the normal approximation and counts the noise of both sets of images. For a
-    drop the models are compared image by image.
+    The one-sided 95 % bound counts the noise of both sets of images. For a least accuracy it is that of Agresti and
+    Coull (1998), for a drop that of Agresti and Min (2005) for differences of the same images: both add observations of
+    each kind, so that a few images which all agree prove little.
 
     Args:
         goal: the goal.
@@ -123,10 +124,16 @@ def verdict(goal: Goal, ratio: float, robust: Flags, dense: Flags, test_images: 
             model, bool [N].
         test_images: number of test images that will judge the model.
     """
-    values = robust.astype(float) - (dense.astype(float) if goal.max_drop is not None else 0.0)
-    error = float(values.std()) * math.sqrt(1 / len(values) + 1 / test_images)
-    bound = float(values.mean()) - Z * error
-    least = goal.min_robust if goal.min_robust is not None else -(goal.max_drop or 0.0)
+    noise = math.sqrt(1 / len(robust) + 1 / test_images)
+    if goal.min_robust is not None:
+        share = (float(robust.sum()) + Z**2 / 2) / (len(robust) + Z**2)
+        bound, least = share - Z * math.sqrt(share * (1 - share)) * noise, goal.min_robust
+    else:
+        won, lost = float((robust & ~dense).sum()) + 0.5, float((dense & ~robust).sum()) + 0.5
+        count = len(robust) + 2
+        change = (won - lost) / count
+        bound = change - Z * math.sqrt((won + lost) / count - change**2) * noise
+        least = -(goal.max_drop or 0.0)
     return Tried(ratio, float(robust.mean()), bound, bound >= least)
 
 
@@ -164,6 +171,8 @@ def reach(job: Compression, goal: Goal) -> Compressed | None:
     choose_device(job.recipe.device)
     images = judges(job)
     judged = min(len(job.data.test), job.recipe.evaluation.images or len(job.data.test))
+    if len(images) < FEWEST_APART:
+        warn(f"{len(images)} held-out images judge, and tell little: see data.validation.")
     tried: list[Tried] = []
     with _open(job, goal) as run:
         dense = _robust(job, run, job.dense.module, images, "dense")
@@ -180,10 +189,10 @@ def reach(job: Compression, goal: Goal) -> Compressed | None:
                 with open_run(part) as inner:
                     robust = _robust(part, inner, recover(part, inner).model, images, "pruned")
                 tried.append(verdict(goal, ratio, robust, dense, judged))
-            except RobustPruneError as error:
-                if not tried or distributed.count() > 1:
+            except QualityGateError as error:
+                if distributed.count() > 1:
                     raise
-                tried.append(Tried(ratio, failure=str(error)))
+                tried.append(Tried(ratio, failure=str(error).rstrip(".")))
             console.print(str(tried[-1]), markup=False)
             return tried[-1].meets
 
@@ -238,8 +247,8 @@ def _robust(job: Compression, run: Run, model: nn.Module, images: ImageSet, name
         )  # fmt: skip
 
     inputs = [
-        models_hash(model), images_hash(images), to_json(recipe.threat_model), section.model_dump(mode="json"),
-        user_file.versions(section.tier), recipe.seed, job.device,
+        models_hash(model), images_hash(images), job.data.name, to_json(recipe.threat_model),
+        section.model_dump(mode="json"), user_file.versions(section.tier), recipe.seed, job.device,
     ]  # fmt: skip
     run.stage("held-out", ResultCard, inputs, make, files=[state], shared=True, reuse=inputs)
     return np.asarray(read_state(state)[1]["robust"], dtype=np.bool_)

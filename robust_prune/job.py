@@ -114,8 +114,8 @@ class Compression:
             "dense": [images["train"], images["held-out"], threat, self.device],
             f"export-{DENSE}": [images["train"], recipe.export.model_dump(mode="json")],
             f"evaluate-{DENSE}": [
-                images["test"], threat, evaluation.model_dump(mode="json"), user_file.versions(evaluation.tier),
-                self.device, *files,
+                images["test"], self.data.name, threat, evaluation.model_dump(mode="json"),
+                user_file.versions(evaluation.tier), self.device, *files,
             ],
         }  # fmt: skip
         return [*self.model_identity, recipe.seed, *own[stage]]

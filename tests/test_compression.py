@@ -79,25 +79,25 @@ PLANNING = {"groups", "adversarial set", "sensitivity", "channel scores"}
 
 
 @pytest.mark.parametrize(
-    ("answers", "again"),
+    ("answers", "again", "judged"),
     [
-        ({"data": _other_images("train")}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
-        ({"data": _other_images("validation")}, {"check of the dense model"}),
-        ({"data": _other_images("test")}, set()),
-        ({"model": _other_weights}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
-        ({"model": _other_names}, {*PLANNING, "attacked images of the repair", "check of the dense model"}),
+        ({"data": _other_images("train")}, {*PLANNING, "attacked images of the repair", "check of the dense model"}, 1),
+        ({"data": _other_images("validation")}, {"check of the dense model"}, 1),
+        ({"data": _other_images("test")}, set(), 2),
+        ({"data": lambda *_, **__: replace(PREPARED.bundle, name="other")}, set(), 2),
+        ({"model": _other_weights}, {*PLANNING, "attacked images of the repair", "check of the dense model"}, 2),
+        ({"model": _other_names}, {*PLANNING, "attacked images of the repair", "check of the dense model"}, 2),
     ],
-    ids=["train", "validation", "test", "weights", "class names"],
+    ids=["train", "validation", "test", "name of the data", "weights", "class names"],
 )  # fmt: skip
 def test_nothing_of_another_model_or_other_images_is_taken_from_the_cache(
-    answers: dict[str, Any], again: set[str], tmp_path: Path
+    answers: dict[str, Any], again: set[str], judged: int, tmp_path: Path
 ) -> None:
     store = Cache(tmp_path / "cache")
     recorded("compress", {}, tmp_path / "one", cache=store)
     called = recorded("compress", {}, tmp_path / "two", answers=answers, cache=store).called
     assert {*PLANNING, "attacked images of the repair", "check of the dense model"} & set(called) == again
-    judged_anew = answers.keys() == {"model"} or "test" in str(answers["data"].__closure__[0].cell_contents)
-    assert called.count("evaluation") == (2 if judged_anew else 1), "of the dense model and the pruned one"
+    assert called.count("evaluation") == judged, "of the pruned model, and of the dense one where it is not the same"
 
 
 def test_scores_by_another_version_of_a_users_file_are_not_taken_from_the_cache(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from builders.report_sample import latency
 
 from robust_prune.bench.types import LatencyTable
 from robust_prune.errors import QualityGateError, UsageError
-from robust_prune.frontier import frontier
+from robust_prune.frontier import distinct, frontier
 from robust_prune.job import Compressed, Compression
 from robust_prune.recipe_reader import load
 from robust_prune.report import RunReport
@@ -125,6 +125,19 @@ def test_a_ratio_that_fails_is_named_and_the_others_stand(tmp_path: Path, capsys
     assert "cut by 50 %: the pruned model differs" in done.report.notes
     with pytest.raises(QualityGateError, match="the pruned model differs"):
         run(tmp_path / "other", [0.3, 0.5], {"surgery": failing(1)})
+
+
+def test_ratios_that_share_a_name_are_one(tmp_path: Path) -> None:
+    assert distinct([0.5000001, 0.5, 0.3]) == [0.3, 0.5]
+    for odd in ([0.5, 0.99999], [1e-6]):
+        with pytest.raises(UsageError, match=r"ratios must be from 0\.0001 to 0\.9999"):
+            distinct(odd)
+
+
+def test_models_of_other_ratios_in_the_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, [0.3, 0.75])
+    run(tmp_path, [0.5, 0.75])
+    assert "also holds 30, which the report leaves out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_cache_of_the_users_the_folder_has_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from robust_prune import goal as searching
 from robust_prune.data.base import DataBundle, Subset, stratified
-from robust_prune.errors import QualityGateError, UsageError
+from robust_prune.errors import EnvironmentProblem, QualityGateError, UsageError
 from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.state import EvalState
 from robust_prune.goal import RATIOS, Goal, goal_of, judges, largest, reach, verdict
@@ -57,6 +57,16 @@ def test_a_promise_is_kept_on_test_images_in_nine_of_ten_searches(goal: Goal) ->
             promised += 1
             kept += goal.met(float(drawn(best, test).mean()), float(test.mean()))
     assert promised > 100 and kept >= 0.9 * promised, (promised, kept)
+
+
+def test_few_images_that_all_agree_prove_little() -> None:
+    right = np.ones(24, dtype=bool)
+    found = verdict(Goal(min_robust=0.9), 0.5, right, right, 60)
+    assert not found.meets and 0.8 < found.bound < 0.9  # the exact bound of 24 of 24 is 88 %
+    found = verdict(Goal(max_drop=0.02), 0.5, right, right, 60)
+    assert not found.meets and -0.15 < found.bound < -0.05
+    many = np.ones(5000, dtype=bool)
+    assert verdict(Goal(min_robust=0.99), 0.5, many, many, 5000).meets
 
 
 def test_a_goal_is_one_of_two_and_in_percent() -> None:
@@ -155,6 +165,14 @@ def test_what_cannot_be_met_is_said_with_what_was_tried(tmp_path: Path, monkeypa
         run(tmp_path / "one", monkeypatch, {"run": 0.4})
     with pytest.raises(QualityGateError, match=r"no ratio from 5 % meets the goal.*50 %: 40\.0 %.*; 5 %: 40\.0 %"):
         run(tmp_path / "two", monkeypatch, {"run": 0.6, **dict.fromkeys((f"{100 * r:g}" for r in RATIOS), 0.4)})
+
+
+def test_what_says_nothing_of_a_ratio_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise EnvironmentProblem("the disk is full")
+
+    with pytest.raises(EnvironmentProblem, match="the disk is full"):
+        run(tmp_path, monkeypatch, SHARES, surgery=full)
 
 
 def test_a_ratio_that_fails_does_not_meet_the_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def limited(search: GroupSearch, section: PruningSection) -> GroupSearch:
         section: the section ``pruning`` of the recipe.
 
     Raises:
-        UsageError: a pattern fits no layer of a group and no layer that is kept anyway.
+        UsageError: a pattern fits neither a layer of a group nor a skipped one.
     """
     least = {pattern: 1.0 for pattern in section.keep}
     for pattern, removed in section.limits.items():

@@ -120,9 +120,9 @@ def _note(search: GroupSearch, cost: CostModel, keep: Mapping[str, int], section
     if all(keep[g.name] in (0, floor_of(g, section.min_keep)) for g in search.groups):
         whole = f" and {len(search.skipped)} groups stay whole" if search.skipped else ""
         lower = "min_keep or " if any(floor_of(g, 0) < keep[g.name] for g in search.groups) else ""
-        lower = f"keep, limits, {lower}" if any(g.least for g in search.groups) else lower
+        more = "Keep fewer layers, allow more in limits, or lower" if any(g.least for g in search.groups) else "Lower"
         said = f"{asked} that the structure allows is {reached:.1%}: every group is at its floor{whole}"
-        return f"{said}. Lower {lower}the ratio."
+        return f"{said}. {more} {lower}the ratio."
     return f"{asked} found is {reached:.1%}: one channel more or less is too coarse a step."
 
 

@@ -53,5 +53,8 @@ def clear(*, cache: CacheFlag = None) -> None:
     from ..runs.cache import Cache
 
     store = Cache.named(cache)
+    if store.folder is None:
+        console.print("The cache is switched off: it has no folder.")
+        return
     removed = store.shrink(0)
     console.print(f"{removed} result{'' if removed == 1 else 's'} removed from {store.folder}", markup=False)

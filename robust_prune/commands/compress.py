@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -50,6 +50,9 @@ from .flags import (
 )
 from .next_steps import after_compress
 from .targets import target_of, with_target
+
+if TYPE_CHECKING:
+    from ..goal import Goal
 
 
 @Parameter(name="*")
@@ -171,6 +174,18 @@ class CompressFlags:
         given = self._values() | ({} if ratio is None else {"pruning.ratio": ratio})
         return resolve(self.recipe, given, self.assignments, demo=model == DEMO, trust_code=self.trust_code)
 
+    def goal(self) -> Goal | None:
+        """Return the goal that the flags state.
+
+        Raises:
+            UsageError: it is out of range, or there are two.
+        """
+        if self.min_robust is None and self.max_drop is None:
+            return None
+        from ..goal import goal_of
+
+        return goal_of(self.min_robust, self.max_drop)
+
     def _values(self) -> dict[str, Any]:
         """Return the values of the recipe that were given, by their keys."""
         flags = {
@@ -178,7 +193,7 @@ class CompressFlags:
             "pruning.allocation": self.allocation,
             "pruning.criterion": self.criterion,
             "pruning.keep": self.keep,
-            "pruning.limits": dict(map(_limit, self.limit)) if self.limit else None,
+            "pruning.limits": _limits(self.limit) if self.limit else None,
             "pruning.cuts": self.cuts,
             "threat.epsilon": self.epsilon,
             "threat.norm": self.norm,
@@ -197,11 +212,21 @@ class CompressFlags:
         return preset | {key: value for key, value in flags.items() if value is not None}
 
 
-def _limit(text: str) -> tuple[str, str]:
-    pattern, mark, share = text.rpartition("=")
-    if not mark or not pattern:
-        raise UsageError(f"--limit wants LAYER=SHARE such as layer4=0.8, got {text[:80]!r}")
-    return pattern, share
+def _limits(texts: Sequence[str]) -> dict[str, str]:
+    """Return the limits by pattern.
+
+    Raises:
+        UsageError: a text is not LAYER=SHARE, or a pattern has two limits.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, mark, share = text.rpartition("=")
+        if not mark or not pattern:
+            raise UsageError(f"--limit wants LAYER=SHARE such as layer4=0.8, got {text[:80]!r}")
+        if pattern in found:
+            raise UsageError(f"--limit {pattern} was given twice: {found[pattern]} and {share}. Give one of them.")
+        found[pattern] = share
+    return found
 
 
 DryRunFlag = Annotated[
@@ -226,7 +251,8 @@ def compress(
     flags: CompressFlags | None = None,
 ) -> None:
     """Prune a robust model, fine-tune it, and report its robust accuracy and latency."""
-    _run(model, listed(ratio) or [None], dry_run, flags or CompressFlags())
+    ratios: list[str | None] = list(listed(ratio) or ()) or [None]
+    _run(model, ratios, dry_run, flags or CompressFlags(), several=len(ratios) > 1)
 
 
 def frontier(
@@ -238,19 +264,32 @@ def frontier(
     flags: CompressFlags | None = None,
 ) -> None:
     """Compress a robust model by several ratios, and report all models in one table and one plot."""
-    _run(model, listed(ratio) or [None], dry_run, flags or CompressFlags())
+    _run(model, listed(ratio) or [None], dry_run, flags or CompressFlags(), several=True)
 
 
-def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: CompressFlags) -> None:
-    """Compress a model by one ratio (None for that of the recipe) or by several."""
+def _check_budgets(flags: CompressFlags, ratios: Sequence[str | None], dry_run: bool, several: bool) -> None:
+    """Raise UsageError if flags state more than one budget, or one that the command cannot have."""
     budgets = {
-        "--ratio": ratios[0], "--target-macs": flags.target_macs, "--target-params": flags.target_params,
+        "--target-macs": flags.target_macs, "--target-params": flags.target_params,
         "--target-latency": flags.target_latency, "--min-robust": flags.min_robust, "--max-drop": flags.max_drop,
     }  # fmt: skip
     given = [flag for flag, value in budgets.items() if value is not None]
+    if several and given:
+        raise UsageError(f"a frontier has several ratios, and {given[0]} is one budget. Give it to compress.")
+    given = [*(["--ratio"] if ratios[0] is not None else []), *given]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are two budgets. Give one of them.")
+    if given and given[0].startswith("--target") and flags.metric is not None:
+        raise UsageError(f"{given[0]} says what is counted, and --metric {flags.metric} too. Give one of them.")
+    if dry_run and given and given[0] in ("--min-robust", "--max-drop"):
+        raise UsageError(f"{given[0]} has no plan before models are trained. Leave out --dry-run.")
+
+
+def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: CompressFlags, several: bool = False) -> None:
+    """Compress a model by one ratio (None for that of the recipe), or by several as a frontier."""
     target = target_of(flags.target_macs, flags.target_params, flags.target_latency)
+    goal = flags.goal()
+    _check_budgets(flags, ratios, dry_run, several)
     recipes = [flags.resolved(model, ratio) for ratio in ratios]
     resolved = recipes[0]
     check_model_path(model)
@@ -264,7 +303,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
         from ..compression import compress as run_compression
         from ..compression import plan_only
         from ..frontier import frontier as run_frontier
-        from ..goal import goal_of, reach
+        from ..goal import reach
         from ..job import Compression
         from ..machine.host import tune_allocator
         from ..runs.cache import Cache
@@ -273,7 +312,7 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     store = Cache.named(flags.cache).of_model(loaded.spec.arch)
     resolved = with_target(resolved, target, loaded, bundle, store)
     job = Compression(run_name(model), loaded, bundle, resolved, flags.out, command_line(), store)
-    shares = [recipe.pruning.ratio for recipe in recipes] if len(recipes) > 1 else [resolved.pruning.ratio]
+    shares = [resolved.pruning.ratio, *(recipe.pruning.ratio for recipe in recipes[1:])]
     if dry_run:
         for share in shares:
             plan_only(job.at(share))
@@ -281,9 +320,9 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
             warn(f"this is the first of {cut.cuts} cuts; the others are planned on the model that it leaves.")
         console.print("Dry run: no run folder was written.")
         return
-    if flags.min_robust is not None or flags.max_drop is not None:
-        done = reach(job, goal_of(flags.min_robust, flags.max_drop))
-    else:
-        done = run_compression(job) if len(shares) == 1 else run_frontier(job, shares)
-    if done is not None and len(shares) == 1:
+    if several:
+        run_frontier(job, shares)
+        return
+    done = run_compression(job) if goal is None else reach(job, goal)
+    if done is not None:
         after_compress(done.folder, resolved, flags.arch or resolved.model.arch)

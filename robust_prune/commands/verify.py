@@ -26,14 +26,28 @@ def verify(
     arch: ArchFlag = None,
 ) -> None:
     """Check that the files of a run are those that it wrote, and classify a sample of images again."""
+    points = sorted(mark.parent for mark in run.glob("*/run.json"))
+    for folder in (run, *points):
+        _verify(folder, data, images, arch, has_model=folder != run or not points)
+
+
+def _verify(run: Path, data: str | None, images: int, arch: str | None, has_model: bool) -> None:
+    """Check one run folder; that of a frontier or a goal has no model itself.
+
+    Raises:
+        UsageError, QualityGateError: as `_classify_again`, or a file is not what the run wrote.
+    """
     from ..runs.audit import damaged
 
+    if not has_model:
+        console.print(f"{run}: several runs", markup=False)
     problems, count = damaged(run)
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise QualityGateError(f"{problems[0]}{more}.")
     console.print(f"{count} records and files of the stages are as they were written.", markup=False)
-    _classify_again(run, data, images, arch)
+    if has_model:
+        _classify_again(run, data, images, arch)
 
 
 def _classify_again(run: Path, data: str | None, count: int, arch: str | None) -> None:

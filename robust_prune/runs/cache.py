@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import __version__
 from ..console import WORTH_A_LINE, console, warn
-from ..errors import RobustPruneError
+from ..errors import RobustPruneError, UsageError
 from ..machine import host
 from ..printable import printable
 from ..serialization import from_json, to_json
@@ -62,9 +62,15 @@ def cache_folder(name: str | Path | None = None) -> Path | None:
     Args:
         name: the folder, or ``none``. By default the environment variable ``ROBUST_PRUNE_CACHE`` names one of them; if
             it is not set, the folder is ``~/.cache/robust-prune``.
+
+    Raises:
+        UsageError: the name begins with the home of an unknown user.
     """
     chosen = str(name or os.environ.get("ROBUST_PRUNE_CACHE") or Path("~", ".cache", "robust-prune"))
-    return None if chosen == NOTHING else Path(chosen).expanduser()
+    try:
+        return None if chosen == NOTHING else Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"the cache {chosen[:80]!r} names a user that this machine does not know.") from error
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,15 @@ class Cache:
     def named(cls, name: str | Path | None = None) -> Cache:
         """Return the cache in a folder; see `cache_folder`."""
         folder = cache_folder(name)
-        return cls() if folder is None else cls(folder / _STAGES)
+        if folder is None:
+            return cls()
+        if name is not None:
+            try:
+                (folder / _STAGES).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                warn(f"--cache {str(folder)[:200]}: {error.strerror}. Nothing is stored.")
+                return cls()
+        return cls(folder / _STAGES)
 
     def value(self, what: str, kind: type[T], inputs: Sequence[Any], make: Callable[[], T]) -> T:
         """Return the stored result with the same inputs, or call `make` and store its result.
@@ -177,7 +191,7 @@ class Cache:
         if self.folder is None:
             return None
         folder = self.folder / _key(what, inputs)
-        if not (folder / _RECORD).is_file():
+        if not os.path.lexists(folder):
             return None
         entry = _read(folder)
         if entry is None or not _whole(entry):
@@ -238,7 +252,7 @@ class Cache:
 
     def entries(self) -> list[Entry]:
         """Return all entries whose records can be read, those used last first; their files are not checked."""
-        found = [entry for folder in self._folders() if (entry := _read(folder)) is not None]
+        found = [entry for folder in list(self._folders()) if (entry := _read(folder)) is not None]
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def shrink(self, limit: int) -> int:
@@ -256,8 +270,9 @@ class Cache:
         return removed
 
     def _folders(self) -> Iterator[Path]:
-        if self.folder is not None and self.folder.is_dir():
-            yield from (path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
+        if self.folder is not None:
+            with suppress(OSError):
+                yield from (path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name))
 
 
 @dataclass(frozen=True)
@@ -277,7 +292,10 @@ class Parts:
     def get(self, name: str) -> dict[str, Tensor] | None:
         """Return the tensors of a part, on the CPU, or None if it is not stored."""
         entry = self.cache.find(self.what, [name])
-        return None if entry is None else _loaded(entry)
+        found = None if entry is None else _loaded(entry)
+        if entry is not None and found is None:
+            _remove(entry.folder)
+        return found
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors of a part, unless storing would take a large share of the time since the last one."""
@@ -344,8 +362,10 @@ def _key(what: str, inputs: Sequence[Any]) -> str:
 
 
 def _read(folder: Path) -> Entry | None:
-    """Return an entry, or None if its record is damaged."""
+    """Return an entry, or None if it has no record, a damaged one, or is a link."""
     try:
+        if folder.is_symlink():
+            return None
         record = read_json(folder / _RECORD)
         seal = record.pop("sha256")
         entry = Entry(
@@ -353,14 +373,23 @@ def _read(folder: Path) -> Entry | None:
             record["value"], {str(name): str(sha) for name, sha in record["files"].items()},
         )  # fmt: skip
         return entry if seal == digest(record) else None
-    except (RobustPruneError, LookupError, TypeError, ValueError, AttributeError):
+    except (
+        RobustPruneError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        OSError,
+    ):
         return None
 
 
 def _whole(entry: Entry) -> bool:
     try:
         return all(
-            Path(name).name == name and not (entry.folder / name).is_symlink()
+            Path(name).name == name and not (entry.folder / name).is_symlink() and (entry.folder / name).is_file()
             and file_sha256(entry.folder / name) == sha for name, sha in entry.files.items()
         )  # fmt: skip
     except OSError:
@@ -410,4 +439,13 @@ def _size(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove an entry, at once, so that a kill leaves none without a record."""
+    with suppress(OSError):
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
+            return
+        aside = folder
+        if not folder.name.endswith(_TEMPORARY):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_TEMPORARY, dir=folder.parent))
+            folder.replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -233,11 +233,14 @@ class Run:
     ) -> dict[str, Any] | None:
         """Return the record of a stage whose result is in the cache, with its files put in their places."""
         entry = self.cache.find(self._title(name), reuse)
-        if entry is None or not copied_from(entry, files):
+        if entry is None:
             return None
         try:
             from_json(kind, entry.value)
         except ValueError:
+            self.cache.forget(self._title(name), reuse)
+            return None
+        if not copied_from(entry, files):
             return None
         return self._record(name, key, given, entry.seconds, entry.value, files)
 

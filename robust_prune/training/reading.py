@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +25,11 @@ Read = tuple[Tensor, Tensor]
 """Images, uint8 [N, C, H, W], and labels, int64 [N]."""
 
 
-def read(images: ImageSet, batches: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Read]:
-    """Yield images and labels of batches on a device.
+@contextmanager
+def reading(
+    images: ImageSet, batches: Sequence[Tensor], device: torch.device, workers: int
+) -> Iterator[Iterator[Read]]:
+    """Yield an iterator over the images and labels of batches, on a device; workers end with the block.
 
     Args:
         images: the image set; images in memory are taken without workers.
@@ -33,26 +39,23 @@ def read(images: ImageSet, batches: Sequence[Tensor], device: torch.device, work
 
     Raises:
         UsageError: an image cannot be decoded.
-        EnvironmentProblem: a worker ended, for instance because memory was short.
+        EnvironmentProblem: a worker ended, for instance because memory was short; torch notices that wherever the block
+            is.
     """
-    if isinstance(images, TensorImages) or workers == 0:
-        place = images.images.device if isinstance(images, TensorImages) else torch.device("cpu")
-        for indices in batches:
-            x, y = images.get(indices.to(place))
-            yield x.to(device), y.to(device)
+    if isinstance(images, TensorImages) or workers == 0 or not batches:
+        yield _one_by_one(images, batches, device)
         return
-    cuda = device.type == "cuda"
     # The recipe asks for this number, or it is at most half of the cores.
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     loader: DataLoader[Any] = DataLoader(
         _Batches(images), batch_size=None, sampler=_Listed(batches), num_workers=workers, prefetch_factor=AHEAD,
-        pin_memory=cuda,
+        pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_parent,
     )  # fmt: skip
+    iterator: Any = None
     try:
-        for x, y in loader:
-            if isinstance(x, str):
-                raise UsageError(x)
-            yield x.to(device, non_blocking=cuda), y.to(device, non_blocking=cuda)
+        with _signals_later():
+            iterator = iter(loader)
+        yield _loaded(iterator, device)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -61,6 +64,52 @@ def read(images: ImageSet, batches: Sequence[Tensor], device: torch.device, work
             f"a process that reads images ended ({said}). Memory, or shared memory (/dev/shm), may be short: set "
             "training.workers and finetune.workers to a smaller number, or to 0."
         ) from error
+    finally:
+        # Left to the garbage collector, which discards exceptions, an interruption in this moment would be lost.
+        if iterator is not None:
+            with _signals_later():
+                iterator._shutdown_workers()
+
+
+def _one_by_one(images: ImageSet, batches: Sequence[Tensor], device: torch.device) -> Iterator[Read]:
+    place = images.images.device if isinstance(images, TensorImages) else torch.device("cpu")
+    for indices in batches:
+        x, y = images.get(indices.to(place))
+        yield x.to(device), y.to(device)
+
+
+def _loaded(batches: Iterator[Any], device: torch.device) -> Iterator[Read]:
+    for x, y in batches:
+        if isinstance(x, str):
+            raise UsageError(x)
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Put off signals that end the program until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for arrival in arrived:
+            signal.raise_signal(arrival)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Let Ctrl-C, which all processes of a terminal get, reach the parent alone, and SIGTERM end a worker silently."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def default_workers(processes: int) -> int:

@@ -37,7 +37,7 @@ from .perturbation import perturbed_weights
 from .placement import frozen_copy, resident
 from .precision import Precision, choose_precision
 from .randomness import generator_at, seeded_layers
-from .reading import default_workers, read
+from .reading import default_workers, reading
 from .types import EpochRecord, TrainResult
 from .validation import Score, chance_note, score
 
@@ -187,21 +187,21 @@ class _Run:
         begin = last_save = time.monotonic()
         before = state.elapsed
         batches = [self._indices(order, step) for step in range(state.step, self.steps_per_epoch)]
-        reading = read(self.images, batches, self.device, self.workers)
-        for _ in batches:
-            asked = time.monotonic()
-            x, y = next(reading)
-            state.waited += time.monotonic() - asked
-            self._step(x, y)
-            state.step += 1
-            unfinished = state.step < self.steps_per_epoch
-            save = unfinished and time.monotonic() - last_save > CHECKPOINT_SECONDS
-            if save or not unfinished or self.figures.due:
-                self._read_figures(advance)
-            if save:
-                state.elapsed = before + time.monotonic() - begin
-                self.save()
-                last_save = time.monotonic()
+        with reading(self.images, batches, self.device, self.workers) as ready:
+            for _ in batches:
+                asked = time.monotonic()
+                x, y = next(ready)
+                state.waited += time.monotonic() - asked
+                self._step(x, y)
+                state.step += 1
+                unfinished = state.step < self.steps_per_epoch
+                save = unfinished and time.monotonic() - last_save > CHECKPOINT_SECONDS
+                if save or not unfinished or self.figures.due:
+                    self._read_figures(advance)
+                if save:
+                    state.elapsed = before + time.monotonic() - begin
+                    self.save()
+                    last_save = time.monotonic()
         state.elapsed = before + time.monotonic() - begin
         self._finish_epoch()
 
@@ -295,7 +295,8 @@ class _Run:
         if wanted == "off" or self.accelerator.num_processes > 1 or (wanted == "auto" and self.device.type != "cuda"):
             return False
         generator, indices = generator_at(self.device, self.seed, "compile"), self._indices(self._order(0), 0)
-        ((x, y),) = read(self.images, [indices], self.device, 0)
+        with reading(self.images, [indices], self.device, 0) as ready:
+            ((x, y),) = ready
 
         def step(model: nn.Module) -> None:
             self.trained = self.attacked = model

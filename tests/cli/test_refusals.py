@@ -29,6 +29,24 @@ BAD = {
         ["compress", "demo", "--ratio", "0.5", "--max-drop", "2"],
         "--ratio and --max-drop are two budgets",
     ),
+    "goal and plan": (["compress", "demo", "--max-drop", "2", "--dry-run"], "--max-drop has no plan before models are"),
+    "goal of a frontier": (
+        ["frontier", "demo", "--min-robust", "38"],
+        "--min-robust is one budget. Give it to compress",
+    ),
+    "target and metric": (
+        ["compress", "demo", "--target-params", "10k", "--metric", "latency"],
+        "--target-params says what is counted, and --metric latency too",
+    ),
+    "two limits": (
+        ["compress", "demo", "--limit", "a=0.1", "--limit", "a=0.9"],
+        "--limit a was given twice: 0.1 and 0.9",
+    ),
+    "ratio near 1": (["frontier", "demo", "--ratio", "0.5,0.99999"], "ratios must be from 0.0001 to 0.9999"),
+    "unknown home": (
+        ["cache", "ls", "--cache", "~nobody-of-that-name/x"],
+        "names a user that this machine does not know",
+    ),
     "accuracy as a share": (["compress", "demo", "--min-robust", "0.38"], "in percent, got 0.38. Try 38."),
     "two targets": (["compress", "demo", "--target-params", "1k", "--target-macs", "1M"], "Give one of them"),
     "target word": (["compress", "demo", "--target-macs", "few"], "such as 50M, 300k or 1.2G, got 'few'"),

@@ -85,7 +85,7 @@ def pruning(section: PruningSection) -> Any:
 def training(settings: TrainSettings) -> Any:
     """The weights and figures of a training, what was scored, and what accelerate, compiler and readers were asked."""
     asked: list[Any] = []
-    front, score, read = acceleration.Accelerator, trainer.score, trainer.read
+    front, score, read = acceleration.Accelerator, trainer.score, trainer.reading
 
     def accelerator(**keywords: Any) -> Any:
         asked.append(keywords["log_with"])
@@ -99,7 +99,7 @@ def training(settings: TrainSettings) -> Any:
         patch.setattr(acceleration, "Accelerator", accelerator)
         patch.setattr(acceleration, "get_available_trackers", lambda: ["tensorboard"])
         patch.setattr(trainer, "score", scored)
-        patch.setattr(trainer, "read", lambda *given: asked.append(given[3]) or read(*given))
+        patch.setattr(trainer, "reading", lambda *given: asked.append(given[3]) or read(*given))
         patch.setattr(trainer, "choose_precision", lambda *_: asked.append("timed") or trainer.Precision(False, False))
         patch.setattr(trainer.compilation, "pays", lambda *_, **__: asked.append("compiled"))
         model = make_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,32 @@ def test_a_damaged_entry_is_named_and_its_result_computed_again(
     assert "in the cache is damaged. Its result, " in text and "computed again" in " ".join(text.split())
     again = both()
     assert again[0] == length and torch.equal(again[1]["t"], tensors["t"]), "the new entries are whole"
+
+
+@pytest.mark.parametrize("kind", ["half removed", "file", "link"])
+def test_what_is_no_entry_makes_room_for_one(kind: str, store: Cache, tmp_path: Path) -> None:
+    made = Made()
+    store.value("length", Length, [], made)
+    assert store.folder is not None
+    (folder,) = store.folder.iterdir()
+    if kind == "half removed":
+        (folder / "entry.json").unlink()
+        (folder / "dense.onnx").write_text("left")
+    else:
+        shutil.move(folder, tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere") if kind == "link" else folder.write_text("left")
+    assert store.value("length", Length, [], made) == Length(3, 2) == store.value("length", Length, [], made)
+    assert kind != "link" or (tmp_path / "elsewhere" / "entry.json").exists()
+    assert store.shrink(0) == 1 and list(store.folder.iterdir()) == []
+
+
+def test_a_record_of_absurd_numbers_is_damaged(store: Cache) -> None:
+    made = Made()
+    store.value("length", Length, [], made)
+    (entry,) = store.entries()
+    record = entry.folder / "entry.json"
+    record.write_text(record.read_text().replace('"seconds": ', '"seconds": 1' + 400 * "0" + ', "s": '))
+    assert store.entries() == [] and store.value("length", Length, [], made) == Length(3, 2)
 
 
 def test_those_not_used_for_longest_go_when_the_limit_is_exceeded(tmp_path: Path) -> None:

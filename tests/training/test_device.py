@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust_prune.catalogue import LOSSES
 from robust_prune.training import compilation, figures, trainer
-from robust_prune.training.reading import read
+from robust_prune.training.reading import reading
 from robust_prune.training.trainer import train
 
 # Each makes the host wait until the device has done all that was asked of it.
@@ -41,8 +41,8 @@ def _run(settings: trainer.TrainSettings, folder: Path, teacher: nn.Module | Non
 def test_a_step_reads_nothing_back_from_the_device(loss: str, tmp_path: Path) -> None:
     settings = make_settings(loss=loss, awp=0.005, awp_warmup=0.0, clip_grad=1.0, distillation=0.5)
     run = _run(settings, tmp_path, make_model(1))
-    with _Recorded() as recorded:
-        for x, y in read(run.images, [torch.arange(16)], run.device, 0):
+    with _Recorded() as recorded, reading(run.images, [torch.arange(16)], run.device, 0) as ready:
+        for x, y in ready:
             run._step(x, y)
     assert "convolution" in recorded.names or "mkldnn_convolution" in recorded.names
     assert not set(recorded.names) & set(WAITS)
@@ -58,8 +58,9 @@ def test_a_step_on_a_gpu_never_waits_for_it(loss: str, tmp_path: Path) -> None:
     run._step(*run.images.get(order))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for x, y in read(run.images, [order], run.device, 0):
-            run._step(x, y)
+        with reading(run.images, [order], run.device, 0) as ready:
+            for x, y in ready:
+                run._step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

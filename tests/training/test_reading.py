@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from builders.places import TESTS
 from builders.training_sample import THREAT, Killed, make_images, make_model, make_settings, weights_of
 from PIL import Image
 from torch import Tensor
@@ -15,8 +19,9 @@ from torch import Tensor
 from robust_prune.data.base import TensorImages
 from robust_prune.data.folder import FolderImages
 from robust_prune.errors import EnvironmentProblem, UsageError
-from robust_prune.training import reading, trainer
-from robust_prune.training.reading import default_workers, read
+from robust_prune.training import reading as readers
+from robust_prune.training import trainer
+from robust_prune.training.reading import default_workers, reading
 from robust_prune.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -67,8 +72,9 @@ def test_a_folder_teaches_what_memory_does_resumed_or_not(
 def test_batches_come_in_order_from_any_number_of_workers(files: FolderImages) -> None:
     batches = list(torch.randperm(96, generator=torch.Generator().manual_seed(0)).split(7))
     for workers in (0, 1, 3):
-        for indices, (x, y) in zip(batches, read(files, batches, CPU, workers), strict=True):
-            assert torch.equal(x, make_images(96).images[indices]) and torch.equal(y, files.labels[indices])
+        with reading(files, batches, CPU, workers) as ready:
+            for indices, (x, y) in zip(batches, ready, strict=True):
+                assert torch.equal(x, make_images(96).images[indices]) and torch.equal(y, files.labels[indices])
 
 
 def test_another_number_of_workers_resumes_the_same_training(files: FolderImages, tmp_path: Path) -> None:
@@ -85,28 +91,71 @@ def test_another_number_of_workers_resumes_the_same_training(files: FolderImages
 def test_an_image_that_cannot_be_decoded_is_named_in_one_line(workers: int, tmp_path: Path) -> None:
     images = on_disk(make_images(12), tmp_path)
     images.paths[9].write_bytes(b"no image")
-    with pytest.raises(UsageError) as error:
-        list(read(images, list(torch.arange(12).split(4)), CPU, workers))
+    batches = list(torch.arange(12).split(4))
+    with pytest.raises(UsageError) as error, reading(images, batches, CPU, workers) as ready:
+        list(ready)
     assert str(error.value).startswith(f"cannot decode the image {images.paths[9]}: ") and "\n" not in str(error.value)
 
 
-def test_a_worker_that_is_killed_is_said_with_what_helps(files: FolderImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_is_said_with_what_helps(files: FolderImages) -> None:
     parent = os.getpid()
 
     class Deadly(FolderImages):
         def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-            if os.getpid() != parent:
+            if os.getpid() != parent and int(indices[0]) > 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().get(indices)
 
-    images = Deadly(files.paths, files.labels, files.input_size)
-    with pytest.raises(EnvironmentProblem, match=r"a process that reads images ended .*set training\.workers"):
-        list(read(images, [torch.arange(4)], CPU, 1))
+    images, batches = Deadly(files.paths, files.labels, files.input_size), list(torch.arange(32).split(4))
+    with (
+        pytest.raises(EnvironmentProblem, match=r"a process that reads images ended .*set training\.workers"),
+        reading(images, batches, CPU, 1) as ready,
+    ):
+        next(ready)
+        for _ in range(200):  # torch may notice it while a step runs
+            time.sleep(0.05)
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from builders.places import TESTS
+from builders.training_sample import THREAT, make_images, make_model, make_settings
+from robust_prune import cli
+from robust_prune.data.folder import FolderImages
+from robust_prune.training.trainer import train
+images = make_images(96)
+files = FolderImages(tuple(sorted(Path({folder!r}).glob("*.png"))), images.labels, (3, 8, 8))
+settings = make_settings(loss="n_fgsm", epochs=100000, precision="fp32", workers=2, validation_images=0)
+threading.Timer({delay}, lambda: os.kill({target}, signal.{name})).start()
+with cli._terminable():
+    try:
+        train(make_model(), files, make_images(0), THREAT, settings)
+    except KeyboardInterrupt as stop:
+        print("stopped by", type(stop).__name__)
+"""
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_ends_training_whenever_it_comes(name: str, number: int, files: FolderImages) -> None:
+    """Epochs of 6 steps end and begin all the time, and with them the workers."""
+    target = "0" if name == "SIGINT" else "os.getpid()"  # a terminal tells all processes of its group
+    script = SCRIPT.format(
+        tests=str(TESTS), folder=str(files.paths[0].parent), delay=2 + 0.11 * number, target=target, name=name
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, start_new_session=True, check=False
+    )
+    stopped = {"SIGINT": "KeyboardInterrupt", "SIGTERM": "Terminated"}[name]
+    assert f"stopped by {stopped}" in done.stdout, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr[-2000:]
 
 
 def test_workers_are_half_of_the_cores_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, processes, wanted in ((2, 1, 1), (16, 1, 8), (64, 1, 8), (64, 8, 4), (1, 1, 1), (4, 8, 1)):
-        monkeypatch.setattr(reading, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(readers, "usable_cores", lambda cores=cores: cores)
         assert default_workers(processes) == wanted
 
 
