@@ -170,7 +170,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {row['name']} | {shares} | {' '.join(row['flags']) or '–'} |")
     for kind, what in (("cheat", "cheats"), ("honest", "honest models")):
         rows = [row for row in result["rows"] if row["kind"] == kind]
-        lines.append(f"\n{sum(bool(row['flags']) for row in rows)} of {len(rows)} {what} ring an alarm.")
+        rung = f"{sum(bool(row['flags']) for row in rows)} of {len(rows)} {what} ring an alarm."
+        lines.append(f"\n{rung if rows else f'No {what} measured.'}")
     plain = next((row for row in result["rows"] if row["name"] == "as it is"), None)
     if plain:
         share = plain["checks"] / (plain["passes"] / count * 1000)
