@@ -30,6 +30,8 @@ CODE_KEYS = ("model.arch", "training.loss", "finetune.loss", "pruning.criterion"
              "evaluation.tier")  # fmt: skip
 VERBS = {
     "compress": ["compress", "run/model.safetensors", "--data", "toy.npz", *QUICK],
+    "frontier": ["frontier", "run/model.safetensors", "--data", "toy.npz", "--ratio", "0.5", *QUICK],
+    "cache": ["cache", "ls", "--cache", "run"],
     "train": ["train", "--data", "toy.npz", "--arch", "cifar/resnet20_x0.25", "--epochs", "1", "--out", "new"],
     "sensitivity": ["sensitivity", "run/model.safetensors", "--data", "toy.npz"],
     "evaluate": ["evaluate", "run/model.safetensors", "--data", "toy.npz"],
@@ -40,7 +42,7 @@ VERBS = {
     "doctor": ["doctor"],
     "recipes": ["recipes", "show", "evil.yaml", "--resolved"],
 }
-TAKE_RECIPES = ("compress", "train", "sensitivity", "evaluate", "export")
+TAKE_RECIPES = ("compress", "frontier", "train", "sensitivity", "evaluate", "export")
 
 
 @pytest.fixture(scope="module")
