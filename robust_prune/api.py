@@ -45,8 +45,6 @@ from .evaluation.evaluate import Subject
 from .evaluation.evaluate import evaluate as _evaluate
 from .exporters.onnx import export_model
 from .exporters.types import OnnxArtifact
-from .frontier import RATIOS
-from .frontier import frontier as _frontier
 from .goal import goal_of, reach
 from .job import Compressed, Compression
 from .machine.device import choose_device
@@ -55,6 +53,8 @@ from .models.artifact import Model
 from .models.foreign import check_data, open_model
 from .models.python_module import as_model
 from .preflight import preflight
+from .ratios import RATIOS
+from .ratios import frontier as _frontier
 from .recipe import BenchSection, EvaluationSection, ExportSection, FinetuneSettings, PruningSection, Recipe
 from .recipe_reader import check_code, check_radii, make_section, with_threat_of
 from .recipe_reader import load as load_recipe

@@ -20,11 +20,11 @@ from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
 from .evaluation.state import Flags, read_state
 from .exporters.parity import check_enough_images
-from .frontier import label, point
 from .introspect.fingerprint import images_hash, models_hash
 from .job import Compressed, Compression
 from .machine.device import choose_device
 from .models import user_file
+from .ratios import label, point
 from .runs.run import Run, RunInputs
 from .serialization import to_json
 

@@ -302,10 +302,10 @@ def _run(model: str, ratios: Sequence[str | None], dry_run: bool, flags: Compres
     with working("Loading the libraries"):
         from ..compression import compress as run_compression
         from ..compression import plan_only
-        from ..frontier import frontier as run_frontier
         from ..goal import reach
         from ..job import Compression
         from ..machine.host import tune_allocator
+        from ..ratios import frontier as run_frontier
         from ..runs.cache import Cache
 
     tune_allocator()

@@ -19,7 +19,7 @@ from builders.plans import analysed
 from builders.report_sample import artifact as onnx_artifact
 from builders.report_sample import card, epoch, latency
 from builders.training_sample import make_images
-from robust_prune import baseline, compression, frontier, goal, job, outcome, recipe_reader
+from robust_prune import baseline, compression, goal, job, outcome, ratios, recipe_reader
 from robust_prune import train as training
 from robust_prune.attacks import ThreatModel
 from robust_prune.bench.types import LatencyTable
@@ -189,8 +189,8 @@ def _stages() -> list[tuple[Any, str, str, Callable[..., Any]]]:
         (registry, "make_spec", "architecture", registry.make_spec),
         (job, "choose_device", "device", lambda _: "cpu"),
         (compression, "choose_device", "device", lambda _: "cpu"),
-        (frontier, "choose_device", "device of the frontier", lambda _: "cpu"),
-        (frontier, "check_section", "provider of the frontier", lambda *_: None),
+        (ratios, "choose_device", "device of the frontier", lambda _: "cpu"),
+        (ratios, "check_section", "provider of the frontier", lambda *_: None),
         (goal, "choose_device", "device of the search", lambda _: "cpu"),
         (goal, "check_section", "provider of the search", lambda *_: None),
         (measured, "find_groups", "groups", lambda *_: given.analysis.search),
@@ -264,7 +264,7 @@ def patched(answers: Mapping[str, Callable[..., Any]] | None = None, until: Coll
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, stage, answer in _stages():
             patch.setattr(owner, name, recorder.stage(stage, given.get(stage, answer)))
-        for owner in (outcome, frontier, training):
+        for owner in (outcome, ratios, training):
             patch.setattr(owner, "snapshot", dict)
             patch.setattr(owner, "write", given.get("write", recorder.keep))
         yield recorder

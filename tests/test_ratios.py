@@ -13,8 +13,8 @@ from builders.report_sample import latency
 
 from robust_prune.bench.types import LatencyTable
 from robust_prune.errors import QualityGateError, UsageError
-from robust_prune.frontier import distinct, frontier
 from robust_prune.job import Compressed, Compression
+from robust_prune.ratios import distinct, frontier
 from robust_prune.recipe_reader import load
 from robust_prune.report import RunReport
 from robust_prune.report.files import write
