@@ -167,12 +167,12 @@ def _written(made: RunReport, folder: Path) -> RunReport:
 
 
 def _joint(job: Compression, points: Sequence[Point], lost: Sequence[str], table: LatencyTable | None) -> RunReport:
-    unit = UNITS[job.recipe.pruning.metric]
+    unit, shares = UNITS[job.recipe.pruning.metric], [f"{100 * one.job.recipe.pruning.ratio:g}" for one in points]
     rows = _rows(points)
     seconds: Mapping[str, float] = {label(one.job): sum(one.run.seconds.values()) for one in points}
     notes = [*job.data.cautions, *(note for one in points for note in one.judged.notes), *lost]
     return RunReport(
-        title=f"{job.name} compressed: {len(points)} shares of {unit} removed",
+        title=f"{job.name} compressed: {', '.join(shares)} % of {unit} removed",
         command=job.command,
         recipe=job.recipe.model_dump(mode="json"),
         notes=tuple(dict.fromkeys(note for note in notes if note)),
