@@ -17,6 +17,7 @@ from ..models.spec import ModelSpec
 from ..ranking.importance import channel_scores
 from ..recipe import Recipe
 from ..runs.cache import Cache
+from ..runs.parts import parts
 from ..sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
 from ..sensitivity.aggregation import aggregate_groups
 from ..sensitivity.estimators import measure
@@ -108,8 +109,8 @@ class Measured:
 
         def make() -> SensitivityProfile:
             attacked = self.attacked()
-            with self.cache.parts("Sensitivity", given) as parts:
-                return measure(self.model.to(self.device), attacked, section, device=self.device, parts=parts)
+            with parts(self.cache, "Sensitivity", given) as found:
+                return measure(self.model.to(self.device), attacked, section, device=self.device, parts=found)
 
         found = self.cache.value("Sensitivity", SensitivityProfile, given, make)
         return aggregate_groups(found, groups, section.aggregation)

@@ -11,15 +11,14 @@ A run never fails because of its cache: where it cannot be read or written, resu
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -42,11 +41,9 @@ LIMIT = 4 << 30
 """Bytes of all entries together; an entry that exceeds an eighth of it is not stored."""
 NOTHING = "none"
 """Name of the cache that stores nothing."""
-WORK_FOR_WRITING = 5.0
-"""Seconds of work between two parts of a computation for each second that storing a part takes."""
 _FORMAT = 1
 _PART = 8
-_RECORD, _TENSORS, _STAGES = "entry.json", "tensors.safetensors", "stages"
+_RECORD, TENSORS, _STAGES = "entry.json", "tensors.safetensors", "stages"
 _ENTRY = re.compile(r"[0-9a-f]{16}")
 _TEMPORARY = ".part"
 _ABANDONED = 24 * 3600
@@ -139,7 +136,7 @@ class Cache:
                 stored = from_json(kind, found.value)
                 _say(found)
                 return stored
-            _remove(found.folder)
+            remove(found.folder)
         begin = time.monotonic()
         made = make()
         self.store(what, inputs, to_json(made), time.monotonic() - begin)
@@ -148,16 +145,16 @@ class Cache:
     def tensors(self, what: str, inputs: Sequence[Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return stored tensors by name, on the CPU, or those that `make` returns; see `value`."""
         found = self.find(what, inputs)
-        stored = None if found is None else _loaded(found)
+        stored = None if found is None else load_tensors(found)
         if found is not None:
             if stored is not None:
                 _say(found)
                 return stored
-            _remove(found.folder)
+            remove(found.folder)
         begin = time.monotonic()
         made = make()
         if sum(tensor.nbytes for tensor in made.values()) <= self.limit // _PART:
-            self.store(what, inputs, None, time.monotonic() - begin, {_TENSORS: partial(_save, made)})
+            self.store(what, inputs, None, time.monotonic() - begin, {TENSORS: partial(save_tensors, made)})
         return made
 
     def of_model(self, arch: str) -> Cache:
@@ -173,19 +170,6 @@ class Cache:
 
         return Cache() if arch.startswith(f"{OBJECT}/") else self
 
-    @contextmanager
-    def parts(self, what: str, inputs: Sequence[Any]) -> Iterator[Parts]:
-        """Yield the parts of a long computation that a killed process left; they are removed when the block succeeds.
-
-        Args:
-            what, inputs: those under which the result will be stored.
-        """
-        whole = f"{what}, in part ({digest(list(inputs))})"
-        yield Parts(self, whole)
-        for entry in self.entries():
-            if entry.what == whole:
-                _remove(entry.folder)
-
     def find(self, what: str, inputs: Sequence[Any]) -> Entry | None:
         """Return the entry of a result if it is whole, and note its use; a damaged one is removed and named."""
         if self.folder is None:
@@ -196,7 +180,7 @@ class Cache:
         entry = _read(folder)
         if entry is None or not _whole(entry):
             warn(f"{folder} in the cache is damaged. Its result, {what}, is computed again.")
-            _remove(folder)
+            remove(folder)
             return None
         with suppress(OSError):
             os.utime(folder / _RECORD)
@@ -242,13 +226,13 @@ class Cache:
                 if not isinstance(error, OSError | RobustPruneError) and type(error).__name__ != "SafetensorError":
                     raise
             finally:
-                _remove(part)
+                remove(part)
             self.shrink(self.limit)
 
     def forget(self, what: str, inputs: Sequence[Any]) -> None:
         """Remove the entry of a result, if there is one."""
         if self.folder is not None:
-            _remove(self.folder / _key(what, inputs))
+            remove(self.folder / _key(what, inputs))
 
     def entries(self) -> list[Entry]:
         """Return all entries whose records can be read, those used last first; their files are not checked."""
@@ -262,69 +246,17 @@ class Cache:
         for _, size, folder in sorted(sizes):
             if total <= limit:
                 break
-            _remove(folder)
+            remove(folder)
             total, removed = total - size, removed + 1
         for part in self.folder.glob(f".*{_TEMPORARY}") if self.folder is not None else ():
             if limit == 0 or time.time() - _used(part) > _ABANDONED:
-                _remove(part)
+                remove(part)
         return removed
 
     def _folders(self) -> Iterator[Path]:
         if self.folder is not None:
             with suppress(OSError):
                 yield from (path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Tensors that a long computation has found so far, by the name of the part.
-
-    Attributes:
-        cache: where they are stored.
-        what: the computation in words, with the hash of its inputs.
-        pace: when a part was stored last, and how long that took, in seconds.
-    """
-
-    cache: Cache = field(default_factory=Cache)
-    what: str = ""
-    pace: dict[str, float] = field(default_factory=dict)
-
-    def get(self, name: str) -> dict[str, Tensor] | None:
-        """Return the tensors of a part, on the CPU, or None if it is not stored."""
-        entry = self.cache.find(self.what, [name])
-        found = None if entry is None else _loaded(entry)
-        if entry is not None and found is None:
-            _remove(entry.folder)
-        return found
-
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of a part, unless storing would take a large share of the time since the last one."""
-        self._put(name, tensors)
-
-    def _put(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
-        begin = time.monotonic()
-        if begin - self.pace.get("stored", -math.inf) < WORK_FOR_WRITING * self.pace.get("took", 0.0):
-            return False
-        self.cache.store(self.what, [name], None, 0.0, {_TENSORS: partial(_save, tensors)})
-        self.pace["stored"] = time.monotonic()
-        self.pace["took"] = self.pace["stored"] - begin
-        return True
-
-    def last(self, name: str, steps: int) -> tuple[int, dict[str, Tensor]]:
-        """Return the last of at most `steps` steps after which `step` stored tensors, and these; 0 and none without."""
-        for number in range(steps, 0, -1):
-            found = self.get(f"{name} {number}")
-            if found is not None:
-                self.pace[name] = number
-                return number, found
-        return 0, {}
-
-    def step(self, name: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors that step `number`, counted from 1, leaves, in place of earlier ones; see `put`."""
-        if self._put(f"{name} {number}", tensors):
-            earlier = int(self.pace.get(name, 0))
-            self.cache.forget(self.what, [f"{name} {earlier}"])
-            self.pace[name] = number
 
 
 def copied_from(entry: Entry, files: Sequence[Path]) -> bool:
@@ -396,17 +328,19 @@ def _whole(entry: Entry) -> bool:
         return False
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as safetensors."""
     from safetensors.torch import save_file
 
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
-def _loaded(entry: Entry) -> dict[str, Tensor] | None:
+def load_tensors(entry: Entry) -> dict[str, Tensor] | None:
+    """Return the tensors of an entry by name, on the CPU, or None if they cannot be read."""
     from safetensors.torch import load_file
 
     try:
-        return load_file(entry.folder / _TENSORS)
+        return load_file(entry.folder / TENSORS)
     except Exception:  # another process may have removed the entry, and the library has errors of its own
         return None
 
@@ -438,7 +372,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove an entry, at once, so that a kill leaves none without a record."""
     with suppress(OSError):
         if folder.is_symlink() or not folder.is_dir():

@@ -28,7 +28,7 @@ from ..errors import UsageError
 from ..models.layout import fastest_layout
 from ..models.wrappers import unwrap
 from ..recipe import SensitivitySection
-from ..runs.cache import Parts
+from ..runs.parts import Parts
 from ..structure.types import ChannelGroup
 from .adversarial_set import AdversarialSet
 from .aggregation import aggregate_groups

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..console import track
-from ..runs.cache import Parts
+from ..runs.parts import Parts
 from .losses import RobustLoss
 from .targets import Target, exchanged
 

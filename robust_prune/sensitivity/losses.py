@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..console import track
 from ..errors import UsageError
 from ..models.layout import runs_in_bf16, weights_dtype
-from ..runs.cache import Parts
+from ..runs.parts import Parts
 from .adversarial_set import AdversarialSet
 from .replay import Trace, record, replay
 from .targets import Target, exchanged

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..console import track
-from ..runs.cache import Parts
+from ..runs.parts import Parts
 from .ascent import ascend, first_step
 from .initial_directions import shortlist
 from .losses import RobustLoss

@@ -36,7 +36,8 @@ from robust_prune.models import artifact, foreign, registry
 from robust_prune.models.artifact import Model
 from robust_prune.recipe import PruningSection, Recipe
 from robust_prune.report import RunReport
-from robust_prune.runs.cache import Cache, Parts
+from robust_prune.runs.cache import Cache
+from robust_prune.runs.parts import Parts
 from robust_prune.sensitivity.adversarial_set import AdversarialSet
 from robust_prune.surgery import repair as repairing
 from robust_prune.surgery.apply import apply

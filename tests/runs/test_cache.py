@@ -12,6 +12,7 @@ import torch
 from robust_prune import cli
 from robust_prune.job import Length
 from robust_prune.runs import cache as caching
+from robust_prune.runs import parts as storing
 from robust_prune.runs.cache import Cache, cache_folder
 from robust_prune.runs.run import Run
 
@@ -164,15 +165,15 @@ def test_a_python_object_shares_nothing(store: Cache) -> None:
 
 
 def test_parts_last_until_the_computation_succeeds(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 0.0)
-    with pytest.raises(KeyboardInterrupt), store.parts("sum", [1]) as parts:
+    monkeypatch.setattr(storing, "WORK_FOR_WRITING", 0.0)
+    with pytest.raises(KeyboardInterrupt), storing.parts(store, "sum", [1]) as parts:
         for number in (1, 2, 3):
             parts.step("loss", number, {"sum": torch.tensor([float(number)])})
         parts.put("direction", {"d": torch.ones(2)})
         raise KeyboardInterrupt
-    with store.parts("sum", [2]) as other:
+    with storing.parts(store, "sum", [2]) as other:
         assert other.last("loss", 9) == (0, {}) and other.get("direction") is None
-    with store.parts("sum", [1]) as parts:
+    with storing.parts(store, "sum", [1]) as parts:
         number, tensors = parts.last("loss", 9)
         assert number == 3 and tensors["sum"].item() == 3
         assert parts.get("direction") is not None and len(store.entries()) == 2
@@ -180,12 +181,12 @@ def test_parts_last_until_the_computation_succeeds(store: Cache, monkeypatch: py
 
 
 def test_parts_are_not_stored_more_often_than_it_pays(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 1e9)
-    with pytest.raises(KeyboardInterrupt), store.parts("sum", []) as parts:
+    monkeypatch.setattr(storing, "WORK_FOR_WRITING", 1e9)
+    with pytest.raises(KeyboardInterrupt), storing.parts(store, "sum", []) as parts:
         for number in (1, 2, 3):
             parts.step("loss", number, {"sum": torch.ones(1)})
         raise KeyboardInterrupt
-    with store.parts("sum", []) as parts:
+    with storing.parts(store, "sum", []) as parts:
         assert parts.last("loss", 9)[0] == 1
 
 

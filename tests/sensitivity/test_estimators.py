@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from robust_prune.data.base import TensorImages
 from robust_prune.errors import UsageError
 from robust_prune.recipe import SensitivitySection
-from robust_prune.runs import cache as caching
+from robust_prune.runs import parts as storing
 from robust_prune.runs.cache import Cache
 from robust_prune.sensitivity import estimators
 from robust_prune.sensitivity.adversarial_set import AdversarialSet, make_adversarial_set
@@ -242,12 +242,12 @@ def test_a_killed_measurement_goes_on_and_ends_alike_wherever_it_was_killed(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Cache, "store", counted)
-    monkeypatch.setattr(caching, "WORK_FOR_WRITING", 0.0)
+    monkeypatch.setattr(storing, "WORK_FOR_WRITING", 0.0)
     times = 0
     for _ in range(500):
         left = 3  # parts that each process completes before it is killed
         try:
-            with store.parts("Sensitivity", [estimator]) as parts:
+            with storing.parts(store, "Sensitivity", [estimator]) as parts:
                 found = measure(resnet, adv, section, batch_size=4, parts=parts)
             break
         except KeyboardInterrupt:
