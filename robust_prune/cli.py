@@ -5,11 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -18,6 +14,7 @@ from cyclopts.completion.detect import ShellDetectionError
 
 from . import __version__, last_resort
 from .errors import EnvironmentProblem, RobustPruneError, UsageError
+from .interruption import Terminated, interruptible
 from .printable import printable
 from .suggest import question
 
@@ -137,10 +134,6 @@ _REQUIRED = {name: ("MODEL", verb.example) for name, verb in _VERBS.items() if v
 _CALLED = {"MODEL": "a model", "RUN": "a run folder", "NAME": "a recipe", "TO": "a file to write to"}
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM, or its terminal was closed; it ends as after Ctrl-C."""
-
-
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -164,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UsageError(
                 f"the argument {printable(odd[0])} is not UTF-8 text. Rename the file, or make a link to it."
             )
-        with _terminable():
+        with interruptible():
             app(tokens, exit_on_error=False, print_error=False)
     except (CycloptsError, RobustPruneError) as error:
         if debug:
@@ -204,27 +197,6 @@ def _is_text(token: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, with files and workers put in order."""
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Windows has no SIGHUP, which tells that the terminal was closed.
-    numbers = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
-    # A signal that is ignored, as by nohup, stays so.
-    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _said(error: Exception) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from robust_prune import cli, last_resort
+from robust_prune.interruption import Terminated
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[Any, str]:
@@ -57,7 +58,7 @@ def no_array() -> BaseException:
         (PermissionError(13, "Permission denied", "/data/x.png"), 3, r"/data/x\.png: permission denied\."),
         (OSError(36, "File name too long", "x" * 500), 2, "a file name is too long"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
-        (cli.Terminated(), 143, "interrupted; run the same command again"),
+        (Terminated(), 143, "interrupted; run the same command again"),
     ],
 )
 def test_errors_of_the_machine_are_one_line(

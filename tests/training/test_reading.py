@@ -122,14 +122,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from builders.places import TESTS
 from builders.training_sample import THREAT, make_images, make_model, make_settings
-from robust_prune import cli
 from robust_prune.data.folder import FolderImages
+from robust_prune.interruption import interruptible
 from robust_prune.training.trainer import train
 images = make_images(96)
 files = FolderImages(tuple(sorted(Path({folder!r}).glob("*.png"))), images.labels, (3, 8, 8))
 settings = make_settings(loss="n_fgsm", epochs=100000, precision="fp32", workers=2, validation_images=0)
 threading.Timer({delay}, lambda: os.kill({target}, signal.{name})).start()
-with cli._terminable():
+with interruptible():
     try:
         train(make_model(), files, make_images(0), THREAT, settings)
     except KeyboardInterrupt as stop:
