@@ -41,9 +41,9 @@ from robust_prune.budget.analysis import Analysis, analyse
 from robust_prune.budget.measured import Measured
 from robust_prune.budget.plan import PruningPlan, make_plan
 from robust_prune.commands.common import open_data, open_model_for
-from robust_prune.compression import score_before_finetune
 from robust_prune.console import console
 from robust_prune.data.base import DataBundle, random_images, random_subset, stratified
+from robust_prune.evaluation.card import ResultCard
 from robust_prune.evaluation.evaluate import Subject, evaluate
 from robust_prune.introspect.fingerprint import models_hash
 from robust_prune.machine.device import choose_device
@@ -61,6 +61,7 @@ from robust_prune.surgery.repair import repair
 from robust_prune.training.trainer import train
 
 STEPS, SAME_MACS = (8, 4, 2, 1), 0.005
+HELD_OUT_IMAGES = 500
 NUDGES = (0, 0.005, -0.005, 0.01, -0.01, 0.02, -0.02)
 
 
@@ -220,6 +221,14 @@ def cut_and_recover(
         "held_out_after": max((r.val_robust for r in tuned.history if r.val_robust is not None), default=None),
         "seconds": {"repair": repaired - begin, "finetune": finished - started},
     }
+
+
+def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) -> ResultCard:
+    """Measure accuracy after the cut on held-out training images; test images are for final results only."""
+    section = recipe.evaluation.model_copy(update={"tier": "pgd", "restarts": 1, "sweep": (), "precision": "fp32"})
+    subject = Subject("pruned, before fine-tuning", data.name, "validation")
+    held_out = stratified(data.validation, HELD_OUT_IMAGES)
+    return evaluate(model, held_out, recipe.threat_model, section, subject=subject, seed=recipe.seed)
 
 
 def scored(model: nn.Module, name: str, data: DataBundle, recipe: Recipe, device: str) -> dict[str, Any]:

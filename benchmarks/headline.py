@@ -28,7 +28,7 @@ from recovered import paired
 import robust_prune as rp
 from robust_prune.commands.common import open_data
 from robust_prune.data.base import Subset, labels_of, stratified_order
-from robust_prune.evaluation.card import wilson_interval
+from robust_prune.evaluation.intervals import wilson_interval
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
 from robust_prune.recipe import EvaluationSection

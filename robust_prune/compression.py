@@ -27,7 +27,7 @@ from .budget.measured import Measured
 from .budget.plan import make_plan, render_plan
 from .budget.types import PruningPlan
 from .console import console, warn, working
-from .data.base import DataBundle, ImageSet, stratified
+from .data.base import ImageSet, stratified
 from .evaluation.card import ResultCard
 from .evaluation.dense_check import DenseCheck, check_dense
 from .evaluation.evaluate import Subject, evaluate
@@ -71,7 +71,6 @@ from .surgery.repair import repair
 from .training.trainer import train
 from .training.types import TrainResult
 
-BEFORE_FINETUNE_IMAGES = 500
 FILES = {
     "report.html": "the run in one page",
     "model.onnx": "the pruned model for ONNX Runtime",
@@ -288,7 +287,7 @@ def plan_by_clock(
 
 
 def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, plan: PruningPlan) -> Pruned:
-    """Run the stage that removes channels, repairs the model, measures its accuracy and writes it to a file."""
+    """Run the stage that removes channels, repairs the model and writes it to a file."""
     recipe, spec, file = job.recipe, job.dense.spec, pruned_file(run, at)
 
     def make() -> Pruned:
@@ -298,22 +297,13 @@ def prune_and_repair(job: Compression, run: Run, at: str, parent: nn.Module, pla
         if recipe.pruning.repair == "least_squares":
             attacked = measured(job, parent).attacked(min(recipe.pruning.repair_images, len(job.data.train)))
         repair(surgery, parent, job.data.train, recipe, job.device, attacked)
-        card = score_before_finetune(surgery.model, job.data, recipe)
         save(job, surgery.model, file)
-        return Pruned(surgery.rolled_back, surgery.parity, card)
+        return Pruned(surgery.rolled_back, surgery.parity)
 
     pruned = run.stage(f"prune{at}", Pruned, [to_json(plan)], make, files=[file])
     for group in pruned.rolled_back:
         warn(f"group {group.name} stayed whole: {group.reason}")
     return pruned
-
-
-def score_before_finetune(model: nn.Module, data: DataBundle, recipe: Recipe) -> ResultCard:
-    """Measure accuracy after the cut on up to 500 held-out training images; test images are for final results only."""
-    section = recipe.evaluation.model_copy(update={"tier": "pgd", "restarts": 1, "sweep": (), "precision": "fp32"})
-    subject = Subject("pruned, before fine-tuning", data.name, "validation")
-    held_out = stratified(data.validation, BEFORE_FINETUNE_IMAGES)
-    return evaluate(model, held_out, recipe.threat_model, section, subject=subject, seed=recipe.seed)
 
 
 def finetune(job: Compression, run: Run, at: str, plan: PruningPlan) -> TrainResult:

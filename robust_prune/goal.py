@@ -18,6 +18,7 @@ from .data.base import ImageSet, Subset, labels_of, stratified, stratified_order
 from .errors import QualityGateError, UsageError
 from .evaluation.card import ResultCard
 from .evaluation.evaluate import Subject, evaluate
+from .evaluation.intervals import paired_change
 from .evaluation.state import Flags, read_state
 from .exporters.parity import check_enough_images
 from .introspect.fingerprint import images_hash, models_hash
@@ -129,10 +130,8 @@ def verdict(goal: Goal, ratio: float, robust: Flags, dense: Flags, test_images: 
         share = (float(robust.sum()) + Z**2 / 2) / (len(robust) + Z**2)
         bound, least = share - Z * math.sqrt(share * (1 - share)) * noise, goal.min_robust
     else:
-        won, lost = float((robust & ~dense).sum()) + 0.5, float((dense & ~robust).sum()) + 0.5
-        count = len(robust) + 2
-        change = (won - lost) / count
-        bound = change - Z * math.sqrt((won + lost) / count - change**2) * noise
+        change, deviation = paired_change(robust, dense)
+        bound = change - Z * deviation * noise
         least = -(goal.max_drop or 0.0)
     return Tried(ratio, float(robust.mean()), bound, bound >= least)
 

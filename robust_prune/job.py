@@ -13,7 +13,6 @@ from torch import nn
 
 from .budget.types import PruningPlan
 from .data.base import DataBundle
-from .evaluation.card import ResultCard
 from .exporters.types import OnnxArtifact
 from .introspect.fingerprint import images_hash, models_hash
 from .machine.device import choose_device
@@ -152,12 +151,10 @@ class Pruned:
     Attributes:
         rolled_back: groups that were not cut, with the reasons.
         parity: largest relative error between the pruned model and the masked dense model.
-        before_finetune: accuracy on held-out images after the repair.
     """
 
     rolled_back: tuple[Skipped, ...]
     parity: float
-    before_finetune: ResultCard
 
 
 @dataclass(frozen=True)

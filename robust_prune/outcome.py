@@ -48,11 +48,12 @@ def report(job: Compression, run: Run, judged: Judged, table: LatencyTable) -> R
             plan=compose([cut.plan for cut in cuts], section.ratio),
             rolled_back=last.pruned.rolled_back,
             history=last.tuned.history,
-            before_finetune=last.pruned.before_finetune,
+            start=last.tuned.start,
             environment=snapshot() | {"bench": table.environment},
             seconds=dict(run.seconds),
             latency_protocol=table.protocol,
             noise_floor=table.noise_floor,
+            class_names=tuple(job.data.class_names),
         )
         examples = make_examples(
             {label: model.to(job.device) for label, model in judged.models.items() if label != SCRATCH},

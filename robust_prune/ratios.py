@@ -181,4 +181,5 @@ def _joint(job: Compression, points: Sequence[Point], lost: Sequence[str], table
         seconds=dict(seconds),
         latency_protocol="" if table is None else table.protocol,
         noise_floor={} if table is None else table.noise_floor,
+        class_names=tuple(job.data.class_names),
     )

@@ -120,8 +120,10 @@ def _run_stages(
             notes=tuple(note for note in (*data.cautions, *notes, trained.note) if note),
             models=rows,
             history=trained.history,
+            start=trained.start,
             environment=snapshot(),
             seconds=dict(run.seconds),
+            class_names=tuple(data.class_names),
         )
         write(made, folder)
         return made

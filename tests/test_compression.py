@@ -36,7 +36,7 @@ from robust_prune.structure.types import Skipped
 from robust_prune.training.types import TrainResult
 
 WORK = {
-    "groups", "plan", "surgery", "held-out score", "fine-tuning", "export", "evaluation", "latency",
+    "groups", "plan", "surgery", "fine-tuning", "export", "evaluation", "latency",
     "length from scratch", "check of the dense model",
 }  # fmt: skip
 """What is only called where a stage is made, not taken from the folder."""
@@ -150,7 +150,7 @@ def _file_of(content: str) -> Callable[..., OnnxArtifact]:
     [
         ("dense", {}, {"check of the dense model"}),
         ("plan", {}, {"groups", "plan"}),
-        ("plan", {"plan": _plan_of(0.3)}, {"groups", "plan", "surgery", "held-out score", "fine-tuning"}),
+        ("plan", {"plan": _plan_of(0.3)}, {"groups", "plan", "surgery", "fine-tuning"}),
         ("finetune", {}, {"fine-tuning"}),
         ("finetune", {"fine-tuning": _trained_further}, {"fine-tuning", "export", "evaluation"}),
         ("export-pruned", {"export": _file_of("other")}, {"export", "evaluation", "latency"}),
@@ -178,7 +178,7 @@ def _job(recipe: Recipe, folder: Path) -> Compression:
 def _cut(seconds: float) -> Cut:
     tuned = TrainResult((replace(epoch(1, 1.0), seconds=seconds), replace(epoch(2, 1.0), seconds=seconds)), 1)
     plan = _plan_of(0.3)()
-    pruned = Pruned((), 0.0, None)  # type: ignore[arg-type]
+    pruned = Pruned((), 0.0)
     return Cut(Planned(PREPARED.analysis.profile, plan), pruned, tuned, plan)  # type: ignore[arg-type]
 
 
@@ -232,7 +232,7 @@ class _opened:  # noqa: N801
 
 def test_groups_that_stayed_whole_are_no_part_of_what_was_cut(tmp_path: Path) -> None:
     plan = _plan_of(0.5)()
-    pruned = Pruned((Skipped(plan.groups[0].name, "why"),), 0.0, None)  # type: ignore[arg-type]
+    pruned = Pruned((Skipped(plan.groups[0].name, "why"),), 0.0)
     real = compression.what_was_cut(plan, pruned, _job(Recipe(), tmp_path), PREPARED.dense.module)
     assert real.groups[0].removed == () != plan.groups[0].removed and real.groups[1:] == plan.groups[1:]
     assert (real.macs_after, real.params_after) == (plan.macs_before, plan.params_before)
@@ -291,7 +291,6 @@ def test_the_report_holds_what_the_stages_found(tmp_path: Path) -> None:
     assert report.models[0].macs > report.models[1].macs == report.models[2].macs
     assert report.notes[0] == "a caution" and report.notes[-1].startswith("scratch: the pruned architecture")
     assert report.rolled_back == (whole,)
-    assert report.before_finetune is not None and report.before_finetune.split == "validation"
     assert [record.epoch for record in report.history] == [1]
     assert report.profile == PREPARED.analysis.profile and report.plan is not None
     assert report.environment == {"bench": {"load": 0.5}}
@@ -320,7 +319,6 @@ def test_alarms_and_notes_are_printed_once_with_the_models_to_which_they_belong(
         flags = {
             "dense": ("Both.",),
             "pruned": ("Both.", "Pruned [alone]."),
-            "pruned, before fine-tuning": ("First.", "Both."),
         }
         found = card(subject.model, 20, 10, 24)
         right = ExportedAccuracy(found.clean, found.robust)
@@ -337,7 +335,6 @@ def test_alarms_and_notes_are_printed_once_with_the_models_to_which_they_belong(
     assert lines == [
         "Alarm: dense, pruned: Both.",
         "Alarm: pruned: Pruned [alone].",
-        "Alarm: pruned, before fine-tuning: First.",
         "Note: a caution",
     ]
 

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-import math
+import base64
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import computed_field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ..attacks.threat import ThreatModel
 from ..shown import Shown
+from .intervals import paired_interval, wilson_interval
+
+BYTE = 8
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson, 1927), 95 % by default.
-
-    Args:
-        successes: number of successes.
-        total: sample size.
-        z: quantile of the normal distribution.
-
-    Returns:
-        Lower and upper bound in [0, 1]; (0, 1) for an empty sample.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    p = successes / total
-    centre = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+Verdicts = NDArray[np.bool_]
+"""Whether each image of a set, in its order, is classified correctly: bool [N]."""
 
 
 @pydantic_dataclass(frozen=True)
 class Accuracy:
-    """Number of correct predictions out of `total` images; its JSON also has the rate and its interval."""
+    """Number of correct predictions out of `total` images; its JSON also has the rate and its interval.
+
+    Attributes:
+        correct, total: number of correct predictions and of images.
+        right: which images are classified correctly, one bit each in their order, in base 64; empty if not kept.
+    """
 
     correct: int
     total: int
+    right: str = field(default="", repr=False, compare=False)
+
+    @classmethod
+    def of(cls, verdicts: Verdicts) -> Accuracy:
+        """Return the accuracy of verdicts on images, bool [N], which are kept."""
+        packed = base64.b64encode(np.packbits(verdicts).tobytes()).decode()
+        return cls(int(verdicts.sum()), len(verdicts), packed)
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.total:
             raise ValueError(f"{self.correct} correct predictions of {self.total} images")
+        if self.right and int(self.verdicts.sum()) != self.correct:
+            raise ValueError(f"its single verdicts are not {self.correct} of {self.total}")
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """Whether each image is classified correctly, bool [N]; N is 0 if only the number was kept."""
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(self.right, validate=True), np.uint8))
+        if self.right and not 0 <= len(bits) - self.total < BYTE:
+            raise ValueError(f"its single verdicts are not those of {self.total} images")
+        return bits[: self.total].astype(np.bool_)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -54,6 +65,15 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval in [0, 1]."""
         return wilson_interval(self.correct, self.total)
+
+    def change_from(self, before: Accuracy) -> tuple[float, float] | None:
+        """Return the 95 % interval of the change from `before` on the same images, in [-1, 1].
+
+        None if either has not kept its verdicts, or the numbers of images differ.
+        """
+        if not (self.right and before.right) or self.total != before.total:
+            return None
+        return paired_interval(self.verdicts, before.verdicts)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -236,9 +236,11 @@ def _few_images(request: Request) -> tuple[Tensor, Tensor]:
 
 def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
     total, counters = len(request.images), state.counters
-    clean, robust = Accuracy(int(state.clean.sum()), total), Accuracy(int(state.robust.sum()), total)
+    clean, robust = Accuracy.of(state.clean), Accuracy.of(state.robust)
     breakdown = _breakdown(request, state)
-    sweep = {float(radius): Accuracy(*counts) for radius, counts in sorted(counters.sweep.items(), key=_radius)}
+    sweep = {
+        float(radius): Accuracy(counts[0], counts[1]) for radius, counts in sorted(counters.sweep.items(), key=_radius)
+    }
     flags = [*counters.flags, *sweep_flags({radius: accuracy.value for radius, accuracy in sweep.items()})]
     if "pgd" in breakdown:
         flags += gap_flags(breakdown["pgd"], robust.correct, total)
@@ -246,8 +248,8 @@ def _result(request: Request, state: EvalState, subject: Subject) -> ResultCard:
         flags += black_box_flags("the model", *counters.black_box)
     exported = {}
     for index, name in enumerate(request.exported):
-        right = (Accuracy(int(found[index].sum()), total) for found in (state.exported_clean, state.exported_robust))
-        exported[name] = ExportedAccuracy(*right)
+        found = state.exported_clean[index], state.exported_robust[index]
+        exported[name] = ExportedAccuracy(*map(Accuracy.of, found))
         flags += exported_flags(
             name, counters.exported_mismatch[index], total, robust.correct, exported[name].robust.correct,
             same=not counters.exported_differs[index],

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from markupsafe import Markup
 
-from ..budget.types import PruningPlan
 from ..evaluation.card import Accuracy
 from ..report import svg, text
-from ..sensitivity.profile import SensitivityProfile
-from ..training.types import EpochRecord
-from .table import find_latency, key_of, latency_keys, short_latency
+from ..training.types import EpochRecord, Start
+from .table import find_latency, key_of, latency_keys, short_latency, shown_robust
 from .types import RunReport
 
 WIDTH, HEIGHT = 420, 290
@@ -45,7 +43,7 @@ def tradeoff(run: RunReport) -> Markup:
         return Markup("")
     x = svg.axis([0.0, *(model.high for model in found)], LEFT, RIGHT)
     y = svg.axis([100 * bound for model in found for bound in model.robust.interval], BOTTOM, TOP)
-    parts = svg.frame(x, y, cost, "robust accuracy in %")
+    parts = svg.frame(x, y, cost, "robust accuracy", " %")
     places = [(x(model.cost), y(100 * model.robust.value)) for model in found]
     taken: list[tuple[float, float, float]] = []
     front = pareto([(model.cost, model.robust.value) for model in found]) if len(found) > 2 else [0, 1]
@@ -74,12 +72,7 @@ _MS = "latency in ms"
 
 def _placed(run: RunReport) -> tuple[list[Placed], str]:
     """Return the models with a cost and a robust accuracy, and the title of the cost's axis."""
-    judged = [
-        (model, robust)
-        for model in run.models
-        if (robust := model.onnx_robust or (model.card.robust if model.card is not None else None)) is not None
-        and robust.total
-    ]
+    judged = [(model, robust) for model in run.models if (robust := shown_robust(model)) is not None and robust.total]
     keys = latency_keys(run)
     if not keys:
         macs = [
@@ -162,7 +155,7 @@ def _series(history: Sequence[EpochRecord], key: str, name: str, css: str, facto
     return Series(name, css, tuple(points))
 
 
-def _curves(series: Sequence[Series], title: str, y_title: str) -> Markup:
+def _curves(series: Sequence[Series], title: str, y_title: str, unit: str = "") -> Markup:
     drawn = [s for s in series if s.points]
     if not drawn:
         return Markup("")
@@ -170,7 +163,7 @@ def _curves(series: Sequence[Series], title: str, y_title: str) -> Markup:
     values = [p[1] for s in drawn for p in s.points]
     x = svg.axis([min(epochs), max(epochs)], LEFT, RIGHT - 46, integer=True)
     y = svg.axis([min(values), max(values)], BOTTOM, TOP)
-    parts = svg.frame(x, y, "epoch", y_title)
+    parts = svg.frame(x, y, "epoch", y_title, unit)
     ends = []
     for s in drawn:
         places = [(x(a), y(b)) for a, b in s.points]
@@ -199,84 +192,18 @@ def _spread(
     return placed
 
 
-def accuracy_curves(history: Sequence[EpochRecord]) -> Markup:
-    """Return a chart of held-out clean and robust accuracy by epoch; empty without epochs."""
+def accuracy_curves(history: Sequence[EpochRecord], start: Start | None = None) -> Markup:
+    """Return a chart of held-out accuracy by epoch, from epoch 0 where `start` is known; empty without epochs."""
     series = [
         _series(history, "val_clean", "clean", "base", 100),
         _series(history, "val_robust", "robust", "main", 100),
     ]
-    return _curves(series, "Held-out accuracy by epoch", "held-out accuracy in %")
+    if start is not None and history:
+        first = {"clean": start.clean, "robust": start.robust}
+        series = [replace(s, points=((0.0, 100 * first[s.name]), *s.points)) for s in series if s.points]
+    return _curves(series, "Held-out accuracy by epoch", "held-out accuracy", " %")
 
 
 def loss_curve(history: Sequence[EpochRecord]) -> Markup:
     """Return a chart of the training loss by epoch; empty without epochs."""
     return _curves([_series(history, "train_loss", "loss", "main")], "Training loss by epoch", "training loss")
-
-
-@dataclass(frozen=True)
-class SensitivityBar:
-    """A module on the logarithmic scale of MRS; `position` is in [0, 100] per cent of the scale's width."""
-
-    name: str
-    kind: str
-    value: str
-    position: float
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Ticks of a logarithmic scale as (label, position in [0, 100] per cent)."""
-
-    ticks: tuple[tuple[str, float], ...]
-
-
-def sensitivity_bars(profile: SensitivityProfile) -> tuple[list[SensitivityBar], Scale]:
-    """Return one bar for each module, in the order of the profile, and the log scale; zeros are at its start."""
-    positive = [m.mrs for m in profile.modules if m.mrs > 0 and math.isfinite(m.mrs)]
-    if not positive:
-        return [], Scale(())
-    # At most five decades, since smaller values are practically zero and would compress the others.
-    high = math.ceil(math.log10(max(positive)) - 1e-9)
-    low = max(math.floor(math.log10(min(positive)) + 1e-9), high - 5)
-    low = min(low, high - 1)
-
-    def place(value: float) -> float:
-        if value <= 0:
-            return 0.0
-        return min(100.0, max(0.0, 100 * (math.log10(value) - low) / (high - low)))
-
-    names = text.short_names([m.name for m in profile.modules])
-    bars = [
-        SensitivityBar(names[m.name], m.kind, f"{m.mrs:.3g}", place(m.mrs) if math.isfinite(m.mrs) else 100.0)
-        for m in profile.modules
-    ]
-    ticks = tuple((svg.number(10.0**e), 100 * (e - low) / (high - low)) for e in range(low, high + 1))
-    return bars, Scale(ticks)
-
-
-@dataclass(frozen=True)
-class WidthBar:
-    """Channels of a group before and after, and both in per cent of the widest group."""
-
-    name: str
-    before: int
-    after: int
-    before_share: float
-    after_share: float
-
-    @property
-    def kept(self) -> str:
-        """Share of kept channels in per cent, as text."""
-        return f"{100 * self.after / self.before:.0f} %" if self.before else text.NONE
-
-
-def width_bars(plan: PruningPlan, rolled_back: Sequence[str] = ()) -> list[WidthBar]:
-    """Return one bar for each group, in the order of the plan; `rolled_back` groups keep all channels."""
-    widest = max((group.channels for group in plan.groups), default=1)
-    names = text.short_names([group.name for group in plan.groups])
-    bars = []
-    for group in plan.groups:
-        after = group.channels if group.name in rolled_back else group.keep
-        share = 100 / max(widest, 1)
-        bars.append(WidthBar(names[group.name], group.channels, after, share * group.channels, share * after))
-    return bars

@@ -120,12 +120,13 @@ def _check_comparable(runs: Mapping[str, RunReport]) -> None:
         card = next((m.card for m in run.models if m.card), None)
         if card is None:
             continue
-        terms = (card.threat, card.tier, card.attack, card.data, card.clean.total)
+        terms = (card.threat, card.tier, card.attack, card.data, card.clean.total, card.images_hash)
         if first is None:
             first = name, terms
         elif terms != first[1]:
             here, there = (f"{t[2]} at {t[0]} on {t[4]} images of {t[3]}" for t in (terms, first[1]))
+            differ = f"of different images ({here})" if here == there else f"({here} and {there})"
             raise UsageError(
-                f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. Evaluate "
-                "them in the same way first."
+                f"robust accuracies of {name} and {first[0]} {differ} cannot stand in one table. Evaluate them in the "
+                "same way first."
             )

@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from ..console import duration
-from ..report import charts, pictures, summary, table, text
+from ..report import breakdown, charts, layers, pictures, summary, table, text
 from .types import RunReport
 
 
@@ -43,7 +43,6 @@ def _environment() -> jinja2.Environment:
 
 
 def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    bars, scale = charts.sensitivity_bars(run.profile) if run.profile else ([], charts.Scale(()))
     skipped = [*(run.plan.skipped if run.plan else ()), *run.rolled_back]
     return {
         "run": run,
@@ -61,11 +60,12 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
         "card": next((m.card for m in run.models if m.card), None),
         "tradeoff": charts.tradeoff(run),
         "speedups": charts.speedups(run),
-        "sensitivity": bars,
-        "scale": scale.ticks,
-        "widths": charts.width_bars(run.plan, [r.name for r in run.rolled_back]) if run.plan else [],
+        "layers": layers.layers(run),
         "skipped": skipped,
-        "accuracy_curves": charts.accuracy_curves(run.history),
+        "by_class": breakdown.by_class(run),
+        "classes": breakdown.class_rows(run)[1],
+        "by_radius": breakdown.by_radius(run),
+        "accuracy_curves": charts.accuracy_curves(run.history, run.start),
         "loss_curve": charts.loss_curve(run.history),
         "latencies": [(m.label, row) for m in run.models for row in m.latency],
         "strips": pictures.strips(examples),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..catalogue import ALLOCATIONS, CRITERIA
 from ..report import text
-from .table import find_latency, latency_keys
+from .table import find_latency, latency_keys, shown_robust
 from .types import ModelRow, RunReport
 
 
@@ -35,8 +35,9 @@ def tiles(run: RunReport) -> list[Tile]:
         detail = f"95 % interval {row.speedup.low:.2f} to {row.speedup.high:.2f}, batch {row.batch}"
         found.append(Tile("Speed", faster, detail))
     if before.card and after.card:
-        value = text.percent(after.card.robust.value)
-        found.append(Tile("Robust accuracy", value, f"{before.label}: {text.percent(before.card.robust.value)}"))
+        change = text.points(after.card.robust, before.card.robust)
+        detail = f"{before.label}: {text.percent(before.card.robust.value)}; {change}"
+        found.append(Tile("Robust accuracy", text.percent(after.card.robust.value), detail))
     return [tile for tile in found if tile.value]
 
 
@@ -94,7 +95,7 @@ def _further(run: RunReport, model: ModelRow) -> str:
     """Return a sentence on a model after the first two, by its own accuracy: another precision or another run."""
     keys = latency_keys(run)
     row = find_latency(model, keys[0]) if keys else None
-    robust = model.onnx_robust or (model.card.robust if model.card else None)
+    robust = shown_robust(model)
     if row is None or row.speedup is None or robust is None:
         return ""
     first = run.models[0].label
@@ -123,11 +124,9 @@ def _accuracy(before: ModelRow, after: ModelRow) -> str:
 def warnings(run: RunReport) -> list[str]:
     """Return all warnings, with the models' labels: flags of cards, noisy latencies, failed parity, missed budget."""
     flagged: dict[str, list[str]] = {}
-    for label, card in [*((model.label, model.card) for model in run.models), (BEFORE_FINETUNE, run.before_finetune)]:
-        for flag in card.flags if card else ():
-            # What still holds after fine-tuning need not be said of the state before it.
-            if label != BEFORE_FINETUNE or flag not in flagged:
-                flagged.setdefault(flag, []).append(label)
+    for model in run.models:
+        for flag in model.card.flags if model.card else ():
+            flagged.setdefault(flag, []).append(model.label)
     found = [f"{', '.join(labels)}: {flag}" for flag, labels in flagged.items()]
     for model in run.models:
         if model.onnx and not model.onnx.parity.passed:
@@ -145,7 +144,6 @@ def warnings(run: RunReport) -> list[str]:
     return found
 
 
-BEFORE_FINETUNE = "pruned, before fine-tuning"
 REPAIRS = {
     "least_squares": " and the least-squares repair of the layers behind it",
     "batchnorm": " and a re-estimation of batch-norm",
@@ -153,14 +151,15 @@ REPAIRS = {
 
 
 def after_the_cut(run: RunReport) -> str:
-    """Return a sentence with the accuracy after the cut and before fine-tuning; empty if it was not measured."""
-    card = run.before_finetune
-    if card is None:
+    """Return a sentence with the accuracy after the cut and before fine-tuning; empty without either."""
+    start = run.start
+    if start is None or run.plan is None:
         return ""
     repair = REPAIRS.get(run.recipe.get("pruning", {}).get("repair", ""), "")
     return (
-        f"Right after the cut{repair}, before any fine-tuning, the model classified {text.percent(card.clean.value)} "
-        f"of {card.clean.total:,} {card.split} images correctly, and {text.percent(card.robust.value)} under attack."
+        f"Right after the cut{repair}, before any fine-tuning (epoch 0), the model classified "
+        f"{text.percent(start.clean)} of {start.images:,} held-out training images correctly, and "
+        f"{text.percent(start.robust)} under PGD-{start.steps}."
     )
 
 

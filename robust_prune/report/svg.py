@@ -54,17 +54,29 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
     return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>').format(x1, y1, x2, y2, css)
 
 
-def label(x: float, y: float, content: str, css: str = "", anchor: str = "start") -> Markup:
-    """Return a text element; the content is escaped."""
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}">{}</text>').format(
-        x, y, anchor, css, escape(content)
+def label(x: float, y: float, content: str, css: str = "", anchor: str = "start", title: str = "") -> Markup:
+    """Return a text element, with a tooltip if `title` is given; both are escaped."""
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}">{}{}</text>').format(
+        x, y, anchor, css, escape(content), _tip(title)
     )
+
+
+def bar(x: float, y: float, width: float, height: float, css: str, title: str = "") -> Markup:
+    """Return a rectangle, with a tooltip if `title` is given."""
+    return Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="{}">{}</rect>').format(
+        x, y, width, height, css, _tip(title)
+    )
+
+
+def _tip(title: str) -> Markup:
+    return Markup("<title>{}</title>").format(title) if title else Markup("")
 
 
 def dot(x: float, y: float, radius: float, css: str, title: str = "") -> Markup:
     """Return a disc, with a tooltip if `title` is given."""
-    tip = Markup("<title>{}</title>").format(title) if title else Markup("")
-    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}">{}</circle>').format(x, y, radius, css, tip)
+    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}">{}</circle>').format(
+        x, y, radius, css, _tip(title)
+    )
 
 
 def polyline(points: Sequence[tuple[float, float]], css: str) -> Markup:
@@ -78,6 +90,28 @@ def figure(width: int, height: int, title: str, parts: Sequence[Markup]) -> Mark
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         width, height, title, Markup("").join(parts)
     )
+
+
+STYLE = """
+text { font-family: Helvetica, Arial, sans-serif; font-size: 12px; fill: #16191d; }
+.tick, .row { font-size: 11px; } .tick { fill: #5b6470; } .row { fill: #16191d; }
+.axis-title { font-size: 11.5px; fill: #5b6470; }
+.name { font-weight: bold; }
+.grid { stroke: #eceff1; } .rule { stroke: #dfe3e7; } .stem { stroke: #cfdffa; stroke-width: 2; }
+.link { stroke: #6d7683; stroke-dasharray: 2 4; }
+.bar { stroke-width: 2; } .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.bar.main, .curve.main { stroke: #1d5fd1; } .bar.base, .curve.base { stroke: #6d7683; } .bar.faint { stroke: #dfe3e7; }
+.dot.main, .name.main, .kept { fill: #1d5fd1; } .dot.base, .name.base { fill: #6d7683; }
+.dot.faint { fill: #dfe3e7; } .name.faint { fill: #5b6470; } .removed { fill: #cfdffa; }
+"""
+"""Looks of a drawing outside the page: those of the page in its light colours."""
+
+
+def standalone(drawing: Markup) -> str:
+    """Return a chart, as returned by `figure`, as an SVG document of its own, with its looks and its size in pixels."""
+    width, height = str(drawing).split('"', 2)[1].split()[2:]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+    return f"{str(drawing).replace('<svg', head, 1).replace('>', f'><style>{STYLE}</style>', 1)}\n"
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str, unit: str = "") -> list[Markup]:

@@ -171,6 +171,8 @@ def caption(run: RunReport) -> str:
         sentences.append(f"Latency: median, ONNX Runtime {providers}, {threads}.")
     if doubts := dict.fromkeys(doubt for row in rows for doubt in row.doubts):
         sentences.append(f"* in doubt: {'; '.join(doubts)}.")
+    if any(robust is not None and robust.right for robust in map(shown_robust, run.models[1:])):
+        sentences.append("Changes of accuracy: on the same images, in pairs.")
     if card or rows:
         sentences.append("Brackets: 95 % intervals.")
     return " ".join(sentences)
@@ -201,6 +203,7 @@ def wide_rows(run: RunReport, brief: bool = False) -> list[list[Cell]]:
     keys = latency_keys(run)[: 1 if brief else MAX_LATENCY_LINES]
     rows = []
     for position, model in enumerate(run.models):
+        base = run.models[0] if position else None
         row = [Cell(model.label), Cell(text.quantity(model.macs))]
         row += [] if brief else [Cell(text.quantity(model.params))]
         row.append(Cell(text.file_size(model.file_bytes)))
@@ -212,16 +215,25 @@ def wide_rows(run: RunReport, brief: bool = False) -> list[list[Cell]]:
             digits = text.decimals(found.p50_ms)
             faster = text.short_speedup(found.speedup) if brief else text.speedup(found.speedup)
             row.append(Cell(f"{found.p50_ms:.{digits}f}{doubted(found)}", "", faster if position else ""))
-        row += [_accuracy_cell(model.onnx_clean or (model.card.clean if model.card else None))]
-        row += [_accuracy_cell(model.onnx_robust or (model.card.robust if model.card else None))]
+        row += [_accuracy_cell(get(model), get(base) if base else None) for get in (shown_clean, shown_robust)]
         rows.append(row)
     return rows
 
 
-def _accuracy_cell(accuracy: Accuracy | None) -> Cell:
+def shown_clean(model: ModelRow) -> Accuracy | None:
+    """Return the clean accuracy of the ONNX file if it was measured, else that of the torch model."""
+    return model.onnx_clean or (model.card.clean if model.card else None)
+
+
+def shown_robust(model: ModelRow) -> Accuracy | None:
+    """Return the robust accuracy of the ONNX file if it was measured, else that of the torch model."""
+    return model.onnx_robust or (model.card.robust if model.card else None)
+
+
+def _accuracy_cell(accuracy: Accuracy | None, base: Accuracy | None) -> Cell:
     if accuracy is None or not accuracy.total:
         return Cell(text.NONE)
-    return Cell(f"{100 * accuracy.value:.1f}", text.accuracy_span(accuracy))
+    return Cell(f"{100 * accuracy.value:.1f}", text.accuracy_span(accuracy), text.points(accuracy, base))
 
 
 def _with_change(cell: Cell) -> str:
@@ -253,7 +265,7 @@ def _pair_table(run: RunReport, intervals: int) -> Table:
         figures = [cell.plain if intervals else cell.value for cell in line.cells]
         change = line.cells[-1].change
         if intervals < 2:
-            change = text.NO_DIFFERENCE if change.startswith(text.NO_DIFFERENCE) else change.partition(" [")[0]
+            change = text.without_interval(change)
         table.add_row(line.short, *figures, *([change] if pair else []))
     return table
 
@@ -275,7 +287,7 @@ def _wide_table(run: RunReport, brief: bool, details: int, widest_name: int | No
         table.add_column(heads[i], justify="right" if i else "left", overflow="fold", **name)
     for row in rows:
         *others, clean, robust = row
-        shown = [_with_change(cell) for cell in row] if details == 3 else []
+        shown = [*map(_with_change, others), clean.plain, robust.plain] if details == 3 else []
         shown = shown or [
             *(f"{cell.value} {cell.change}".strip() for cell in others),
             clean.value,
@@ -289,15 +301,18 @@ def _plain_cells(line: Line, pair: bool) -> list[str]:
     return [cell.plain for cell in line.cells] + ([line.cells[-1].change] if pair else [])
 
 
+def headline_cells(run: RunReport) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the lines of the headline table as text, with all intervals."""
+    if is_wide(run):
+        return wide_heads(run), [[_with_change(cell) for cell in row] for row in wide_rows(run)]
+    pair = len(run.models) == SIDE_BY_SIDE
+    heads = ["", *(m.label for m in run.models), *(["change"] if pair else [])]
+    return heads, [[line.short, *_plain_cells(line, pair)] for line in headline_lines(run)]
+
+
 def headline_markdown(run: RunReport) -> str:
     """Return the headline table as Markdown."""
-    if is_wide(run):
-        heads = wide_heads(run)
-        body = [[_with_change(cell) for cell in row] for row in wide_rows(run)]
-    else:
-        pair = len(run.models) == SIDE_BY_SIDE
-        heads = ["", *(m.label for m in run.models), *(["change"] if pair else [])]
-        body = [[line.short, *_plain_cells(line, pair)] for line in headline_lines(run)]
+    heads, body = headline_cells(run)
     lines = [_row([_cell_text(head) for head in heads]), _row(["---", *["---:"] * (len(heads) - 1)])]
     lines += [_row([_cell_text(cell) for cell in cells]) for cells in body]
     return "\n".join(lines) + f"\n\n{caption(run)}\n"

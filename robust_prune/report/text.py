@@ -11,6 +11,7 @@ MINUS = "\u2212"
 TIMES = "\u00d7"
 NONE = "\u2013"
 NO_DIFFERENCE = "no difference"
+NOT_TOLD_APART = "not told apart"
 ATTACK_NAMES = {"apgd": "APGD", "aa-fast": "AA-fast", "standard": "AutoAttack"}
 """Short names of the tiers that run more than one attack."""
 
@@ -68,10 +69,26 @@ def accuracy_span(accuracy: Accuracy) -> str:
 
 
 def points(after: Accuracy | None, before: Accuracy | None) -> str:
-    """Return the difference of two accuracies: ``-1.2 points``; empty if one is unknown."""
+    """Return the difference of two accuracies: ``-1.2 points [-2.0, -0.4]``; empty if one is unknown.
+
+    The 95 % interval is that of paired images, and stands only if both accuracies kept their verdicts; if 0 is inside,
+    ``not told apart`` precedes.
+    """
     if after is None or before is None or not after.total or not before.total:
         return ""
-    return f"{signed(100 * (after.value - before.value))} points"
+    found = f"{signed(100 * (after.value - before.value))} points"
+    bounds = after.change_from(before)
+    if bounds is None:
+        return found
+    low, high = bounds
+    found = f"{found} [{', '.join(signed(100 * bound) for bound in bounds)}]"
+    return f"{NOT_TOLD_APART}, {found}" if low <= 0 <= high else found
+
+
+def without_interval(change: str) -> str:
+    """Return a change in few words: what precedes its interval, or only that there is no difference to be seen."""
+    doubt = next((words for words in (NO_DIFFERENCE, NOT_TOLD_APART) if change.startswith(words)), "")
+    return doubt or change.partition(" [")[0]
 
 
 def speedup(ratio: Ratio | None) -> str:

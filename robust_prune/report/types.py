@@ -16,7 +16,7 @@ from ..exporters.types import OnnxArtifact
 from ..sensitivity.profile import SensitivityProfile
 from ..shown import Shown
 from ..structure.types import Skipped
-from ..training.types import EpochRecord
+from ..training.types import EpochRecord, Start
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ class RunReport(Shown):
         plan: the plan as it was carried out.
         rolled_back: groups whose cut failed its proof, with the reasons; with several cuts those of the last one.
         history: records of the epochs of training, or of fine-tuning after the last cut.
-        before_finetune: accuracy after the last cut and its repair, before fine-tuning.
+        start: accuracy on held-out images before the first of these epochs.
         environment: hardware, versions and load.
         seconds: wall time of each stage in seconds.
         created: time of the report, ISO 8601.
         version: version of robust-prune.
         latency_protocol: one line that describes the latency measurement.
         noise_floor: A/A ratio by conditions, as (value, low, high).
+        class_names: name of each class.
     """
 
     title: str
@@ -78,13 +79,14 @@ class RunReport(Shown):
     plan: PruningPlan | None = None
     rolled_back: tuple[Skipped, ...] = ()
     history: tuple[EpochRecord, ...] = ()
-    before_finetune: ResultCard | None = None
+    start: Start | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: str = __version__
     latency_protocol: str = ""
     noise_floor: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     def short(self) -> str:
         """Return the title and the labels of the models."""

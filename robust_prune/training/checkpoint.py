@@ -19,6 +19,8 @@ from ..runs.files import atomic_write
 from .validation import Score
 
 SHA256 = "sha256"
+FORMAT = 2
+"""Version of what a checkpoint holds."""
 
 
 @dataclass
@@ -32,7 +34,7 @@ class RunState:
         elapsed: seconds spent in the current epoch.
         waited: seconds of these in which no step ran, since images were being read.
         best_epoch: epoch of the best weights; 0 is the start.
-        best: held-out score of the best weights.
+        start, best: held-out scores before the first epoch and of the best weights.
         note: why training ended early; empty otherwise.
     """
 
@@ -43,6 +45,7 @@ class RunState:
     elapsed: float = 0.0
     waited: float = 0.0
     best_epoch: int = 0
+    start: Score = field(default_factory=lambda: Score(-1.0, -1.0))
     best: Score = field(default_factory=lambda: Score(-1.0, -1.0))
     note: str = ""
 

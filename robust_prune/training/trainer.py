@@ -28,6 +28,7 @@ from ..runs.files import digest
 from ..serialization import to_json
 from ..training import compilation
 from .acceleration import divisible, make_accelerator
+from .checkpoint import FORMAT as CHECKPOINT_FORMAT
 from .checkpoint import RunState, read_checkpoint, write_checkpoint
 from .decisions import decided, structure
 from .figures import StepFigures
@@ -38,7 +39,7 @@ from .placement import frozen_copy, resident
 from .precision import Precision, choose_precision
 from .randomness import generator_at, seeded_layers
 from .reading import default_workers, reading
-from .types import EpochRecord, TrainResult
+from .types import EpochRecord, Start, TrainResult
 from .validation import Score, chance_note, score
 
 CHECKPOINT_SECONDS = 60.0
@@ -108,7 +109,8 @@ class _Run:
         # Trackers and the processes that read images do not change weights.
         described = settings.model_dump(exclude={"trackers", "workers"})
         written = user_file.versions(settings.loss)
-        self.key = digest([described, written, to_json(threat), seed, *begun_from, len(self.validation)])
+        given = [described, written, to_json(threat), seed, *begun_from, len(self.validation)]
+        self.key = digest([CHECKPOINT_FORMAT, *given])
 
     @working("Choosing the fastest precision and memory layout")
     def _precision(self) -> Precision:
@@ -124,7 +126,7 @@ class _Run:
             return
         value = {
             "key": self.key,
-            "state": asdict(self.state) | {"best": list(self.state.best)},
+            "state": asdict(self.state) | {"start": list(self.state.start), "best": list(self.state.best)},
             "history": [asdict(record) for record in self.history],
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -144,7 +146,8 @@ class _Run:
         self.optimizer.load_state_dict(value["optimizer"])
         self.best_weights = value["best_weights"]
         self.history = [EpochRecord(**record) for record in value["history"]]
-        self.state = RunState(**(value["state"] | {"best": Score(*value["state"]["best"])}))
+        scores = {name: Score(*value["state"][name]) for name in ("start", "best")}
+        self.state = RunState(**(value["state"] | scores))
         self.precision = Precision(**value["precision"])
         self.precision.arrange(self.model)
         self._compile_if(self.precision.compiled)
@@ -159,7 +162,8 @@ class _Run:
 
     def _run(self) -> TrainResult:
         if not self.resume():
-            self._keep_if_better(0, self._score(self.model), self.model)
+            self.state.start = self._score(self.model)
+            self._keep_if_better(0, self.state.start, self.model)
             self.precision = replace(self.precision, compiled=self._compilation_pays())
             self._compile_if(self.precision.compiled)
         settings, state = self.settings, self.state
@@ -178,7 +182,9 @@ class _Run:
         self.model.load_state_dict(self.best_weights)
         self.save()
         note = state.note or (chance_note(state.best, self.validation) if settings.epochs else "")
-        return TrainResult(tuple(self.history), state.best_epoch, note)
+        images, steps = len(self.validation), settings.validation_steps
+        start = Start(state.start.clean, state.start.robust, images, steps) if images else None
+        return TrainResult(tuple(self.history), state.best_epoch, note, start)
 
     def _epoch(self, advance: Advance) -> None:
         state = self.state

@@ -33,6 +33,22 @@ class EpochRecord:
     waited: float = 0.0
 
 
+@dataclass(frozen=True)
+class Start:
+    """Accuracy before the first epoch, on the images and under the attack that judge the epochs as well.
+
+    Attributes:
+        clean, robust: accuracy in [0, 1] on held-out training images, clean and under PGD from one random start.
+        images: number of these images.
+        steps: steps of PGD.
+    """
+
+    clean: float
+    robust: float
+    images: int
+    steps: int
+
+
 @dataclass(frozen=True, repr=False)
 class TrainResult(Shown):
     """Result of a training run, whose best weights are loaded into the trained model.
@@ -42,11 +58,13 @@ class TrainResult(Shown):
         best_epoch: epoch (from 1) with the best held-out robust accuracy, whose weights were selected; 0 if no epoch
             was better than the start.
         note: why training ended early or did not learn; empty otherwise.
+        start: accuracy before the first epoch; None without held-out images.
     """
 
     history: tuple[EpochRecord, ...]
     best_epoch: int
     note: str = ""
+    start: Start | None = None
 
     def short(self) -> str:
         """Return one sentence: the number of epochs, and the held-out accuracies of the selected one."""

@@ -63,7 +63,7 @@ class Recorder:
         """A function that notes what it is called with, and answers."""
 
         def noted(*arguments: Any, **keywords: Any) -> Any:
-            label = "held-out score" if name == "evaluation" and keywords["subject"].split == "validation" else name
+            label = name
             if name == "adversarial set" and "surgery" in self.called:
                 label = "attacked images of the repair"
             # What is saved names its whole recipe by a hash, which every value reaches.

@@ -15,7 +15,7 @@ from robust_prune.exporters.types import OnnxArtifact, Parity
 from robust_prune.report import ModelRow, RunReport
 from robust_prune.sensitivity.profile import ModuleSensitivity, SensitivityProfile
 from robust_prune.structure.types import Skipped
-from robust_prune.training.types import EpochRecord
+from robust_prune.training.types import EpochRecord, Start
 
 THREAT = ThreatModel("linf", 8 / 255)
 
@@ -81,7 +81,7 @@ def sample_run(**changes: Any) -> RunReport:
                             1_080_000, 512_000),
         "rolled_back": (Skipped("backbone.layer3.2.conv1", "mask parity failed: largest difference 0.3"),),
         "history": history,
-        "before_finetune": card("cut", 214, 101),
+        "start": Start(0.43, 0.2, 500, 10),
         "environment": {"cpu": "a processor", "cores": 2, "versions": {"torch": "2.15.0", "onnxruntime": "1.31.1"}},
         "seconds": {"sensitivity": 4.2, "prune": 1.1, "finetune": 71.0, "evaluate": 33.0, "bench": 21.0},
         "created": "2026-01-02T03:04:05+00:00",

@@ -42,13 +42,13 @@ class Case:
 SCRATCH = {"baseline.kind": "scratch"}
 ATTACKS = (
     "check of the dense model",
-    "adversarial set", "attacked images of the repair", "held-out score", "fine-tuning", "evaluation", "examples",
+    "adversarial set", "attacked images of the repair", "fine-tuning", "evaluation", "examples",
     "length from scratch",
 )  # fmt: skip
 DRAWS = (
     "check of the dense model",
     "adversarial set", "clean images", "channel scores", "attacked images of the repair", "clean images of the repair",
-    "held-out score", "fine-tuning", "evaluation", "fresh weights", "images from scratch", "export", "latency",
+    "fine-tuning", "evaluation", "fresh weights", "images from scratch", "export", "latency",
     "examples",
 )  # fmt: skip
 TRAIN_SETTINGS = {

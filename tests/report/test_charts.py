@@ -13,11 +13,8 @@ from builders.report_sample import epoch, latency, sample_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_prune.report import (
-    charts,
-    pictures,
-    svg,
-)
+from robust_prune.report import charts, pictures, svg
+from robust_prune.training.types import Start
 
 
 @given(
@@ -34,28 +31,12 @@ def test_ticks_cover_their_range_evenly(low: float, width: float, count: int, in
         assert all(float(t).is_integer() for t in ticks)
 
 
-def test_sensitivity_positions_follow_the_logarithm() -> None:
-    profile = sample_run().profile
-    assert profile
-    values = (0.0, 0.01, 0.1, 1.0, 10.0, 1e-9)
-    modules = tuple(replace(profile.modules[0], name=f"m.{i}", mrs=v) for i, v in enumerate(values))
-    bars, scale = charts.sensitivity_bars(replace(profile, modules=modules))
-    places = [bar.position for bar in bars]
-    assert places[0] == places[5] == 0
-    assert places[2] - places[1] == pytest.approx(places[3] - places[2]) == pytest.approx(places[4] - places[3])
-    assert places[4] == 100
-    assert scale.ticks[0][1] == 0 and scale.ticks[-1] == ("10", 100)
-    assert charts.sensitivity_bars(replace(profile, modules=(replace(modules[0], mrs=0.0),))) == ([], charts.Scale(()))
-
-
-def test_widths_keep_what_was_rolled_back() -> None:
-    run = sample_run()
-    assert run.plan
-    bars = charts.width_bars(run.plan, [r.name for r in run.rolled_back])
-    assert bars[-1].before == bars[-1].after == 128
-    assert bars[0].after == run.plan.groups[0].keep < bars[0].before
-    assert max(bar.before_share for bar in bars) == pytest.approx(100)
-    assert all(0 < bar.after_share <= bar.before_share for bar in bars)
+def test_curves_begin_before_the_first_epoch() -> None:
+    history = tuple(epoch(e, 1.0) for e in (1, 2))
+    drawn = charts.accuracy_curves(history, Start(0.4, 0.2, 500, 10))
+    assert drawn.count("<circle") == 6 and drawn.count("epoch 0: ") == 2 and "epoch 0: 20" in drawn
+    unscored = [replace(epoch(1, 1.0), val_clean=None, val_robust=None)]
+    assert charts.accuracy_curves(unscored, Start(0.4, 0.2, 500, 10)) == ""
 
 
 def test_tradeoff_needs_two_models_with_both_figures() -> None:

@@ -32,7 +32,7 @@ def test_runs_from_one_dense_model_share_its_row() -> None:
     assert joint.command == "robust-prune report half quarter" and "own run" in joint.notes[0]
     table = headline_markdown(joint).splitlines()
     assert len([line for line in table if line.startswith("|")]) == 5
-    assert "| 30.0 [26.1, 34.2] |" in next(line for line in table if "quarter pruned" in line)
+    assert "| 30.0 [26.1, 34.2] (−10.6 points) |" in next(line for line in table if "quarter pruned" in line)
 
 
 def test_another_dense_model_brings_its_row() -> None:
@@ -50,6 +50,9 @@ def test_what_was_measured_differently_does_not_share_a_table() -> None:
     assert dense.card is not None
     threat = {"norm": "linf", "epsilon": 4 / 255}
     strange = replace(other, models=(replace(dense, card=replace(dense.card, threat=threat)), pruned))
+    elsewhere = replace(other, models=(replace(dense, card=replace(dense.card, images_hash="ab")), pruned))
+    with pytest.raises(UsageError, match=r"b and a of different images \(.*\) cannot stand in one table"):
+        compare({"a": sample_run(), "b": elsewhere})
     with pytest.raises(UsageError, match="cannot stand in one table"):
         compare({"a": sample_run(), "b": strange})
     with pytest.raises(UsageError, match="at least two runs, got 1"):

@@ -46,7 +46,7 @@ def test_many_models_stand_below_each_other() -> None:
     lines = headline_markdown(run).splitlines()
     assert lines[0] == "| model | MACs | params | file | b1, ms | b32, ms | clean, % | robust, % |"
     assert lines[4].startswith("| pruned int8 | 80.05 M | 512 k | 2.11 MB | 0.610 (5.11× [5.00, 5.20]) | – | 72.2 [")
-    assert "| 36.0 [31.9, 40.3] |" in lines[4]
+    assert "| 36.0 [31.9, 40.3] (−4.6 points) |" in lines[4]
     shown = [line for line in printed(run, 80).splitlines() if line.startswith("|")]
     assert len(shown) == 2 + 3, "a line was wrapped"
     assert all(figure in shown[-1] for figure in ("pruned int8", "0.610 5.11×", "36.0 [31.9, 40.3]"))
