@@ -100,6 +100,9 @@ class DataSection(Section):
     image_size: int | None = Field(None, ge=1, le=4096)
     """Height and width in pixels to which images of a folder or of Hugging Face data are resized; their common size, or
     224, by default. Grey images stay grey."""
+    crop_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sides of the centre crop that is kept of these images before they are resized. 0.875 is usual for
+    ImageNet: 224 of 256 pixels."""
     class_order: Literal["text", "natural"] = "text"
     """Order in which class folders are numbered: by name as text (1, 10, 2), as by torchvision, or with numbers
     compared as numbers (1, 2, 10), as by timm."""
@@ -229,6 +232,10 @@ class TrainSettings(Section):
     """Largest gradient norm; 0 disables clipping."""
     crop_padding: int = Field(4, ge=0)
     """Padding of the random crop in pixels."""
+    resized_crop: float | None = Field(None, gt=0, le=1)
+    """Smallest share of the area of an image that a random crop takes, which is then resized (RandomResizedCrop of
+    torchvision, sides at ratios of 3/4 to 4/3), in place of `crop_padding`; 0.08 is usual for ImageNet, off by
+    default. Files on disk are cropped as they are stored, before they are resized."""
     flip: bool = True
     """Random horizontal flip."""
     validation_images: int = Field(500, ge=0)

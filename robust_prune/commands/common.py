@@ -129,7 +129,7 @@ def open_data(recipe: Recipe) -> DataBundle:
         # Splits do not follow the recipe's seed: what one run tests on, no other may have trained on.
         data = load_data(
             section.name, validation=section.validation, root=root, image_size=section.image_size,
-            class_order=section.class_order,
+            crop_fraction=section.crop_fraction, class_order=section.class_order,
         )  # fmt: skip
     for note in data.notes:
         warn(note)

@@ -33,6 +33,7 @@ def as_data(
     class_names: Sequence[str] = (),
     name: str = "data",
     image_size: int | tuple[int, int] | None = None,
+    crop_fraction: float = 1.0,
     class_order: ClassOrder = "text",
 ) -> DataBundle:
     """Return a bundle of training, held-out and test images.
@@ -47,6 +48,8 @@ def as_data(
         class_names: name of each class, for arrays and datasets; by default its number.
         name: name of the data set, for arrays and datasets.
         image_size: side, or (height, width), to which images of a folder or a Hugging Face data set are resized.
+        crop_fraction: share of the sides of the centre crop that is kept of these images, in (0, 1]; 0.875 is usual for
+            ImageNet.
         class_order: how the classes of a folder are numbered, ``text`` or ``natural``; see `load_folder`.
 
     Raises:
@@ -60,7 +63,9 @@ def as_data(
                 raise UsageError(f"{source.name} has no {part} images")
         return source
     if isinstance(source, str | Path):
-        return load_data(source, validation=validation, image_size=image_size, class_order=class_order)
+        return load_data(
+            source, validation=validation, image_size=image_size, crop_fraction=crop_fraction, class_order=class_order
+        )
     if is_table(source) and not isinstance(source, Mapping):
         raise UsageError("a single split has no test images. Give {'train': ..., 'test': ...}, or a DatasetDict.")
     if not isinstance(source, Mapping):
@@ -70,7 +75,7 @@ def as_data(
         )
     if source and all(is_table(part) for part in source.values()):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        return finished(from_splits(source, name, image_size=size), validation)
+        return finished(from_splits(source, name, image_size=size, crop_fraction=crop_fraction), validation)
     unknown = sorted(map(str, set(source) - set(_PARTS)))
     if unknown or "train" not in source or "test" not in source:
         raise UsageError(

@@ -16,7 +16,8 @@ from ..shown import Shown
 class ImageSet(Protocol):
     """Interface of labelled images with random access.
 
-    A set should also have an attribute ``labels``, int64 [N], that needs no decoding; see `labels_of`.
+    A set should also have an attribute ``labels``, int64 [N], that needs no decoding; see `labels_of`. A set whose
+    images are stored larger may have a method ``originals``; see `originals`.
     """
 
     def __len__(self) -> int:
@@ -80,6 +81,21 @@ class Subset:
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8 [N, C, H, W]) and labels (int64 [N]) at positions `indices` of this subset."""
         return self.base.get(self.indices[indices])
+
+
+def originals(images: ImageSet, indices: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return images as they are stored, each uint8 [C, H, W] of its own size, and labels (int64 [N]) at `indices`.
+
+    Sets without a method ``originals`` give the images of `ImageSet.get`.
+    """
+    if isinstance(images, Subset):
+        return originals(images.base, images.indices[indices])
+    own = getattr(images, "originals", None)
+    if own is not None:
+        found: tuple[list[Tensor], Tensor] = own(indices)
+        return found
+    x, y = images.get(indices)
+    return list(x), y
 
 
 def labels_of(images: ImageSet) -> Tensor:

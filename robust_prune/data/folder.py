@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .base import DataBundle
 from .bundles import of_any_kind
-from .images import Size, common_form, decode_all
+from .images import Form, Size, common_form, decode_all, decode_whole
 from .splits import file_keys, split_off
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -40,12 +40,14 @@ class FolderImages:
         input_size: (channels, height, width) of the returned images. Images of another size are resized to cover it and
             centre-cropped.
         keys: a value for each image that equal files share; may be left out.
+        fraction: share of the sides of the centre crop that is kept; see `images.Form`.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
     input_size: Size
     keys: tuple[Hashable, ...] = field(default=(), repr=False)
+    fraction: float = 1.0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,7 +59,17 @@ class FolderImages:
             UsageError: a file cannot be decoded.
         """
         chosen = [self.paths[i] for i in indices.tolist()]
-        return decode_all(chosen, [str(path) for path in chosen], self.input_size), self.labels[indices]
+        form = Form(self.input_size, self.fraction)
+        return decode_all(chosen, [str(path) for path in chosen], form), self.labels[indices]
+
+    def originals(self, indices: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return images as they are stored, each uint8 [C, H, W] of its own size, and labels (int64 [N]).
+
+        Raises:
+            UsageError: a file cannot be decoded.
+        """
+        chosen = [self.paths[i] for i in indices.tolist()]
+        return decode_whole(chosen, [str(path) for path in chosen], self.input_size[0]), self.labels[indices]
 
     def name_of(self, position: int) -> str:
         """Return the path of an image."""
@@ -68,6 +80,7 @@ def load_folder(
     root: Path,
     *,
     image_size: tuple[int, int] | None = None,
+    crop_fraction: float = 1.0,
     class_order: ClassOrder = "text",
     seed: int = 0,
 ) -> DataBundle:
@@ -81,6 +94,7 @@ def load_folder(
         root: the folder.
         image_size: (height, width) of the images; by default their own size if it is the same for all (of up to 2,000
             images), else 224x224. Images stay grey if all are.
+        crop_fraction: share of the sides of the centre crop that is kept; see `images.Form`.
         class_order: how classes are numbered: by their names as text, as torchvision does, or with the numbers in them
             compared as numbers, as timm does.
         seed: random seed of the split.
@@ -108,7 +122,7 @@ def load_folder(
     notes += [note for note in (_order_note(folders, class_order), _skipped_note(skipped)) if note]
     paths = _paths(splits)
     input_size, changed = common_form(len(paths), lambda i: (paths[i], str(paths[i])), image_size, seed)
-    parts = {part: _images(samples, keys, input_size) for part, samples in splits.items()}
+    parts = {part: _images(samples, keys, input_size, crop_fraction) for part, samples in splits.items()}
     return of_any_kind(root.name, parts, names, input_size, (*notes, *changed), seed)
 
 
@@ -121,11 +135,10 @@ def _paths(splits: Mapping[str, _Samples]) -> list[Path]:
     return [path for samples in splits.values() for path, _ in samples]
 
 
-def _images(samples: _Samples, keys: Mapping[Path, Hashable], input_size: Size) -> FolderImages:
+def _images(samples: _Samples, keys: Mapping[Path, Hashable], input_size: Size, fraction: float) -> FolderImages:
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    return FolderImages(
-        tuple(path for path, _ in samples), labels, input_size, tuple(keys[path] for path, _ in samples)
-    )
+    paths = tuple(path for path, _ in samples)
+    return FolderImages(paths, labels, input_size, tuple(keys[path] for path in paths), fraction)
 
 
 def _split_folders(root: Path, order: ClassOrder, skipped: Counter[str]) -> tuple[tuple[str, ...], dict[str, _Samples]]:

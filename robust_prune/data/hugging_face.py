@@ -22,7 +22,7 @@ from .base import DataBundle, ImageSet, Subset, TensorImages, labels_of
 from .bundles import of_any_kind
 from .checks import checked_labels
 from .folder import EXTENSIONS
-from .images import Size, Source, common_form, decode_all
+from .images import Form, Size, Source, common_form, decode_all, decode_whole
 from .splits import keys_of, split_off
 
 PARTS = {
@@ -44,7 +44,7 @@ class RowImages:
         rows: a `datasets.Dataset` whose column `column` gives encoded images.
         column: name of the column.
         labels: int64 [N].
-        input_size: (channels, height, width) of the returned images, as for `FolderImages`.
+        input_size, fraction: as for `FolderImages`.
         keys: a value for each image that equal ones share; may be left out.
     """
 
@@ -53,6 +53,7 @@ class RowImages:
     labels: Tensor
     input_size: Size
     keys: tuple[Hashable, ...] = field(default=(), repr=False)
+    fraction: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,9 +64,19 @@ class RowImages:
         Raises:
             UsageError: an image is missing or cannot be decoded.
         """
-        numbers = indices.tolist()
+        numbers, form = indices.tolist(), Form(self.input_size, self.fraction)
         sources = self.sources(numbers)
-        return decode_all(sources, [self.name_of(i) for i in numbers], self.input_size), self.labels[indices]
+        return decode_all(sources, [self.name_of(i) for i in numbers], form), self.labels[indices]
+
+    def originals(self, indices: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return images as they are stored, each uint8 [C, H, W] of its own size, and labels (int64 [N]).
+
+        Raises:
+            UsageError: an image is missing or cannot be decoded.
+        """
+        numbers = indices.tolist()
+        names = [self.name_of(i) for i in numbers]
+        return decode_whole(self.sources(numbers), names, self.input_size[0]), self.labels[indices]
 
     def sources(self, numbers: Sequence[int]) -> list[Source]:
         """Return the encoded images in some rows."""
@@ -87,14 +98,16 @@ def is_source(path: Path) -> bool:
     return _is_saved(path) or _first_of_interest(train if train.is_dir() else path) == ".parquet"
 
 
-def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, seed: int = 0) -> DataBundle:
+def load_hugging_face(
+    path: Path, *, image_size: tuple[int, int] | None = None, crop_fraction: float = 1.0, seed: int = 0
+) -> DataBundle:
     """Read a ``.parquet`` file, a folder of them (a clone from the hub), or a folder that ``save_to_disk`` wrote.
 
     Splits of parquet files are known by their names, such as ``train-00000-of-00001.parquet``, or their folders' names.
 
     Args:
         path: the file or folder.
-        image_size: see `from_splits`.
+        image_size, crop_fraction: see `from_splits`.
         seed: random seed of the split.
 
     Raises:
@@ -115,7 +128,7 @@ def load_hugging_face(path: Path, *, image_size: tuple[int, int] | None = None, 
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UsageError(f"{path} cannot be read as a Hugging Face data set: {reason}") from error
     splits = found if isinstance(found, Mapping) else {"train": found}
-    return from_splits(splits, path.name, image_size=image_size, seed=seed)
+    return from_splits(splits, path.name, image_size=image_size, crop_fraction=crop_fraction, seed=seed)
 
 
 @contextmanager
@@ -138,7 +151,12 @@ def is_table(value: Any) -> bool:
 
 
 def from_splits(
-    splits: Mapping[str, Any], name: str, *, image_size: tuple[int, int] | None = None, seed: int = 0
+    splits: Mapping[str, Any],
+    name: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    crop_fraction: float = 1.0,
+    seed: int = 0,
 ) -> DataBundle:
     """Return the bundle of a `datasets.DatasetDict`, or another mapping of splits.
 
@@ -149,6 +167,7 @@ def from_splits(
         splits: data sets by split, with one column of images and one of labels.
         name: name of the data set.
         image_size: (height, width) of the images; by default as for folders.
+        crop_fraction: share of the sides of the centre crop that is kept; see `images.Form`.
         seed: random seed of the split.
 
     Raises:
@@ -176,7 +195,9 @@ def from_splits(
 
     size, changed = common_form(len(places), source, image_size, seed)
     prepare = _in_memory if len(places) * math.prod(size) <= IN_MEMORY_BYTES else _with_keys
-    parts: dict[str, ImageSet] = {part: prepare(replace(rows, input_size=size)) for part, (rows, _) in opened.items()}
+    parts: dict[str, ImageSet] = {
+        part: prepare(replace(rows, input_size=size, fraction=crop_fraction)) for part, (rows, _) in opened.items()
+    }
     if "test" not in parts:
         whole, labels = parts["train"], labels_of(parts["train"])
         test = split_off(labels, keys_of(whole) or range(len(whole)), seed)

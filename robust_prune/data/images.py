@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -24,6 +25,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DEFAULT_SIDE = 224
 """Height and width in pixels of resized images, if sizes differ and the caller names none."""
+REDUCING_GAP = 4
+"""JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where this many times the sides that are needed are left."""
+GREY_DIMENSIONS = 2
 LOOKED_AT = 2000
 """Largest number of images whose size and colours are read before the others are decoded in the same form."""
 
@@ -40,33 +44,69 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
-def decode_all(sources: Sequence[Source], names: Sequence[str], input_size: Size) -> Tensor:
-    """Return images as uint8 [N, C, H, W] of `input_size`, decoded by a pool of threads.
+@dataclass(frozen=True)
+class Form:
+    """What decoded images look like.
+
+    Attributes:
+        size: (channels, height, width); one channel is greyscale, three are colour. Images of another size are resized
+            to cover it and centre-cropped.
+        fraction: share of the sides of the centre crop that is kept, in (0, 1]. At 0.875 and 224x224, which is usual
+            for ImageNet, images are resized to cover 256x256 first.
+    """
+
+    size: Size
+    fraction: float = 1.0
+
+
+def decode_all(sources: Sequence[Source], names: Sequence[str], form: Form) -> Tensor:
+    """Return images as uint8 [N, C, H, W] of one form, decoded by a pool of threads.
 
     Raises:
         UsageError: an image cannot be decoded; the message has its name.
     """
     pairs = list(zip(sources, names, strict=True))
-    arrays = list(in_threads(lambda pair: decode(pair[0], pair[1], input_size), pairs))
-    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *input_size, dtype=torch.uint8)
+    arrays = list(in_threads(lambda pair: decode(pair[0], pair[1], form), pairs))
+    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *form.size, dtype=torch.uint8)
 
 
-def decode(source: Source, name: str, input_size: Size) -> np.ndarray:
-    """Return one image as uint8 [C, H, W] of `input_size`; one channel is greyscale, three are colour.
+def decode_whole(sources: Sequence[Source], names: Sequence[str], channels: int) -> list[Tensor]:
+    """Return images as they are stored, each uint8 [C, H, W] of its own size, decoded by a pool of threads.
+
+    Raises:
+        UsageError: an image cannot be decoded; the message has its name.
+    """
+    pairs = list(zip(sources, names, strict=True))
+    return [torch.from_numpy(_array(found)) for found in in_threads(lambda pair: _pixels(*pair, channels), pairs)]
+
+
+def decode(source: Source, name: str, form: Form) -> np.ndarray:
+    """Return one image as uint8 [C, H, W] of the form.
 
     Raises:
         UsageError: the image cannot be decoded.
     """
-    channels, height, width = input_size
+    channels, height, width = form.size
+    image = _pixels(source, name, channels, (height, width))
+    if image.size != (width, height) or form.fraction < 1:
+        image = _resized(image, height, width, form.fraction)
+    return _array(image)
+
+
+def _pixels(source: Source, name: str, channels: int, needed: tuple[int, int] | None = None) -> Image.Image:
+    """Return an image in grey or in colour; JPEG files far larger than `needed` (height, width) are decoded smaller."""
     try:
         with _opened(source) as stream:
-            image = _eight_bits(stream).convert("L" if channels == 1 else "RGB")
+            if needed is not None:
+                stream.draft(None, (REDUCING_GAP * needed[1], REDUCING_GAP * needed[0]))
+            return _eight_bits(stream).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise _undecodable(name, error) from error
-    if image.size != (width, height):
-        image = _resized(image, height, width)
+
+
+def _array(image: Image.Image) -> np.ndarray:
     array = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return array[None] if array.ndim == GREY_DIMENSIONS else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def common_form(
@@ -153,9 +193,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
+def _resized(image: Image.Image, height: int, width: int, fraction: float) -> Image.Image:
     # Cropped first, so that a narrow image does not become a huge one on the way.
-    scale = min(image.width / width, image.height / height)
+    scale = fraction * min(image.width / width, image.height / height)
     kept = (width * scale, height * scale)
     left, top = (image.width - kept[0]) / 2, (image.height - kept[1]) / 2
     box = (left, top, min(image.width, left + kept[0]), min(image.height, top + kept[1]))

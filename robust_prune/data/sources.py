@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def load_data(
     root: Path | None = None,
     seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
+    crop_fraction: float = 1.0,
     class_order: ClassOrder = "text",
 ) -> DataBundle:
     """Open a data set and hold out some of its training images for validation.
@@ -52,11 +53,12 @@ def load_data(
         root: folder of named data sets; by default `data_root`.
         seed: random seed of the splits.
         image_size: side, or (height, width), to which images of a folder or a Hugging Face data set are resized.
+        crop_fraction: share of the sides of the centre crop that is kept of these images, in (0, 1]; see `images.Form`.
         class_order: how the classes of a folder are numbered; see `load_folder`.
 
     Raises:
         UsageError: the name is unknown, the path is wrong or cannot be read, the data are malformed, parts share
-            images, or `image_size` differs from that of images that are not resized.
+            images, or `image_size` or `crop_fraction` differs from that of images that are not resized.
         EnvironmentProblem: the data set is not on this machine and cannot be downloaded, or a package is missing.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -65,7 +67,7 @@ def load_data(
         if known:
             bundle, published = _named(str(name), root or data_root()), True
         else:
-            bundle, published = _at(Path(name), size, class_order, seed)
+            bundle, published = _at(Path(name), Wanted(size, crop_fraction, class_order), seed)
         bundle = finished(bundle, validation, seed, published)
     except OSError as error:
         raise UsageError(f"cannot read {str(error.filename or name)[:300]}: {error.strerror or error}") from error
@@ -73,6 +75,11 @@ def load_data(
         found = "x".join(map(str, bundle.input_size[1:]))
         raise UsageError(
             f"data.image_size resizes folders and Hugging Face data sets; the images of {bundle.name} are {found}. "
+            "Leave it out."
+        )
+    if crop_fraction != 1 and isinstance(bundle.test, TensorImages) and not hugging_face.is_source(Path(name)):
+        raise UsageError(
+            f"data.crop_fraction crops images of folders and Hugging Face data sets, not those of {bundle.name}. "
             "Leave it out."
         )
     return bundle
@@ -89,16 +96,29 @@ def _named(name: str, root: Path) -> DataBundle:
     return bundle
 
 
-def _at(path: Path, size: tuple[int, int] | None, class_order: ClassOrder, seed: int) -> tuple[DataBundle, bool]:
+@dataclass(frozen=True)
+class Wanted:
+    """How images that are not yet in their final form are read; see `load_data`."""
+
+    size: tuple[int, int] | None
+    fraction: float
+    class_order: ClassOrder
+
+
+def _at(path: Path, wanted: Wanted, seed: int) -> tuple[DataBundle, bool]:
     """Return the data at a path, and whether their splits are those of a published data set."""
     try:
         path = path.expanduser()
     except RuntimeError as error:
         raise UsageError(f"no data at {str(path)!r}: {error}") from error
     if hugging_face.is_source(path):
-        return hugging_face.load_hugging_face(path, image_size=size, seed=seed), False
+        size, fraction = wanted.size, wanted.fraction
+        return hugging_face.load_hugging_face(path, image_size=size, crop_fraction=fraction, seed=seed), False
     if path.is_dir():
-        return load_folder(path, image_size=size, class_order=class_order, seed=seed), is_tiny_imagenet(path)
+        found = load_folder(
+            path, image_size=wanted.size, crop_fraction=wanted.fraction, class_order=wanted.class_order, seed=seed
+        )
+        return found, is_tiny_imagenet(path)
     if path.is_file() and path.suffix.lower() != ".npz":
         raise UsageError(
             f"data {path} is a {path.suffix or 'nameless'} file. "

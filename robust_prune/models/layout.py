@@ -8,17 +8,37 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+FEWEST_CHANNELS = 8
+"""Input channels of a strided 1x1 convolution from which its weight gradient is right in channels_last on CPUs."""
+
+
+def may_be_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Return whether the weight gradients of `model` may be computed in channels_last.
+
+    On CPUs without AVX-512, oneDNN (as of torch 2.14) writes past the end of its buffers for a 1x1 convolution with a
+    stride and fewer than 8 input channels, as narrow shortcuts have: the process ends with a corrupted heap.
+    """
+    return device.type != "cpu" or not any(
+        isinstance(layer, nn.Conv2d)
+        and max(layer.kernel_size) == 1
+        and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < FEWEST_CHANNELS
+        for layer in model.modules()
+    )
+
 
 @torch.no_grad()
 def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     """Return channels_last, in which convolutions are faster on CPUs and GPUs, unless `model` fails on it.
 
-    Models that call ``view`` on their features fail.
+    Models that call ``view`` on their features fail, and `may_be_channels_last` knows others.
 
     Args:
         model: in eval mode.
         images: a few images [N, C, H, W], on the model's device and in its precision.
     """
+    if not may_be_channels_last(model, images.device):
+        return torch.contiguous_format
     try:
         model(images.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
@@ -59,7 +79,8 @@ def fastest_passes(model: nn.Module, images: Tensor) -> tuple[torch.memory_forma
             image only.
     """
     bf16 = _may_use_bf16(model, images)
-    for layout in (torch.channels_last, torch.contiguous_format):
+    layouts = [torch.channels_last] if may_be_channels_last(model, images.device) else []
+    for layout in (*layouts, torch.contiguous_format):
         for fast in (True, False) if bf16 else (False,):
             if _runs(model, images.contiguous(memory_format=layout), fast):
                 return layout, fast

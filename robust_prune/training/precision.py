@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks import kept_buffers
 from ..introspect.modes import eval_mode, kept_modes
 from ..introspect.randomness import seeded
-from ..models.layout import has_fast_bf16
+from ..models.layout import has_fast_bf16, may_be_channels_last
 from .decisions import decided, structure
 
 
@@ -67,7 +67,7 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
 
 
 def _fastest(model: nn.Module, images: Tensor, repeats: int) -> dict[str, bool]:
-    formats = [False, True]
+    formats = [False, True] if may_be_channels_last(model, images.device) else [False]
     types = [False, True] if has_fast_bf16(images.device) else [False]
     candidates = [Precision(bf16, channels_last) for bf16 in types for channels_last in formats]
     times, failed = dict.fromkeys(candidates, float("inf")), set[Precision]()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.base import ImageSet, TensorImages
+from ..data.crops import ResizedCrops
 from ..errors import EnvironmentProblem, RobustPruneError, UsageError
 from ..machine.host import usable_cores
 
@@ -42,8 +43,10 @@ def reading(
         EnvironmentProblem: a worker ended, for instance because memory was short; torch notices that wherever the block
             is.
     """
-    if isinstance(images, TensorImages) or workers == 0 or not batches:
-        yield _one_by_one(images, batches, device)
+    held = images.base if isinstance(images, ResizedCrops) else images
+    if isinstance(held, TensorImages) or workers == 0 or not batches:
+        place = held.images.device if isinstance(held, TensorImages) else torch.device("cpu")
+        yield _one_by_one(images, batches, place, device)
         return
     # The recipe asks for this number, or it is at most half of the cores.
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -71,8 +74,9 @@ def reading(
                 iterator._shutdown_workers()
 
 
-def _one_by_one(images: ImageSet, batches: Sequence[Tensor], device: torch.device) -> Iterator[Read]:
-    place = images.images.device if isinstance(images, TensorImages) else torch.device("cpu")
+def _one_by_one(
+    images: ImageSet, batches: Sequence[Tensor], place: torch.device, device: torch.device
+) -> Iterator[Read]:
     for indices in batches:
         x, y = images.get(indices.to(place))
         yield x.to(device), y.to(device)

@@ -18,6 +18,7 @@ from ..attacks import ThreatModel, kept_buffers, share_of_batch
 from ..console import Advance, console, track, working
 from ..data.augment import crop_and_flip, draw_moves
 from ..data.base import ImageSet, TensorImages, as_floats, plain_strides, stratified
+from ..data.crops import ResizedCrops
 from ..errors import QualityGateError, UsageError
 from ..introspect.copies import copied
 from ..introspect.fingerprint import images_hash, models_hash
@@ -76,6 +77,8 @@ class _Run:
         self.device: torch.device = accelerator.device
         begun_from = models_hash(model), images_hash(train_images)
         self.images = resident(train_images, self.device)
+        height, width = self.images.get(torch.zeros(1, dtype=torch.int64))[0].shape[-2:]
+        self.size = height, width
         self.validation = resident(stratified(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
         # All processes have equally many images, so that the mean of their gradients is the gradient of the batch.
@@ -193,7 +196,7 @@ class _Run:
         begin = last_save = time.monotonic()
         before = state.elapsed
         batches = [self._indices(order, step) for step in range(state.step, self.steps_per_epoch)]
-        with reading(self.images, batches, self.device, self.workers) as ready:
+        with reading(self._images_of(state.epoch), batches, self.device, self.workers) as ready:
             for _ in batches:
                 asked = time.monotonic()
                 x, y = next(ready)
@@ -210,6 +213,11 @@ class _Run:
                     last_save = time.monotonic()
         state.elapsed = before + time.monotonic() - begin
         self._finish_epoch()
+
+    def _images_of(self, epoch: int) -> ImageSet:
+        if self.settings.resized_crop is None:
+            return self.images
+        return ResizedCrops(self.images, self.size, self.settings.resized_crop, self.seed, epoch)
 
     def _indices(self, order: Tensor, step: int) -> Tensor:
         """Return the positions of this process's images of a step."""
@@ -271,8 +279,9 @@ class _Run:
         Crops are drawn for the full batch, so that they do not depend on the number of processes.
         """
         settings = self.settings
-        if settings.crop_padding or settings.flip:
-            moves = draw_moves(self.batch_size, settings.crop_padding, settings.flip, generator)
+        padding = 0 if settings.resized_crop is not None else settings.crop_padding
+        if padding or settings.flip:
+            moves = draw_moves(self.batch_size, padding, settings.flip, generator)
             x = crop_and_flip(x, moves.of(self.share))
         else:
             x = plain_strides(x)
@@ -301,7 +310,7 @@ class _Run:
         if wanted == "off" or self.accelerator.num_processes > 1 or (wanted == "auto" and self.device.type != "cuda"):
             return False
         generator, indices = generator_at(self.device, self.seed, "compile"), self._indices(self._order(0), 0)
-        with reading(self.images, [indices], self.device, 0) as ready:
+        with reading(self._images_of(0), [indices], self.device, 0) as ready:
             ((x, y),) = ready
 
         def step(model: nn.Module) -> None:

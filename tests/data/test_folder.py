@@ -14,7 +14,7 @@ from builders.data_files import everything, write_npz
 from PIL import Image
 
 from robust_prune.data.base import DataBundle, ImageSet
-from robust_prune.data.images import decode
+from robust_prune.data.images import Form, decode
 from robust_prune.data.sources import load_data
 from robust_prune.errors import UsageError
 
@@ -82,17 +82,17 @@ def test_images_are_resized_on_the_shorter_side_and_cropped_in_the_centre(tmp_pa
 def test_sixteen_bits_are_scaled_and_other_depths_refused(tmp_path: Path) -> None:
     ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    assert np.array_equal(decode(tmp_path / "deep.png", "deep", (1, 8, 8))[0], ramp // 257)
+    assert np.array_equal(decode(tmp_path / "deep.png", "deep", Form((1, 8, 8)))[0], ramp // 257)
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "real.tif")
     with pytest.raises(UsageError, match=r"cannot decode the image real\.tif: mode F has 32 bits"):
-        decode(tmp_path / "real.tif", "real.tif", (1, 8, 8))
+        decode(tmp_path / "real.tif", "real.tif", Form((1, 8, 8)))
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     Image.new("1", (15_000, 15_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
     with pytest.raises(UsageError, match=r"cannot decode the image bomb\.png: .*exceeds limit"):
-        decode(tmp_path / "bomb.png", "bomb.png", (3, 32, 32))
+        decode(tmp_path / "bomb.png", "bomb.png", Form((3, 32, 32)))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the planted program is a shell script")
@@ -102,17 +102,17 @@ def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
     with pytest.raises(UsageError, match=r"cannot decode the image a\.png"):
-        decode(tmp_path / "a.png", "a.png", (3, 16, 16))
+        decode(tmp_path / "a.png", "a.png", Form((3, 16, 16)))
     assert not (tmp_path / "RAN").exists()
     os.mkfifo(tmp_path / "b.png")
     with pytest.raises(UsageError, match=r"cannot decode the image b\.png: it is missing, or no file"):
-        decode(tmp_path / "b.png", "b.png", (3, 16, 16))
+        decode(tmp_path / "b.png", "b.png", Form((3, 16, 16)))
 
 
 def test_a_narrow_image_is_cropped_before_it_is_enlarged(tmp_path: Path) -> None:
     Image.new("L", (1, 20_000), 255).save(tmp_path / "narrow.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert (decode(tmp_path / "narrow.png", "narrow", (1, 224, 224)) == 255).all()
+    assert (decode(tmp_path / "narrow.png", "narrow", Form((1, 224, 224))) == 255).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # 100 MB
 
 

@@ -55,6 +55,7 @@ TRAIN_SETTINGS = {
     "loss": "trades", "epochs": 7, "batch_size": 16, "lr": 0.03, "warmup": 0.4, "momentum": 0.5, "weight_decay": 0.01,
     "steps": 3, "beta": 2.0, "distillation": 0.5, "temperature": 3.0, "awp": 0.01, "awp_warmup": 0.3,
     "label_smoothing": 0.0, "ema_decay": 0.5, "clip_grad": 1.0, "crop_padding": 2, "flip": False,
+    "resized_crop": 0.5,
     "validation_images": 10, "validation_steps": 3, "precision": "fp32", "compile": "on", "workers": 1,
     "trackers": ["tensorboard"],
 }  # fmt: skip
@@ -70,6 +71,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "data.root": (Case("elsewhere", ("data",)),),
     "data.validation": (Case(11, ("data",)),),
     "data.image_size": (Case(24, ("data",)),),
+    "data.crop_fraction": (Case(0.875, ("data",)),),
     "data.class_order": (Case("natural", ("data",)),),
     "threat.norm": (
         Case("l2", (*ATTACKS, "artifact"), SCRATCH), Case("l2", (*TRAINED, "artifact"), command="train")

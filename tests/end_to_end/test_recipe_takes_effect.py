@@ -168,6 +168,7 @@ TRAIN_CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "beta": (1.0, {"loss": "trades"}), "distillation": (0.5, {}), "temperature": (3.0, {"distillation": 0.5}),
     "awp": (0.05, {}), "awp_warmup": (0.8, {"awp": 0.05}), "label_smoothing": (0.3, {}),
     "ema_decay": (0.0, {}), "clip_grad": (0.01, {}), "crop_padding": (3, {}), "flip": (False, {}),
+    "resized_crop": (0.3, {}),
     "validation_images": (10, {}), "validation_steps": (6, {}), "precision": ("fp32", {}), "compile": ("on", {}),
     "workers": (3, {}), "trackers": (("tensorboard",), {}),
 }  # fmt: skip
@@ -176,7 +177,7 @@ CASES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "sensitivity.images": (17, {}),
     "sensitivity.steps": (3, {}),
     "sensitivity.rho": (0.2, {}),
-    "sensitivity.ascent_steps": (1, {"estimator": "ascent", "rho": 0.02}),
+    "sensitivity.ascent_steps": (1, {"estimator": "ascent", "rho": 0.2}),
     "sensitivity.aggregation": ("max", {}),
     "pruning.ratio": (0.3, {}),
     "pruning.metric": ("params", {}),

@@ -95,3 +95,27 @@ def test_the_fastest_passes_are_those_that_run(
     monkeypatch.setattr(layout, "has_fast_bf16", lambda device: True)
     assert fastest_passes(Between().eval(), torch.rand(2, 3, 8, 8)) == (layout_found, bf16)
     assert fastest_passes(Between().eval().double(), torch.rand(2, 3, 8, 8).double()) == (layout_found, False)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "layout_found"),
+    [
+        (nn.Conv2d(4, 4, 1, stride=2), torch.contiguous_format),
+        (nn.Conv2d(8, 4, 1, stride=2, groups=2), torch.contiguous_format),
+        (nn.Conv2d(8, 4, 1, stride=2), torch.channels_last),
+        (nn.Conv2d(4, 4, 1), torch.channels_last),
+        (nn.Conv2d(4, 4, 3, stride=2), torch.channels_last),
+    ],
+)
+def test_narrow_strided_shortcuts_are_not_run_in_channels_last(
+    shortcut: nn.Module, layout_found: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN corrupts the heap in their weight gradient, on CPUs without AVX-512."""
+    monkeypatch.setattr(layout, "has_fast_bf16", lambda device: False)
+    model = nn.Sequential(nn.Conv2d(3, shortcut.in_channels, 3), shortcut, nn.Flatten(), nn.LazyLinear(5)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    model(images)
+    assert fastest_passes(model, images) == (layout_found, False)
+    assert layout.fastest_layout(model, images) == layout_found
+    timed = precision._fastest(model, images, 1)
+    assert not timed["channels_last"] or layout_found == torch.channels_last

@@ -41,11 +41,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FolderImages:
     return on_disk(make_images(96), tmp_path_factory.mktemp("files"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "crop"), [(0, None), (2, None), (0, 0.3), (2, 0.3)])
 def test_a_folder_teaches_what_memory_does_resumed_or_not(
-    workers: int, files: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, crop: float | None, files: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = make_settings(loss="n_fgsm", epochs=2, precision="fp32", workers=workers)
+    settings = make_settings(loss="n_fgsm", epochs=2, precision="fp32", workers=workers, resized_crop=crop)
     held_out = make_images(30, 1)
     wanted, whole, resumed = make_model(), make_model(), make_model()
     train(wanted, make_images(96), held_out, THREAT, settings)
