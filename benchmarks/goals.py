@@ -37,7 +37,8 @@ LEAST, DROP = 67.0, 4.0
 TRAIN, HELD_OUT, TEST = 4000, 1000, 1000
 SETTINGS: dict[str, Any] = {
     "finetune__epochs": 1, "finetune__validation_images": 100, "sensitivity__images": 256,
-    "pruning__repair_images": 256, "evaluation__steps": 10, "evaluation__restarts": 1, "bench__seconds": 1.0, "bench__batches": (1,), "bench__kinds": ("host",),
+    "pruning__repair_images": 256, "evaluation__steps": 10, "evaluation__restarts": 1,
+    "bench__seconds": 1.0, "bench__batches": (1,), "bench__kinds": ("host",),
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def drawn(data: DataBundle, seed: int) -> DataBundle:
 
 
 def trial(data: DataBundle, seed: int) -> dict[str, Any]:
-    """Return the goal of a trial, what it tried, and whether it is kept on test images; found is None without a model."""
+    """Return the goal of a trial, what it tried, and whether test images keep it; `found` is None without a model."""
     goal: dict[str, Any] = {"min_robust": LEAST} if seed % 2 else {"max_drop": DROP}
     with TemporaryDirectory() as folder:
         try:
