@@ -57,7 +57,7 @@ DataFlag = Annotated[
     Parameter(
         group=MODEL_AND_DATA,
         help="cifar10, cifar100, svhn, fashion_mnist, sample (embedded), a folder of class folders, an .npz file, or "
-        "Hugging Face parquet files.",
+        "Hugging Face parquet files, or WebDataset shards (.tar).",
         show_default=stated("what the recipe names; sample for the demo"),
     ),
 ]

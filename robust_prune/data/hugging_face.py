@@ -29,8 +29,10 @@ PARTS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-LABELS = ("label", "labels", "fine_label", "target", "class")
+LABELS = ("label", "labels", "fine_label", "target", "class", "cls")
 IMAGES = ("image", "images", "img")
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+"""What the library calls the files of each suffix."""
 IN_MEMORY_BYTES = 2_000_000_000
 """Largest size of all images, decoded, at which they are kept in memory."""
 _AT_ONCE = 1024
@@ -89,21 +91,29 @@ class RowImages:
 
 
 def is_source(path: Path) -> bool:
-    """Return whether a path is a ``.parquet`` file, a folder of them, or a folder that ``save_to_disk`` wrote."""
-    if path.suffix == ".parquet" and path.is_file():
-        return True
+    """Return whether a path is a ``.parquet`` or ``.tar`` file, a folder of them, or what ``save_to_disk`` wrote."""
+    return bool(_suffix(path)) or _is_saved(path)
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix of the files that are read; empty for what is no table or no shard."""
+    if path.is_file():
+        return path.suffix if path.suffix in BUILDERS else ""
     if not path.is_dir():
-        return False
+        return ""
     train = path / "train"
-    return _is_saved(path) or _first_of_interest(train if train.is_dir() else path) == ".parquet"
+    found = _first_of_interest(train if train.is_dir() else path)
+    return found if found in BUILDERS else ""
 
 
 def load_hugging_face(
     path: Path, *, image_size: tuple[int, int] | None = None, crop_fraction: float = 1.0, seed: int = 0
 ) -> DataBundle:
-    """Read a ``.parquet`` file, a folder of them (a clone from the hub), or a folder that ``save_to_disk`` wrote.
+    """Read ``.parquet`` files (a clone from the hub), shards of WebDataset, or a folder that ``save_to_disk`` wrote.
 
-    Splits of parquet files are known by their names, such as ``train-00000-of-00001.parquet``, or their folders' names.
+    A shard is a ``.tar`` file whose images, such as ``0001.jpg``, stand beside their classes, ``0001.cls``; the library
+    keeps a copy of the shards in its cache. Splits are known by the names of files, such as
+    ``train-00000-of-00001.parquet`` or ``imagenet-train-0000.tar``, or their folders' names.
 
     Args:
         path: the file or folder.
@@ -120,10 +130,14 @@ def load_hugging_face(
         raise EnvironmentProblem(
             f'{path} is a Hugging Face data set; reading it needs the package datasets: pip install "robust-prune[hf]"'
         ) from error
-    files = {} if _is_saved(path) else _parquet_files(path)
+    suffix = "" if _is_saved(path) else _suffix(path)
+    files = _files(path, suffix) if suffix else {}
     try:
         with _silent(datasets):
-            found = datasets.load_dataset("parquet", data_files=files) if files else datasets.load_from_disk(str(path))
+            if files:
+                found = datasets.load_dataset(BUILDERS[suffix], data_files=files)
+            else:
+                found = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises errors of many kinds for a damaged file
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UsageError(f"{path} cannot be read as a Hugging Face data set: {reason}") from error
@@ -290,7 +304,11 @@ def _is_saved(path: Path) -> bool:
 
 
 def _first_of_interest(folder: Path) -> str:
-    """Return the suffix of the first image or table that is met below a folder, from the top."""
+    """Return the suffix of the first image or table that is met below a folder, from the top, or else of a shard.
+
+    An archive of images is often left beside the folders into which it was unpacked.
+    """
+    shards = False
     for _, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         suffixes = {Path(name).suffix.lower() for name in files if not name.startswith(".")}
@@ -298,10 +316,11 @@ def _first_of_interest(folder: Path) -> str:
             return ".parquet"
         if suffixes & EXTENSIONS:
             return min(suffixes & EXTENSIONS)
-    return ""
+        shards = shards or ".tar" in suffixes
+    return ".tar" if shards else ""
 
 
-def _parquet_files(path: Path) -> dict[str, list[str]]:
+def _files(path: Path, suffix: str) -> dict[str, list[str]]:
     """Return the files of each split.
 
     Raises:
@@ -309,7 +328,7 @@ def _parquet_files(path: Path) -> dict[str, list[str]]:
     """
     if path.is_file():
         return {"train": [str(path)]}
-    files = sorted(p for p in path.rglob("*.parquet") if not any(n.startswith(".") for n in p.relative_to(path).parts))
+    files = sorted(p for p in path.rglob(f"*{suffix}") if not any(n.startswith(".") for n in p.relative_to(path).parts))
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = [word for part in reversed(file.relative_to(path).parts) for word in re.split("[^a-z]+", part.lower())]

@@ -47,7 +47,8 @@ def load_data(
     Args:
         name: ``cifar10``, ``cifar100``, ``svhn`` or ``fashion_mnist`` (by torchvision, downloaded if missing; a file
             ``<name>.npz`` in `root` has precedence), ``sample`` (embedded), or a path to an ``.npz`` file, a folder of
-            images, or a Hugging Face data set: a ``.parquet`` file, a folder of them, or what ``save_to_disk`` wrote.
+            images, or a Hugging Face data set: a ``.parquet`` file, a shard of WebDataset (``.tar``), a folder of
+            them, or what ``save_to_disk`` wrote.
         validation: number of images to hold out, at least 1; by default a tenth, at most 1000. It is ignored if the
             data have a validation part, as the sample and folders with ``val/`` and ``test/`` do.
         root: folder of named data sets; by default `data_root`.
@@ -122,13 +123,13 @@ def _at(path: Path, wanted: Wanted, seed: int) -> tuple[DataBundle, bool]:
     if path.is_file() and path.suffix.lower() != ".npz":
         raise UsageError(
             f"data {path} is a {path.suffix or 'nameless'} file. "
-            "Give an .npz or .parquet file, a folder or a known name."
+            "Give an .npz, .parquet or .tar file, a folder or a known name."
         )
     if not path.exists():
         known = [SAMPLE, *_TORCHVISION]
         raise UsageError(
             f"no data at {str(path)!r}.{did_you_mean(str(path), known)} "
-            f"Give {', '.join(known)}, a path to an .npz or .parquet file, or a folder of images."
+            f"Give {', '.join(known)}, a path to an .npz, .parquet or .tar file, or a folder of images."
         )
     return load_npz(path), False
 

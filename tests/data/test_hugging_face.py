@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import pickle
 import sys
+import tarfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,3 +172,67 @@ def test_files_that_are_wrong_are_refused_in_one_line(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentProblem, match=r'pip install "robust-prune\[hf\]"'):
         rp.load_data(tmp_path / "torn.parquet")
+
+
+def as_shards(folder: Path, parts: Mapping[str, int], **other: bytes) -> Path:
+    """Shards of WebDataset: for each part one with so many random images of three classes."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in parts.items():
+        with tarfile.open(folder / name, "w") as shard:
+            for number in range(count):
+                picture = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(picture, "PNG")
+                members = {"png": picture.getvalue(), "cls": str(number % 3).encode(), **other}
+                for suffix, contents in members.items():
+                    info = tarfile.TarInfo(f"{number:04}.{suffix}")
+                    info.size = len(contents)
+                    shard.addfile(info, io.BytesIO(contents))
+    return folder
+
+
+def test_shards_of_webdataset_are_read_by_their_names(tmp_path: Path) -> None:
+    shards = as_shards(tmp_path / "toy", {"toy-train-0000.tar": 20, "toy-train-0001.tar": 10, "toy-val-0000.tar": 9})
+    bundle = rp.load_data(shards, validation=3)
+    assert (len(bundle.train) + len(bundle.validation), len(bundle.test)) == (30, 9)
+    assert bundle.input_size == (3, 20, 24) and bundle.class_names == ("0", "1", "2")
+    _, labels = bundle.test.get(torch.arange(9))
+    assert labels.tolist() == [0, 1, 2] * 3
+    with tarfile.open(shards / "toy-val-0000.tar") as shard:
+        stored = shard.extractfile("0004.png")
+        assert stored is not None
+        wanted = np.asarray(Image.open(io.BytesIO(stored.read())))
+    shown = {image.permute(1, 2, 0).numpy().tobytes() for image in bundle.test.get(torch.arange(9))[0]}
+    assert wanted.tobytes() in shown
+
+
+def test_an_archive_beside_the_folders_of_its_images_is_not_read(tmp_path: Path) -> None:
+    as_shards(tmp_path, {"everything.tar": 3})
+    rng = np.random.default_rng(1)
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(3):
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                image.save(tmp_path / part / label / f"{number}.png")
+    assert rp.load_data(tmp_path, validation=1).class_names == ("a", "b")
+
+
+def test_pickles_in_shards_run_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return print, ("code of a stranger ran",)
+
+    hostile = pickle.dumps(Hostile(), protocol=2)
+    for suffix in ("pyd", "pickle", "pth", "npy"):
+        shards = as_shards(tmp_path / suffix, {"train-0.tar": 9, "test-0.tar": 6}, **{suffix: hostile})
+        with contextlib.suppress(UsageError):
+            rp.load_data(shards, validation=1)
+    assert "stranger" not in capsys.readouterr().out
+
+
+def test_an_archive_that_holds_no_shard_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torn.tar").write_bytes(b"no archive")
+    with pytest.raises(UsageError, match=r"torn\.tar cannot be read as a Hugging Face data set: ") as raised:
+        rp.load_data(tmp_path / "torn.tar")
+    assert "\n" not in str(raised.value)
