@@ -29,16 +29,18 @@ def interruptible() -> Iterator[None]:
     # A signal that is ignored, as by nohup, stays so.
     handlers = {number: signal.signal(number, _end) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     report = sys.unraisablehook
+    waiting: list[tuple[threading.Timer, type[BaseException]]] = []
 
     def send_again(lost: "sys.UnraisableHookArgs") -> None:
         if not isinstance(lost.exc_value, KeyboardInterrupt):
             report(lost)
             return
-        number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+        number = next(iter(handlers)) if isinstance(lost.exc_value, Terminated) else signal.SIGINT
         # By a thread: sent from here it would be raised here, where it would be lost again.
         again = threading.Timer(SOON, _thread.interrupt_main, (number,))
         again.daemon = True
         again.start()
+        waiting.append((again, type(lost.exc_value)))
 
     sys.unraisablehook = send_again
     try:
@@ -47,6 +49,11 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = report
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        unsent = [kind for timer, kind in waiting if not timer.finished.is_set()]
+        for timer, _ in waiting:
+            timer.cancel()
+    if unsent:
+        raise unsent[0]
 
 
 def _end(*_: object) -> None:

@@ -235,7 +235,7 @@ class TrainSettings(Section):
     resized_crop: float | None = Field(None, gt=0, le=1)
     """Smallest share of the area of an image that a random crop takes, which is then resized (RandomResizedCrop of
     torchvision, sides at ratios of 3/4 to 4/3), in place of `crop_padding`; 0.08 is usual for ImageNet, off by
-    default. Files on disk are cropped as they are stored, before they are resized."""
+    default. Images on disk are cropped as they are stored, those in memory as they are held there."""
     flip: bool = True
     """Random horizontal flip."""
     validation_images: int = Field(500, ge=0)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from robust_prune.__main__ import main as start
 from robust_prune.interruption import Terminated, interruptible
 
 
@@ -50,3 +51,36 @@ def test_other_lost_errors_are_reported_as_before(monkeypatch: pytest.MonkeyPatc
         Broken()
     Broken()
     assert reported == ["in a finaliser"] * 2
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_what_is_lost_at_the_end_is_raised_there(number: int, raised: type[BaseException]) -> None:
+    with pytest.raises(raised), interruptible():
+        Finalised(number)
+    time.sleep(0.1)
+
+
+def test_a_closed_terminal_ends_a_command_that_ignores_sigterm() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(Terminated), interruptible():
+            Finalised(signal.SIGHUP)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "robust_prune.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "robust_prune.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on from here\n"

@@ -12,6 +12,8 @@ from ..errors import UsageError
 from .common import check_out_folder, command_line, listed
 from .flags import RUN
 
+FIGURES = "figures"
+
 
 def report(
     *runs: Annotated[Path, Parameter(group=RUN, help="Run folders.", show_default=False)],
@@ -38,11 +40,13 @@ def report(
     from ..report.terminal import show
 
     wanted = listed(export) or []
-    exporting.check_formats(wanted)
+    if export is not None:
+        exporting.check_formats(wanted or [export])
+        check_out_folder("--export", out / FIGURES)
     loaded = dict(zip(run_names(runs), map(load_run, runs), strict=True))
     joint = compare(loaded, command_line()) if len(loaded) > 1 else next(iter(loaded.values()))
     write(joint, out)
-    files = exporting.export(joint, out / "figures", wanted)
+    files = exporting.export(joint, out / FIGURES, wanted)
     show(joint)
     for file in (out / "report.html", *files):
         console.print(str(file), markup=False, soft_wrap=True)

@@ -76,6 +76,8 @@ def as_data(
     if source and all(is_table(part) for part in source.values()):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         return finished(from_splits(source, name, image_size=size, crop_fraction=crop_fraction), validation)
+    if crop_fraction != 1:
+        raise UsageError("crop_fraction crops images of folders and Hugging Face data sets, not arrays. Leave it out.")
     unknown = sorted(map(str, set(source) - set(_PARTS)))
     if unknown or "train" not in source or "test" not in source:
         raise UsageError(

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .base import ImageSet, labels_of, originals
 
+AT_ONCE = 16
+"""Images that are held in memory as they are stored, which may be far larger than their crops."""
+
 
 @dataclass(frozen=True)
 class ResizedCrops:
@@ -42,18 +45,20 @@ class ResizedCrops:
         return labels_of(self.base)
 
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return crops (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices` (int64 [N])."""
+        """Return crops (uint8 [N, C, H, W]) and labels (int64 [N]) at `indices` (int64 [N], N > 0)."""
         from torchvision.transforms import v2
 
         crop = v2.RandomResizedCrop(self.size, scale=(self.smallest, 1.0), antialias=True)
-        stored, labels = originals(self.base, indices)
-        found = []
-        # torchvision draws from the global generator.
+        found, labels = [], []
+        # torchvision draws from the global generator of the CPU.
         with torch.random.fork_rng([]):
-            for position, image in zip(indices.tolist(), stored, strict=True):
-                torch.manual_seed(self._seed_of(position))
-                found.append(crop(image))
-        return torch.stack(found), labels
+            for part in indices.split(AT_ONCE):
+                stored, classes = originals(self.base, part)
+                labels.append(classes)
+                for position, image in zip(part.tolist(), stored, strict=True):
+                    torch.default_generator.manual_seed(self._seed_of(position))
+                    found.append(crop(image))
+        return torch.stack(found), torch.cat(labels)
 
     def _seed_of(self, position: int) -> int:
         text = f"crop:{self.seed}:{self.epoch}:{position}"

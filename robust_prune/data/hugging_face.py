@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import math
@@ -23,6 +24,7 @@ from .bundles import of_any_kind
 from .checks import checked_labels
 from .folder import EXTENSIONS
 from .images import Form, Size, Source, common_form, decode_all, decode_whole
+from .shards import check_shards
 from .splits import keys_of, split_off
 
 PARTS = {
@@ -98,7 +100,7 @@ def is_source(path: Path) -> bool:
 def _suffix(path: Path) -> str:
     """Return the suffix of the files that are read; empty for what is no table or no shard."""
     if path.is_file():
-        return path.suffix if path.suffix in BUILDERS else ""
+        return path.suffix.lower() if path.suffix.lower() in BUILDERS else ""
     if not path.is_dir():
         return ""
     train = path / "train"
@@ -132,10 +134,15 @@ def load_hugging_face(
         ) from error
     suffix = "" if _is_saved(path) else _suffix(path)
     files = _files(path, suffix) if suffix else {}
+    if "::" in str(path):
+        raise UsageError(f"{path} has '::' in its name, by which the package datasets joins addresses. Rename it.")
+    if BUILDERS.get(suffix) == "webdataset":
+        check_shards([file for part in files.values() for file in part], EXTENSIONS)
     try:
         with _silent(datasets):
             if files:
-                found = datasets.load_dataset(BUILDERS[suffix], data_files=files)
+                named = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
+                found = datasets.load_dataset(BUILDERS[suffix], data_files=named)
             else:
                 found = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises errors of many kinds for a damaged file
@@ -188,6 +195,8 @@ def from_splits(
         UsageError: there is no training split, a column is missing or ambiguous, or images or labels are wrong.
     """
     tables = {PARTS[part]: table for part, table in splits.items() if part in PARTS}
+    # The files of a clone come in the order of their names; what others are held against is the training part.
+    tables = {part: tables[part] for part in ("train", "validation", "test") if part in tables}
     if "train" not in tables:
         raise UsageError(f"{name} has no split train; found {', '.join(map(str, splits)) or 'none'}")
     if "test" not in tables and "validation" in tables:
@@ -320,15 +329,16 @@ def _first_of_interest(folder: Path) -> str:
     return ".tar" if shards else ""
 
 
-def _files(path: Path, suffix: str) -> dict[str, list[str]]:
+def _files(path: Path, suffix: str) -> dict[str, list[Path]]:
     """Return the files of each split.
 
     Raises:
         UsageError: the files of a split are in several folders, as those of several configurations are.
     """
     if path.is_file():
-        return {"train": [str(path)]}
-    files = sorted(p for p in path.rglob(f"*{suffix}") if not any(n.startswith(".") for n in p.relative_to(path).parts))
+        return {"train": [path]}
+    below = (p for p in path.rglob("*") if p.suffix.lower() == suffix and p.is_file())
+    files = sorted(p for p in below if not any(n.startswith(".") for n in p.relative_to(path).parts))
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = [word for part in reversed(file.relative_to(path).parts) for word in re.split("[^a-z]+", part.lower())]
@@ -336,4 +346,4 @@ def _files(path: Path, suffix: str) -> dict[str, list[str]]:
     for part, found in splits.items():
         if len(folders := sorted({str(file.parent.relative_to(path)) for file in found})) > 1:
             raise UsageError(f"{path} has files of {part} in {', '.join(folders[:5])}. Give one of these folders.")
-    return {part: [str(file) for file in found] for part, found in splits.items()}
+    return splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,9 @@ def decode_whole(sources: Sequence[Source], names: Sequence[str], channels: int)
         UsageError: an image cannot be decoded; the message has its name.
     """
     pairs = list(zip(sources, names, strict=True))
-    return [torch.from_numpy(_array(found)) for found in in_threads(lambda pair: _pixels(*pair, channels), pairs)]
+    return [
+        torch.from_numpy(_array(found).copy()) for found in in_threads(lambda pair: _pixels(*pair, channels), pairs)
+    ]
 
 
 def decode(source: Source, name: str, form: Form) -> np.ndarray:
@@ -87,7 +90,8 @@ def decode(source: Source, name: str, form: Form) -> np.ndarray:
         UsageError: the image cannot be decoded.
     """
     channels, height, width = form.size
-    image = _pixels(source, name, channels, (height, width))
+    needed = math.ceil(height / form.fraction), math.ceil(width / form.fraction)
+    image = _pixels(source, name, channels, needed)
     if image.size != (width, height) or form.fraction < 1:
         image = _resized(image, height, width, form.fraction)
     return _array(image)
@@ -197,6 +201,7 @@ def _resized(image: Image.Image, height: int, width: int, fraction: float) -> Im
     # Cropped first, so that a narrow image does not become a huge one on the way.
     scale = fraction * min(image.width / width, image.height / height)
     kept = (width * scale, height * scale)
-    left, top = (image.width - kept[0]) / 2, (image.height - kept[1]) / 2
+    # Rounded, the product may exceed the side from which the scale was computed.
+    left, top = max(0.0, (image.width - kept[0]) / 2), max(0.0, (image.height - kept[1]) / 2)
     box = (left, top, min(image.width, left + kept[0]), min(image.height, top + kept[1]))
     return image.resize((width, height), Image.Resampling.BICUBIC, box)

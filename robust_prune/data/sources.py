@@ -58,10 +58,13 @@ def load_data(
         class_order: how the classes of a folder are numbered; see `load_folder`.
 
     Raises:
-        UsageError: the name is unknown, the path is wrong or cannot be read, the data are malformed, parts share
-            images, or `image_size` or `crop_fraction` differs from that of images that are not resized.
+        UsageError: a value is out of range, the name is unknown, the path is wrong or cannot be read, the data are
+            malformed, parts share images, or `image_size` or `crop_fraction` differs from that of images that are not
+            resized.
         EnvironmentProblem: the data set is not on this machine and cannot be downloaded, or a package is missing.
     """
+    if not 0 < crop_fraction <= 1:
+        raise UsageError(f"data.crop_fraction must be in (0, 1], got {crop_fraction}. Usual for ImageNet: 0.875.")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     known = str(name) in (SAMPLE, *_TORCHVISION)
     try:
@@ -78,7 +81,7 @@ def load_data(
             f"data.image_size resizes folders and Hugging Face data sets; the images of {bundle.name} are {found}. "
             "Leave it out."
         )
-    if crop_fraction != 1 and isinstance(bundle.test, TensorImages) and not hugging_face.is_source(Path(name)):
+    if crop_fraction != 1 and (known or Path(name).suffix.lower() == ".npz"):
         raise UsageError(
             f"data.crop_fraction crops images of folders and Hugging Face data sets, not those of {bundle.name}. "
             "Leave it out."

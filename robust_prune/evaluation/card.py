@@ -49,8 +49,11 @@ class Accuracy:
     @property
     def verdicts(self) -> Verdicts:
         """Whether each image is classified correctly, bool [N]; N is 0 if only the number was kept."""
+        octets = -(-self.total // BYTE)
+        if self.right and len(self.right) != 4 * -(-octets // 3):
+            raise ValueError(f"its single verdicts are not those of {self.total} images")
         bits = np.unpackbits(np.frombuffer(base64.b64decode(self.right, validate=True), np.uint8))
-        if self.right and not 0 <= len(bits) - self.total < BYTE:
+        if self.right and len(bits) != BYTE * octets:
             raise ValueError(f"its single verdicts are not those of {self.total} images")
         return bits[: self.total].astype(np.bool_)
 

@@ -79,20 +79,21 @@ def by_radius(run: RunReport) -> Markup:
     """Return a chart of accuracy under PGD at each radius of the sweep; empty unless two radii were measured."""
     compared = _compared(run)
     coloured = zip(COLOURS[-len(compared) :], compared, strict=True) if compared else ()
-    cards = [(css, label, card) for css, (label, card) in coloured if len(card.sweep) > 1]
-    if not cards:
+    judged = [(css, label, card, [at for at in card.sweep if at[1].total]) for css, (label, card) in coloured]
+    swept = [one for one in judged if len(one[-1]) > 1]
+    if not swept:
         return Markup("")
-    pixels = cards[0][2].threat.norm == "linf"
+    pixels = swept[0][2].threat.norm == "linf"
     unit = 255.0 if pixels else 1.0
-    radii = [unit * radius for _, _, card in cards for radius, _ in card.sweep]
-    shares = [100 * accuracy.value for _, _, card in cards for _, accuracy in card.sweep]
+    radii = [unit * radius for *_, sweep in swept for radius, _ in sweep]
+    shares = [100 * accuracy.value for *_, sweep in swept for _, accuracy in sweep]
     x, y = svg.axis([0.0, *radii], LEFT, RIGHT - 46), svg.axis([0.0, *shares], BOTTOM, TOP)
     norm = "Linf" if pixels else "L2"
     parts = svg.frame(x, y, f"radius, {norm}{' in 255ths' if pixels else ''}", "accuracy under PGD", " %")
-    for position, (css, label, card) in enumerate(cards):
-        places = [(x(unit * radius), y(100 * accuracy.value)) for radius, accuracy in card.sweep]
+    for position, (css, label, _, sweep) in enumerate(swept):
+        places = [(x(unit * radius), y(100 * accuracy.value)) for radius, accuracy in sweep]
         parts.append(svg.polyline(places, f"curve {css}"))
-        for (px, py), (radius, accuracy) in zip(places, card.sweep, strict=True):
+        for (px, py), (radius, accuracy) in zip(places, sweep, strict=True):
             low, high = accuracy.interval
             parts.append(svg.line(px, y(100 * low), px, y(100 * high), f"bar {css}"))
             parts.append(svg.dot(px, py, 3, f"dot {css}", f"{label}, {unit * radius:.3g}: {accuracy}"))

@@ -1,4 +1,4 @@
-"""Charts of the report: robust accuracy against latency, speed-ups, training curves, MRS and widths by layer."""
+"""Charts of the report: robust accuracy against latency, speed-ups and training curves."""
 
 from __future__ import annotations
 

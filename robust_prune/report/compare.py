@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Never
 
 from ..errors import UsageError
+from ..evaluation.card import Accuracy
 from ..printable import check_plain, printable
 from ..runs.files import LONGEST_JSON
 from ..serialization import from_json
@@ -74,6 +75,11 @@ def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
             known[identity] = name
             models.append(dense if len(known) == 1 else replace(dense, label=f"{name} {dense.label}"))
         models += [replace(model, label=f"{name} {model.label}") for model in others]
+    first = next(iter(runs.values()))
+    unpaired = ""
+    if len({_images(run) for run in runs.values()}) > 1:
+        models = [_without_verdicts(model) for model in models]
+        unpaired = "The runs' test images may be other files, so changes of accuracy stand without paired intervals."
     return RunReport(
         title=f"{len(runs)} runs side by side",
         command=command,
@@ -81,6 +87,7 @@ def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
         notes=(
             "Each run was timed by itself: a speed-up is against the dense file of its own run; milliseconds of "
             "different runs may come from different moments of the machine, or from different machines.",
+            *([unpaired] if unpaired else []),
             *dict.fromkeys(note for run in runs.values() for note in run.notes),
         ),
         models=tuple(models),
@@ -88,6 +95,7 @@ def compare(runs: Mapping[str, RunReport], command: str = "") -> RunReport:
         seconds={name: sum(run.seconds.values()) for name, run in runs.items()},
         created=max(run.created for run in runs.values()),
         version=", ".join(dict.fromkeys(run.version for run in runs.values())),
+        class_names=first.class_names if all(run.class_names == first.class_names for run in runs.values()) else (),
         latency_protocol=next((run.latency_protocol for run in runs.values() if run.latency_protocol), ""),
     )
 
@@ -120,13 +128,28 @@ def _check_comparable(runs: Mapping[str, RunReport]) -> None:
         card = next((m.card for m in run.models if m.card), None)
         if card is None:
             continue
-        terms = (card.threat, card.tier, card.attack, card.data, card.clean.total, card.images_hash)
+        terms = (card.threat, card.tier, card.attack, card.data, card.clean.total)
         if first is None:
             first = name, terms
         elif terms != first[1]:
             here, there = (f"{t[2]} at {t[0]} on {t[4]} images of {t[3]}" for t in (terms, first[1]))
-            differ = f"of different images ({here})" if here == there else f"({here} and {there})"
             raise UsageError(
-                f"robust accuracies of {name} and {first[0]} {differ} cannot stand in one table. Evaluate them in the "
-                "same way first."
+                f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. Evaluate "
+                "them in the same way first."
             )
+
+
+def _images(run: RunReport) -> str:
+    return next((model.card.images_hash for model in run.models if model.card), "")
+
+
+def _without_verdicts(model: ModelRow) -> ModelRow:
+    """Return the row with numbers of correct predictions only, which are compared without pairs of images."""
+
+    def plain(accuracy: Accuracy | None) -> Accuracy | None:
+        return accuracy and replace(accuracy, right="")
+
+    card = model.card and replace(
+        model.card, clean=replace(model.card.clean, right=""), robust=replace(model.card.robust, right="")
+    )
+    return replace(model, card=card, onnx_clean=plain(model.onnx_clean), onnx_robust=plain(model.onnx_robust))

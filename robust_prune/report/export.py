@@ -62,9 +62,14 @@ def export(run: RunReport, folder: Path, wanted: Sequence[str]) -> list[Path]:
         UsageError, EnvironmentProblem: as `check_formats`, or the folder cannot be written.
     """
     check_formats(wanted)
-    drawn = {name: figure for name, draw in FIGURES.items() if (figure := draw(run))}
     written = []
-    for name, figure in drawn.items():
+    for name, draw in FIGURES.items():
+        figure = draw(run)
+        if not figure:
+            # Those of an earlier report would be taken for figures of this one.
+            for kind in {"svg", "pdf"} & set(wanted):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+            continue
         alone = svg.standalone(figure)
         if "svg" in wanted:
             written.append(folder / f"{name}.svg")
@@ -91,7 +96,7 @@ def to_pdf(drawing: str) -> bytes:
     from reportlab.graphics import renderPDF
 
     # svglib would draw the tooltips.
-    found = _svglib()(io.StringIO(re.sub(r"<title>.*?</title>", "", drawing)))
+    found = _svglib()(io.StringIO(re.sub(r"<title>.*?</title>", "", drawing, flags=re.DOTALL)))
     stream = io.BytesIO()
     # Without the time of writing, equal reports give equal files.
     renderPDF.drawToFile(found, stream, "", invariant=1)
@@ -111,12 +116,12 @@ def _svglib() -> Callable[[io.StringIO], object]:
 def to_latex(run: RunReport) -> str:
     """Return the headline table as a LaTeX ``tabular`` with the rules of booktabs, and its caption as a comment."""
     heads, rows = headline_cells(run)
-    lines = [f"% {caption(run)}", f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
+    lines = [f"% {' '.join(caption(run).split())}", f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
     lines += [_line(heads), r"\midrule", *map(_line, rows), r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    # A cell that begins with a bracket would be read as the optional argument of the line break before it.
+    # A cell that begins with a bracket or a star would be read as part of the line break before it.
     shown = ["".join(LATEX.get(letter, letter) for letter in cell) for cell in cells]
-    return " & ".join(f"{{}}{cell}" if cell.startswith("[") else cell for cell in shown) + r" \\"
+    return " & ".join(f"{{}}{cell}" if cell.startswith(("[", "*")) else cell for cell in shown) + r" \\"

@@ -43,7 +43,9 @@ def _environment() -> jinja2.Environment:
 
 
 def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    skipped = [*(run.plan.skipped if run.plan else ()), *run.rolled_back]
+    # With several cuts, a group that the last one left whole may have lost channels to those before.
+    cut = {group.name for group in run.plan.groups if group.removed} if run.plan else set()
+    skipped = [*(run.plan.skipped if run.plan else ()), *(g for g in run.rolled_back if g.name not in cut)]
     return {
         "run": run,
         "title": unbroken(run.title),

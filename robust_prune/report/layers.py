@@ -43,11 +43,7 @@ def group_rows(run: RunReport) -> list[GroupRow]:
     """Return a row for each group of the plan, or without a plan for each module of the profile."""
     if run.plan is None:
         return [GroupRow(m.name, m.mrs) for m in run.profile.modules] if run.profile else []
-    whole = {group.name for group in run.rolled_back}
-    return [
-        GroupRow(group.name, group.mrs, group.channels, group.channels if group.name in whole else group.keep)
-        for group in run.plan.groups
-    ]
+    return [GroupRow(group.name, group.mrs, group.channels, group.keep) for group in run.plan.groups]
 
 
 def layers(run: RunReport) -> Markup:

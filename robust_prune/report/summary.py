@@ -155,9 +155,12 @@ def after_the_cut(run: RunReport) -> str:
     start = run.start
     if start is None or run.plan is None:
         return ""
-    repair = REPAIRS.get(run.recipe.get("pruning", {}).get("repair", ""), "")
+    section = run.recipe.get("pruning")
+    section = section if isinstance(section, dict) else {}
+    repair = REPAIRS.get(str(section.get("repair")), "")
+    which = "last cut" if section.get("cuts", 1) != 1 else "cut"
     return (
-        f"Right after the cut{repair}, before any fine-tuning (epoch 0), the model classified "
+        f"Right after the {which}{repair}, before the fine-tuning (epoch 0), the model classified "
         f"{text.percent(start.clean)} of {start.images:,} held-out training images correctly, and "
         f"{text.percent(start.robust)} under PGD-{start.steps}."
     )

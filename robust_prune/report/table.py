@@ -171,7 +171,7 @@ def caption(run: RunReport) -> str:
         sentences.append(f"Latency: median, ONNX Runtime {providers}, {threads}.")
     if doubts := dict.fromkeys(doubt for row in rows for doubt in row.doubts):
         sentences.append(f"* in doubt: {'; '.join(doubts)}.")
-    if any(robust is not None and robust.right for robust in map(shown_robust, run.models[1:])):
+    if not is_wide(run) and any(robust is not None and robust.right for robust in map(shown_robust, run.models[1:])):
         sentences.append("Changes of accuracy: on the same images, in pairs.")
     if card or rows:
         sentences.append("Brackets: 95 % intervals.")

@@ -62,7 +62,10 @@ def choose_precision(model: nn.Module, images: Tensor, repeats: int = 3) -> Prec
     Raises:
         RuntimeError: the model does not run in contiguous fp32.
     """
-    inputs = [structure(model), list(images.shape), str(images.device.type), torch.get_num_threads()]
+    inputs = [
+        structure(model), list(images.shape), str(images.device.type), torch.get_num_threads(),
+        may_be_channels_last(model, images.device),
+    ]  # fmt: skip
     return Precision(**decided("precision", inputs, lambda: _fastest(model, images, repeats)))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import robust_prune as rp
 from robust_prune.data.base import Subset, TensorImages, originals
 from robust_prune.data.crops import ResizedCrops
 from robust_prune.data.folder import FolderImages
@@ -104,3 +105,37 @@ def test_the_fraction_is_for_images_that_are_resized(tmp_path: Path) -> None:
     assert not np.array_equal(shown[0], shown[1])
     with pytest.raises(UsageError, match=r"data\.crop_fraction crops images of folders .*, not those of sample"):
         load_data("sample", crop_fraction=0.875)
+
+
+@pytest.mark.parametrize("size", [(29, 32), (348, 116), (123, 657), (450, 642), (587, 506)])
+def test_every_size_of_image_is_resized(size: tuple[int, int], tmp_path: Path) -> None:
+    """Rounded, the crop of these reached beyond the image."""
+    (path,) = pictures(tmp_path, [size])
+    assert decode(path, "it", Form((3, 224, 224))).shape == (3, 224, 224)
+
+
+def test_a_small_centre_of_a_huge_jpeg_file_is_decoded_finely(tmp_path: Path) -> None:
+    lines = np.zeros((2048, 2048, 3), dtype=np.uint8)
+    lines[:, ::4] = lines[:, 1::4] = 255
+    Image.fromarray(lines).save(tmp_path / "lines.jpg", quality=95)
+    Image.fromarray(lines).save(tmp_path / "lines.png")
+    form = Form((3, 224, 224), 0.125)
+    small, whole = (decode(tmp_path / f"lines.{kind}", "it", form).astype(int) for kind in ("jpg", "png"))
+    assert np.abs(small - whole).mean() < 3 and whole.std() > 80
+
+
+def test_crops_hold_few_whole_images_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FolderImages(pictures(tmp_path, [(20, 20)]) * 40, torch.zeros(40, dtype=torch.int64), (3, 8, 8))
+    held: list[int] = []
+    whole = FolderImages.originals
+    monkeypatch.setattr(FolderImages, "originals", lambda self, at: (held.append(len(at)), whole(self, at))[1])
+    assert ResizedCrops(files, (8, 8), 0.5, 0, 0).get(torch.arange(40))[0].shape == (40, 3, 8, 8)
+    assert held == [16, 16, 8]
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 2.0, float("nan")])
+def test_fractions_out_of_range_are_refused(fraction: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.crop_fraction must be in \(0, 1\], got"):
+        load_data(tmp_path, crop_fraction=fraction)
+    with pytest.raises(UsageError, match="crop_fraction crops images of folders"):
+        rp.load_data({"train": ([], []), "test": ([], [])}, crop_fraction=0.5)

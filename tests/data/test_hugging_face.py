@@ -231,8 +231,70 @@ def test_pickles_in_shards_run_no_code(tmp_path: Path, capsys: pytest.CaptureFix
     assert "stranger" not in capsys.readouterr().out
 
 
+def add(shard: tarfile.TarFile, name: str, contents: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(contents)
+    shard.addfile(info, io.BytesIO(contents))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UsageError) as raised:
+        rp.load_data(path, validation=1)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("harm", ["cut", "zeros", "noise", "joined"])
+def test_a_shard_that_ends_early_is_refused(harm: str, tmp_path: Path) -> None:
+    """`tarfile` takes a damaged header for the end, and the rest would be left out."""
+    shard = as_shards(tmp_path, {"toy.tar": 9}) / "toy.tar"
+    with tarfile.open(shard) as opened:
+        at = opened.getmembers()[8].offset
+    contents = bytearray(shard.read_bytes())
+    if harm == "joined":
+        contents += bytes(contents)
+    elif harm == "cut":
+        del contents[at:]
+    else:
+        contents[at : at + 512] = b"\0" * 512 if harm == "zeros" else b"\xa5" * 512
+    shard.write_bytes(contents)
+    assert refused(shard) == f"{shard} is damaged, or ends before its end. Make it again."
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"a.png": b"x"}, "the sample a has png and no cls. Expected 0001.cls"),
+        ({"a.cls": b"0"}, "the sample a has 0 images (cls). Expected 0001.cls"),
+        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"0"}, "the sample a has 2 images (png, jpg, cls)"),
+        ({"a.png": b"x", "a.cls": b"0", "b.jpg": b"x", "b.cls": b"1"}, "the sample b a .jpg file. Store images"),
+        ({"a.png": b"x", "a.cls": b"cat"}, "a.cls holds b'cat'. Expected 0001.cls, which holds the number"),
+        ({"a.cls": b"0", "b.cls": b"1", "a.png": b"x"}, "the sample a has 0 images (cls)"),
+        ({}, "toy.tar holds no images. Remove it."),
+    ],
+)
+def test_odd_samples_of_shards_are_named(members: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "toy.tar", "w") as shard:
+        for name, contents in members.items():
+            add(shard, name, contents)
+    assert said in refused(tmp_path / "toy.tar")
+
+
+def test_shards_of_any_case_and_name_are_read(tmp_path: Path) -> None:
+    folder = as_shards(tmp_path / "odd[1]*", {"train-0.tar": 12, "train-1.TAR": 9, "TEST-0.TAR": 6})
+    bundle = rp.load_data(folder, validation=3)
+    assert (len(bundle.train) + 3, len(bundle.test)) == (21, 6)
+    assert len(rp.load_data(as_shards(tmp_path, {"x[0-9].tar": 15}) / "x[0-9].tar", validation=1).class_names) == 3
+    assert "has '::' in its name" in refused(as_shards(tmp_path, {"a::b.tar": 9}) / "a::b.tar")
+
+
+def test_other_splits_are_held_against_the_training_part_whatever_their_names(tmp_path: Path) -> None:
+    shards = as_shards(tmp_path, {"data-test-0.tar": 2, "data-train-0.tar": 12})
+    assert rp.load_data(shards, validation=3).class_names == ("0", "1", "2")
+    shards = as_shards(tmp_path / "more", {"data-train-0.tar": 2, "data-test-0.tar": 12})
+    assert "more: test holds the label 2" in refused(shards)
+
+
 def test_an_archive_that_holds_no_shard_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "torn.tar").write_bytes(b"no archive")
-    with pytest.raises(UsageError, match=r"torn\.tar cannot be read as a Hugging Face data set: ") as raised:
-        rp.load_data(tmp_path / "torn.tar")
-    assert "\n" not in str(raised.value)
+    assert "torn.tar cannot be read as a shard of WebDataset: " in refused(tmp_path / "torn.tar")

@@ -45,6 +45,23 @@ def test_the_table_is_a_latex_tabular() -> None:
     assert len({line.count(" & ") for line in lines[5:-2]}) == 1 and lines[-1] == r"\end{tabular}"
 
 
+def test_text_of_others_does_not_leave_its_place_in_latex() -> None:
+    run = sample_run()
+    assert run.models[0].card is not None
+    hostile = replace(run.models[0], card=replace(run.models[0].card, data="x\n\\input{secret}\n%"), label="*")
+    joint = replace(run, models=(hostile, run.models[1], replace(run.models[1], label="*3")))
+    lines = to_latex(joint).splitlines()
+    assert lines[0].startswith("% ") and "input{secret}" in lines[0] and lines[1].startswith(r"\begin{tabular}")
+    assert sum(line.startswith("{}*") for line in lines) == 2
+
+
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    export(sample_run(), tmp_path, ("svg",))
+    (tmp_path / "mine.svg").write_text("mine")
+    export(replace(sample_run(), history=(), start=None), tmp_path, ("svg",))
+    assert {file.stem for file in tmp_path.iterdir()} == DRAWN - {"accuracy", "loss"} | {"mine"}
+
+
 def test_formats_are_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--export takes svg, pdf, latex, or several with commas; got 'png'"):
         export(sample_run(), tmp_path, ("svg", "png"))
@@ -62,6 +79,7 @@ def test_the_command_writes_what_was_asked(tmp_path: Path, capsys: pytest.Captur
     found = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     assert found == {f"{name}.svg" for name in DRAWN} | {"table.tex"}
     assert str(tmp_path / "out" / "figures" / "table.tex") in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--export takes"):
-        cli.app(["report", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--export", "png"])
+    for wrong in ("png", ",", ""):
+        with pytest.raises(UsageError, match="--export takes"):
+            cli.app(["report", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--export", wrong])
     assert not (tmp_path / "other").exists()

@@ -27,11 +27,6 @@ def test_a_group_has_its_sensitivity_and_its_channels_in_one_row() -> None:
     assert f"MRS {rows[0].mrs:.3g} nats" in rows[0].tip and "28 of 32 channels kept (88 %)" in rows[0].tip
 
 
-def test_what_was_rolled_back_is_drawn_whole() -> None:
-    last = layers.group_rows(sample_run())[-1]
-    assert last.before == last.after == 128
-
-
 def test_sensitivities_stand_on_a_logarithmic_scale() -> None:
     scale = layers.log_scale([0.0, 0.01, 0.1, 1.0, 10.0, 1e-9])
     assert scale is not None
