@@ -6,11 +6,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from robust_prune.__main__ import main as start
 from robust_prune.interruption import Terminated, interruptible
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Background jobs of a shell ignore SIGINT, and those of nohup SIGHUP."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Finalised:

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -77,8 +78,6 @@ class _Run:
         self.device: torch.device = accelerator.device
         begun_from = models_hash(model), images_hash(train_images)
         self.images = resident(train_images, self.device)
-        height, width = self.images.get(torch.zeros(1, dtype=torch.int64))[0].shape[-2:]
-        self.size = height, width
         self.validation = resident(stratified(validation, settings.validation_images), self.device)
         self.model = model.to(self.device)
         # All processes have equally many images, so that the mean of their gradients is the gradient of the batch.
@@ -217,7 +216,12 @@ class _Run:
     def _images_of(self, epoch: int) -> ImageSet:
         if self.settings.resized_crop is None:
             return self.images
-        return ResizedCrops(self.images, self.size, self.settings.resized_crop, self.seed, epoch)
+        return ResizedCrops(self.images, self._size, self.settings.resized_crop, self.seed, epoch)
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        height, width = self.images.get(torch.zeros(1, dtype=torch.int64))[0].shape[-2:]
+        return height, width
 
     def _indices(self, order: Tensor, step: int) -> Tensor:
         """Return the positions of this process's images of a step."""

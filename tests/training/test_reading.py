@@ -125,6 +125,7 @@ from builders.training_sample import THREAT, make_images, make_model, make_setti
 from robust_prune.data.folder import FolderImages
 from robust_prune.interruption import interruptible
 from robust_prune.training.trainer import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 images = make_images(96)
 files = FolderImages(tuple(sorted(Path({folder!r}).glob("*.png"))), images.labels, (3, 8, 8))
 settings = make_settings(loss="n_fgsm", epochs=100000, precision="fp32", workers=2, validation_images=0)
