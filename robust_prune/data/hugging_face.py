@@ -134,9 +134,9 @@ def load_hugging_face(
         ) from error
     suffix = "" if _is_saved(path) else _suffix(path)
     files = _files(path, suffix) if suffix else {}
-    if "::" in str(path):
+    if files and "::" in str(path):
         raise UsageError(f"{path} has '::' in its name, by which the package datasets joins addresses. Rename it.")
-    if BUILDERS.get(suffix) == "webdataset":
+    if suffix == ".tar":
         check_shards([file for part in files.values() for file in part], EXTENSIONS)
     try:
         with _silent(datasets):

@@ -8,11 +8,10 @@ from markupsafe import Markup
 
 from ..evaluation.card import ResultCard
 from ..report import svg, text
+from .charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from .layers import shortened
 from .types import RunReport
 
-WIDTH, HEIGHT = 420, 290
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 404.0, 34.0, 244.0
 STEP = 20.0
 MOST_CLASSES = 20
 COLOURS = ("base", "main")
