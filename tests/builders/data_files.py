@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from robust_prune.data.base import ImageSet
 
@@ -33,3 +34,14 @@ def arrays(train: int = 40, test: int = 10, side: int = 8, grey: bool = False) -
 def write_npz(path: Path, **changes: Any) -> Path:
     np.savez(path, **{k: v for k, v in (arrays() | changes).items() if v is not None})
     return path
+
+
+def write_class_folders(root: Path, side: int, count: int = 4) -> None:
+    """Random colour images of two classes, a and b, in ``train/`` and ``test/``."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+                image.save(root / part / label / f"{number}.png")

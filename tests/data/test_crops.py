@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.data_files import write_class_folders
 from PIL import Image
 
 import robust_prune as rp
@@ -91,13 +92,7 @@ def test_huge_jpeg_files_look_as_if_they_were_decoded_whole(tmp_path: Path) -> N
 
 
 def test_the_fraction_is_for_images_that_are_resized(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for label in ("a", "b"):
-            (tmp_path / part / label).mkdir(parents=True)
-            for number in range(4):
-                image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-                image.save(tmp_path / part / label / f"{number}.png")
+    write_class_folders(tmp_path, side=40)
     whole, centre = (load_data(tmp_path, validation=2, image_size=20, crop_fraction=f).test for f in (1.0, 0.5))
     shown = [images.get(torch.tensor([0]))[0][0].permute(1, 2, 0).numpy() for images in (whole, centre)]
     stored = Image.open(tmp_path / "test" / "a" / "0.png")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.data_files import as_rows, everything
+from builders.data_files import as_rows, everything, write_class_folders
 from PIL import Image
 
 import robust_prune as rp
@@ -208,13 +208,7 @@ def test_shards_of_webdataset_are_read_by_their_names(tmp_path: Path) -> None:
 
 def test_an_archive_beside_the_folders_of_its_images_is_not_read(tmp_path: Path) -> None:
     as_shards(tmp_path, {"everything.tar": 3})
-    rng = np.random.default_rng(1)
-    for part in ("train", "test"):
-        for label in ("a", "b"):
-            (tmp_path / part / label).mkdir(parents=True)
-            for number in range(3):
-                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-                image.save(tmp_path / part / label / f"{number}.png")
+    write_class_folders(tmp_path, side=8)
     assert rp.load_data(tmp_path, validation=1).class_names == ("a", "b")
 
 
