@@ -13,9 +13,10 @@ from .budget.iterative import compose
 from .evaluation.examples import make_examples
 from .job import Compression, Judged
 from .machine.snapshot import snapshot
+from .models import artifact
 from .recipe import Recipe
 from .report.files import NAMES, write
-from .report.rows import PRUNED, SCRATCH, with_latency
+from .report.rows import DENSE, PRUNED, SCRATCH, with_latency
 from .report.types import ModelRow, RunReport
 from .runs.run import Run
 from .serialization import to_json
@@ -34,7 +35,7 @@ def benchmark(run: Run, rows: Sequence[ModelRow], recipe: Recipe) -> LatencyTabl
 def report(job: Compression, run: Run, judged: Judged, table: LatencyTable) -> RunReport:
     """Run the stage that writes the report of a compression, and return the report."""
     recipe, section, cuts = job.recipe, job.recipe.pruning, judged.cuts
-    rows, last = with_latency(judged.rows, table), cuts[-1]
+    rows, last, dense = with_latency(judged.rows, table), cuts[-1], run.folder / f"{DENSE}.safetensors"
 
     def make() -> RunReport:
         late = missed(table, recipe.bench, section.ratio) if section.metric == "latency" else ""
@@ -60,7 +61,11 @@ def report(job: Compression, run: Run, judged: Judged, table: LatencyTable) -> R
             job.data.test, recipe.threat_model, job.data.class_names,
             attacked=PRUNED, seed=recipe.seed, device=job.device,
         )  # fmt: skip
+        # For `report --reevaluate`; the other models have been written by the stages that made them.
+        provenance = {"command": job.command}
+        artifact.save(dense, job.dense.module.cpu(), job.dense.spec, threat=recipe.threat_model, provenance=provenance)
         write(made, run.folder, examples)
         return made
 
-    return run.stage("report", RunReport, to_json(rows), make, files=[run.folder / name for name in NAMES])
+    files = [dense, *(run.folder / name for name in NAMES)]
+    return run.stage("report", RunReport, to_json(rows), make, files=files)

@@ -31,6 +31,7 @@ from .models.spec import ModelSpec
 from .preflight import Preflight, preflight
 from .recipe import Recipe
 from .report.files import NAMES, write
+from .report.rows import TRAINED
 from .report.terminal import show_end
 from .report.types import ModelRow, RunReport
 from .runs.files import digest
@@ -110,7 +111,7 @@ def _run_stages(
     )
     if not distributed.leave_group():
         return None
-    rows = (ModelRow("trained", card.macs or 0, card.params or 0, card=card),)
+    rows = (ModelRow(TRAINED, card.macs or 0, card.params or 0, card=card),)
 
     def write_report() -> RunReport:
         made = RunReport(

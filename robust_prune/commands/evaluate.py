@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,43 +108,21 @@ def evaluate(
     loaded = open_model_for(model, bundle, resolved, arch, trust_pickle)
     resolved = with_threat_of(loaded, resolved)
 
-    from ..budget.counting import count_macs, count_params
-    from ..data.base import SAMPLE_NOTE, stratified
-    from ..evaluation.card import ResultCard as Card
-    from ..evaluation.evaluate import Subject
-    from ..evaluation.evaluate import evaluate as evaluate_model
+    from ..data.base import SAMPLE_NOTE
+    from ..evaluation.kept import Terms, evaluate_once
     from ..evaluation.onnx_scores import OnnxModel
-    from ..introspect.fingerprint import images_hash, models_hash
-    from ..machine.device import choose_device
     from ..machine.host import tune_allocator
     from ..machine.snapshot import snapshot
-    from ..models.user_file import versions
     from ..runs.cache import Cache
     from ..runs.files import write_json
     from ..serialization import to_json
 
     tune_allocator()
-    threat, section = resolved.threat_model, resolved.evaluation
+    threat = resolved.threat_model
     state = out.with_suffix(".state.npz") if out is not None else None
-    judged, where = stratified(bundle.test, section.images), choose_device(resolved.device)
-    subject = Subject(run_name(model), bundle.name, "test")
     exported = {"exported": OnnxModel(onnx)} if onnx else {}
-
-    def make() -> ResultCard:
-        return evaluate_model(
-            loaded.module.to(where), judged, threat, section, subject=subject, seed=resolved.seed,
-            exported=exported, state_path=state,
-        )  # fmt: skip
-
-    given = [
-        models_hash(loaded.module), to_json(loaded.spec), images_hash(judged), to_json(threat),
-        section.model_dump(mode="json"), versions(section.tier), to_json(subject), resolved.seed, where,
-        [file.key for file in exported.values()],
-    ]  # fmt: skip
-    store = Cache.named(cache).of_model(loaded.spec.arch)
-    card = store.value(f"Evaluation of {subject.model} by {section.tier}", Card, given, make)
-    macs = count_macs(loaded.module.cpu(), loaded.spec.blank_image())
-    card = replace(card, macs=macs, params=count_params(loaded.module))
+    terms = Terms(bundle, resolved, Cache.named(cache))
+    card = evaluate_once(loaded, run_name(model), terms, exported=exported, state_path=state)
     console.print(f"{card.model} on {card.data} ({card.split}, {card.clean.total} images), {threat}", markup=False)
     console.print(f"clean            {card.clean}", markup=False)
     console.print(f"robust ({card.tier})     {card.robust}   {card.attack}", markup=False)

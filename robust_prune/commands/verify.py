@@ -26,9 +26,11 @@ def verify(
     arch: ArchFlag = None,
 ) -> None:
     """Check that the files of a run are those that it wrote, and classify a sample of images again."""
-    points = sorted(mark.parent for mark in run.glob("*/run.json"))
-    for folder in (run, *points):
-        _verify(folder, data, images, arch, has_model=folder != run or not points)
+    from ..runs.audit import points
+
+    inside = points(run)
+    for folder in (run, *inside):
+        _verify(folder, data, images, arch, has_model=folder != run or not inside)
 
 
 def _verify(run: Path, data: str | None, images: int, arch: str | None, has_model: bool) -> None:

@@ -134,8 +134,8 @@ def _check_comparable(runs: Mapping[str, RunReport]) -> None:
         elif terms != first[1]:
             here, there = (f"{t[2]} at {t[0]} on {t[4]} images of {t[3]}" for t in (terms, first[1]))
             raise UsageError(
-                f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. Evaluate "
-                "them in the same way first."
+                f"robust accuracies of {name} ({here}) and {first[0]} ({there}) cannot stand in one table. "
+                "Evaluate all models in the same way with --reevaluate aa-fast, or another tier."
             )
 
 

@@ -10,7 +10,7 @@ from ..evaluation.card import ResultCard
 from ..exporters.types import OnnxArtifact
 from .types import ModelRow
 
-DENSE, PRUNED, SCRATCH = "dense", "pruned", "scratch"
+DENSE, PRUNED, SCRATCH, TRAINED = "dense", "pruned", "scratch", "trained"
 
 
 def model_rows(label: str, card: ResultCard, files: Mapping[str, OnnxArtifact]) -> list[ModelRow]:

@@ -12,6 +12,12 @@ from .files import file_sha256, read_json
 from .run import FORMAT, RECORD, RunInputs, is_sealed, stage_key
 
 
+def points(folder: Path) -> list[Path]:
+    """Return the run folders inside a frontier or a goal, in the order of their ratios; none in another folder."""
+    found = [mark.parent for mark in folder.glob("*/run.json")]
+    return sorted(found, key=lambda point: (len(point.name.partition(".")[0]), point.name))
+
+
 def damaged(folder: Path) -> tuple[list[str], int]:
     """Return what is wrong with the records and files of the stages of a run, and the number of files looked at.
 

@@ -36,8 +36,9 @@ LOCK = ".lock"
 RECORD = "stage.json"
 _CLAIM = (LOCK, "environment.json", "recipe.yaml", "run.json")
 _WRITTEN = (
-    "dense.onnx", "environment.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx", "model.safetensors",
-    "recipe.yaml", "report.html", "result.csv", "result.json", "result.md", "scratch.onnx", "scratch.safetensors",
+    "dense.onnx", "dense.safetensors", "environment.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx",
+    "model.safetensors", "recipe.yaml", "report.html", "result.csv", "result.json", "result.md", "scratch.onnx",
+    "scratch.safetensors",
 )  # fmt: skip
 
 
