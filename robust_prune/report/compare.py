@@ -35,11 +35,13 @@ def load_run(path: str | Path) -> RunReport:
             raise ValueError(f"it has {file.stat().st_size:,} bytes")
         value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
         found = from_json(RunReport, value)
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError, UsageError) as error:
         said = printable(" ".join(str(error).split()))[:300]
         raise UsageError(f"{file} is not a result of robust-prune ({said}).") from error
     check_plain(value, str(file))
-    if len(found.models) > MOST_MODELS or any("\n" in text for text in (found.title, *(m.label for m in found.models))):
+    if not 0 < len(found.models) <= MOST_MODELS or any(
+        "\n" in text for text in (found.title, *(m.label for m in found.models))
+    ):
         raise UsageError(f"{file} is not a result of robust-prune (its models or their names).")
     return found
 

@@ -79,9 +79,21 @@ class Trace:
 
 @dataclass
 class Recording:
-    """Outputs of some calls on one batch, by index of the call, as flat leaves with their tree structure."""
+    """Outputs of some calls on one batch.
+
+    Attributes:
+        outputs: flat leaves with their tree structure, by index of the call.
+        replaced: whether the values of some were given up.
+    """
 
     outputs: dict[int, tuple[list[Any], TreeSpec]] = field(default_factory=dict)
+    replaced: bool = False
+
+    def without(self, calls: frozenset[int]) -> Recording:
+        """Return the recording with NaN, which takes no memory, in place of the values of some calls."""
+        gone = calls & self.outputs.keys()
+        new = {index: ([_nan(leaf) for leaf in self.outputs[index][0]], self.outputs[index][1]) for index in gone}
+        return Recording(self.outputs | new, self.replaced or bool(gone))
 
     def nbytes(self) -> int:
         """Return the size of all outputs in bytes; each storage is counted once."""
@@ -208,6 +220,12 @@ class _Pass:
         return output
 
 
+def _nan(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf.new_full((), float("nan")).expand(leaf.shape)
+
+
 def _keep(leaf: Any, copy: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
@@ -242,3 +260,19 @@ def replay(model: nn.Module, trace: Trace, x: Tensor, recording: Recording, reus
     """
     with _intercepted(model, _Pass(trace, recording, frozenset(), reuse).handle):
         return model(x)
+
+
+def extend(model: nn.Module, trace: Trace, x: Tensor, recording: Recording, keep: frozenset[int]) -> Tensor:
+    """Run a forward pass with the recorded outputs, and leave those of the calls with indices `keep` in the recording.
+
+    A pass that an error ends leaves the outputs of the calls that returned before.
+
+    Returns:
+        The logits [B, K].
+    """
+    try:
+        with _intercepted(model, _Pass(trace, recording, keep, frozenset(recording.outputs)).handle):
+            return model(x)
+    finally:
+        for index in recording.outputs.keys() - keep:
+            del recording.outputs[index]

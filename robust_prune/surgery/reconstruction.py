@@ -27,16 +27,13 @@ from ..errors import UsageError
 from ..models.layout import weights_dtype
 from ..structure.cutting import Place
 from ..structure.least_squares import RIDGE, fits, images_at_once, input_rows, is_plain, output_rows, single
+from .passes import Batches, Continued, Reached
 
 _BATCH = 64
 LEAST_ROWS, ROWS_PER_INPUT = 1 << 15, 32
 """Rows of a least-squares problem: `ROWS_PER_INPUT` for each unknown of an output, at least `LEAST_ROWS`."""
 MOST_TARGETS = 1 << 28
 """Largest number of elements of the dense outputs in memory: 1 GiB in float32."""
-
-
-class _Reached(Exception):
-    """Raised when the layer has run, to skip the rest of the forward pass."""
 
 
 @torch.no_grad()
@@ -55,9 +52,10 @@ def reconstruct(
     Each output position of an image is a row of the problem. Where these are more than 32 for each unknown, and more
     than 32,768, as many are drawn at random.
 
-    Cost: a forward pass of `dense` over `images` for each GiB of outputs, and a partial one of `small` for each
-    layer. Memory: at most 1 GiB of outputs (or those of one layer), 256 MiB of unfolded inputs (or those of one image),
-    the activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number of the layer's
+    Cost: a forward pass of `dense` over `images` for each GiB of outputs, and little more than one of `small` where
+    what lies before a layer can be recorded (see `passes`), or a partial one for each layer. Memory: at most 1 GiB of
+    outputs (or those of one layer), 2 GiB of recordings, 256 MiB of unfolded inputs (or those of one image), the
+    activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number of the layer's
     inputs times its kernel area. Batch-norm statistics are not changed, since the repair restores the activations that
     they normalise.
 
@@ -81,7 +79,7 @@ def reconstruct(
         raise UsageError(f"reconstruction needs images and a ridge >= 0, got {len(images)} images, ridge {ridge}")
     device = next(small.parameters()).device
     readers = {name: keep.to(device) for name, keep in _readers(dense, removed).items()}
-    batches = _Batches(images.split(batch_size), device, weights_dtype(small), bf16)
+    batches = Batches(images.split(batch_size), device, weights_dtype(small), bf16)
     solved = []
     with frozen_eval(small), frozen_eval(dense):
         first = batches.ready(images[:1])
@@ -91,12 +89,13 @@ def reconstruct(
             for name, count in _calls(small, readers, first).items()
             if count == 1 and name in once and fits(small.get_submodule(name))
         ]
-        most = {name: batches.rows(small.get_submodule(name)) for name in order}
+        most = {name: _most_rows(small.get_submodule(name), batches) for name in order}
+        passes = Continued(small, order, batches)
         with track("Reconstruction, least squares", len(order)) as advance:
             for names in _in_memory({name: len(batches.parts) * most[name] * len(readers[name]) for name in order}):
-                targets = batches.outputs(dense, {name: (readers[name], most[name]) for name in names})
+                targets = _outputs(dense, batches, {name: (readers[name], most[name]) for name in names})
                 for name in names:
-                    if _solve(small, name, batches, targets[name], ridge):
+                    if _solve(small.get_submodule(name), passes.to(name), targets[name], ridge):
                         solved.append(name)
                     advance()
     return tuple(solved)
@@ -117,75 +116,41 @@ class _Target:
     count: int
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """Batches of images [B, C, H, W], and how models run on them: device, data type, bf16 autocast or not."""
+def _most_rows(layer: Any, batches: Batches) -> int:
+    """Return the largest number of rows of a layer's problem that a batch contributes."""
+    return math.ceil(max(LEAST_ROWS, ROWS_PER_INPUT * layer.weight[0].numel()) / len(batches.parts))
 
-    parts: Sequence[Tensor]
-    device: torch.device
-    dtype: torch.dtype
-    bf16: bool
 
-    def ready(self, x: Tensor) -> Tensor:
-        """Return images as the models take them."""
-        return x.to(self.device, self.dtype)
+def _outputs(
+    model: nn.Module, batches: Batches, layers: Mapping[str, tuple[Tensor, int]]
+) -> dict[str, list[_Target | None]]:
+    """Return rows of outputs of each batch, from a pass to the last of `layers`; None where a layer does not run.
 
-    def rows(self, layer: Any) -> int:
-        """Return the largest number of rows of a layer's problem that a batch contributes."""
-        return math.ceil(max(LEAST_ROWS, ROWS_PER_INPUT * layer.weight[0].numel()) / len(self.parts))
+    Args:
+        model: the dense model.
+        batches: the images.
+        layers: layers in the order in which they run, each with channels and the largest number of rows.
+    """
+    found: dict[str, list[_Target | None]] = {name: [None] * len(batches.parts) for name in layers}
+    last = [*layers][-1]
 
-    def passed(self, model: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """Yield the input and output of module `name` for each batch, None where it does not run."""
-        for x in self.parts:
-            found: list[Tensor] = []
+    def note(name: str, number: int) -> Callable[..., None]:
+        channels, most = layers[name]
 
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, found: list[Tensor] = found) -> None:
-                found.extend((args[0] if args else kwargs["input"], output))
-                raise _Reached
+        def hook(layer: Any, _: Any, __: Any, output: Tensor) -> None:
+            count = output.numel() // len(layer.weight)
+            generator = torch.Generator().manual_seed(number)
+            at = torch.randperm(count, generator=generator)[:most].sort().values.to(batches.device)
+            rows = output_rows(layer, output, at)[:, channels].to(batches.dtype)
+            found[name][number] = _Target(rows, at, count)
+            if name == last:
+                raise Reached
 
-            self._run(model, x, {name: hook})
-            yield (found[0].to(self.dtype), found[1].to(self.dtype)) if found else None
+        return hook
 
-    def outputs(self, model: nn.Module, layers: Mapping[str, tuple[Tensor, int]]) -> dict[str, list[_Target | None]]:
-        """Return rows of outputs of each batch, from a pass to the last of `layers`; None where a layer does not run.
-
-        Args:
-            model: the dense model.
-            layers: layers in the order in which they run, each with channels and the largest number of rows.
-        """
-        found: dict[str, list[_Target | None]] = {name: [None] * len(self.parts) for name in layers}
-        last = [*layers][-1]
-
-        def note(name: str, number: int) -> Callable[..., None]:
-            channels, most = layers[name]
-
-            def hook(layer: Any, _: Any, __: Any, output: Tensor) -> None:
-                count = output.numel() // len(layer.weight)
-                generator = torch.Generator().manual_seed(number)
-                at = torch.randperm(count, generator=generator)[:most].sort().values.to(self.device)
-                rows = output_rows(layer, output, at)[:, channels].to(self.dtype)
-                found[name][number] = _Target(rows, at, count)
-                if name == last:
-                    raise _Reached
-
-            return hook
-
-        for number, x in enumerate(self.parts):
-            self._run(model, x, {name: note(name, number) for name in layers})
-        return found
-
-    def _run(self, model: nn.Module, x: Tensor, hooks: Mapping[str, Callable[..., None]]) -> None:
-        handles = [
-            model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()
-        ]
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-                model(self.ready(x))
-        except _Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    for number, x in enumerate(batches.parts):
+        batches.run(model, model, x, {name: note(name, number) for name in layers})
+    return found
 
 
 def _in_memory(elements: Mapping[str, int]) -> Iterator[list[str]]:
@@ -231,11 +196,13 @@ def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Counter[str
     return calls
 
 
-def _solve(small: nn.Module, name: str, batches: _Batches, targets: Sequence[_Target | None], ridge: float) -> bool:
-    layer: Any = small.get_submodule(name)
+def _solve(
+    layer: Any, passes: Iterable[tuple[Tensor, Tensor] | None], targets: Sequence[_Target | None], ridge: float
+) -> bool:
+    """Fit a layer, given its input and output and those of the dense model for each batch; return whether it could."""
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for passed, target in zip(batches.passed(small, name), targets, strict=True):
+    for passed, target in zip(passes, targets, strict=True):
         if passed is None or target is None or not target.count:
             continue
         given, found = passed

@@ -102,6 +102,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
     [
         (lambda value: value["models"][0].update(label="a\n\n# forged"), "its models or their names"),
         (lambda value: value.update(models=value["models"] * 150), "its models or their names"),
+        (lambda value: value.update(models=[]), "its models or their names"),
+        (
+            lambda value: value["models"][0]["card"]["threat"].update(epsilon=-1),
+            r"result\.json is not .*epsilon must be",
+        ),
         (lambda value: value["environment"].update(deep=nested(60)), "values inside each other"),
         (lambda value: value["environment"].update(filler="x" * 31_000_000), "it has 31,.* bytes"),
     ],

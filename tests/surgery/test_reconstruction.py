@@ -13,8 +13,9 @@ from robust_prune.errors import UsageError
 from robust_prune.structure import least_squares
 from robust_prune.structure.cutting import Place
 from robust_prune.structure.groups import find_groups
-from robust_prune.surgery import reconstruction
+from robust_prune.surgery import passes, reconstruction
 from robust_prune.surgery.apply import Surgery, apply
+from robust_prune.surgery.passes import Batches
 from robust_prune.surgery.reconstruction import reconstruct
 
 
@@ -163,9 +164,10 @@ def test_rows_are_drawn_anew_for_each_image_and_no_more_than_wanted(monkeypatch:
     layer, images = nn.Linear(4, 4), torch.rand(64, 50, 4)
     monkeypatch.setattr(reconstruction, "LEAST_ROWS", 300)
     monkeypatch.setattr(reconstruction, "ROWS_PER_INPUT", 1)
-    batches = reconstruction._Batches(images.split(32), torch.device("cpu"), torch.float32, False)
+    batches = Batches(images.split(32), torch.device("cpu"), torch.float32, False)
     model = nn.Sequential(layer)
-    found = batches.outputs(model, {"0": (torch.arange(4), batches.rows(layer))})["0"]
+    most = reconstruction._most_rows(layer, batches)
+    found = reconstruction._outputs(model, batches, {"0": (torch.arange(4), most)})["0"]
     assert [len(target.rows) for target in found] == [150, 150] and found[0].count == 32 * 50
     for target, part in zip(found, images.split(32), strict=True):
         assert torch.allclose(target.rows, layer(part).reshape(-1, 4)[target.at])
@@ -193,6 +195,45 @@ def test_few_dense_outputs_at_a_time_give_the_same_result(net: Net, monkeypatch:
         assert reconstruct(surgery.model, net, surgery.removed, images) == ("second", "third", "head")
         found.append(surgery.model.head.weight.detach())
     assert torch.equal(*found)
+
+
+class Residual(nn.Module):
+    """A skip connection around two layers, an in-place activation, and a layer that only some batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.rare, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        z = torch.relu(y + self.second(torch.relu(self.first(y))))
+        if x.mean() > 0.5:
+            z = self.rare(z)
+        return self.head(z.mean((2, 3)))
+
+
+def test_passes_that_go_on_where_the_last_one_ended_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, images, names = Residual().eval(), torch.rand(40, 3, 8, 8), ("first", "second", "rare", "head")
+    images = torch.cat([images * 0.6 + 0.4, images * 0.4])
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            weight = changed.get_submodule(name).weight
+            weight.add_(0.1 * torch.randn_like(weight))
+    found, computed = [], []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(passes, "MOST_RECORDED", most)
+        small = copy.deepcopy(changed)
+        runs: list[int] = []
+        small.stem[0].register_forward_pre_hook(lambda _, args, runs=runs: runs.append(len(args[0])))
+        assert reconstruct(small, model, {(n, "in", 0): () for n in names}, images, batch_size=20) == names
+        found.append(small.state_dict())
+        computed.append(sum(runs))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert computed[1] < computed[0] / 2
 
 
 def test_bf16_passes_find_nearly_the_same_solution(net: Net) -> None:
