@@ -35,8 +35,8 @@ _UPDATES = {
     ops.OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
     ops.OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
 }
-_NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
-_OPAQUE = {ops.OPTYPE.MHA, ops.OPTYPE.LSTM, ops.OPTYPE.EMBED, ops.OPTYPE.CUSTOMIZED}
+_ONE_WIDTH = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU, ops.OPTYPE.MHA}
+_OPAQUE = {ops.OPTYPE.LSTM, ops.OPTYPE.EMBED, ops.OPTYPE.CUSTOMIZED}
 _STEP_LIMIT = 20_000
 
 
@@ -230,7 +230,7 @@ def _slice(graph: BoundedGraph, node: Any, fn: Any, found: dict[int, int], numbe
         raise BrokenMapping(
             f"its channels reach {_label(node)}, a {node.module_class.__name__}, which cannot be cut here"
         )
-    if node.type in _NORMS:
+    if node.type in _ONE_WIDTH:
         if graph.get_out_channels(node) is None:  # a PReLU with one shared slope
             return None
         target, side = graph._module2name[node.module], "norm"

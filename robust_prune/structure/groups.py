@@ -85,6 +85,10 @@ def _search(trial: Trial) -> GroupSearch:
     return GroupSearch(tuple(sorted(done, key=lambda group: order[group.name])), _remaining(stuck, ledger))
 
 
+class Interleaved(BrokenMapping):
+    """Raised where a part of a layer holds channels of several parts of the group."""
+
+
 def check_example(example: Tensor) -> None:
     """Raise UsageError unless `example` is one image [1, C, H, W]."""
     if example.dim() != 4 or example.shape[0] != 1:
@@ -127,8 +131,6 @@ def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
 
 def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
     """Return groups of the trial's dense reference found by `tracing`, not yet proved, without positions of `found`."""
-    if any(isinstance(module, nn.MultiheadAttention) for module in trial.dense.modules()):
-        return []  # it mixes all channels that reach it, and makes every pass of the search slow
     blocks = find_attention(trial.dense, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]
@@ -204,6 +206,28 @@ def _as_group(
     Raises:
         BrokenMapping: its channels cannot be removed, neither one by one nor block by block.
     """
+    try:
+        return _blocked(name, coupling, model, in_attention, blocks)
+    except Interleaved as error:
+        # A channel shuffle: the channels at the same position of every part are one channel.
+        for parts in sorted({_parts(model, part) for part in coupling.slices} - {1}, reverse=True):
+            if coupling.channels % parts == 0 and coupling.channels > parts:
+                with suppress(BrokenMapping):
+                    return _blocked(name, _folded(coupling, parts), model, in_attention, 1)
+        raise error
+
+
+def _folded(coupling: Coupling, parts: int) -> Coupling:
+    """Return the coupling with the channels at the same position of its equal parts as one channel."""
+    size = coupling.channels // parts
+    slices = tuple(replace(part, root=tuple(root % size for root in part.root)) for part in coupling.slices)
+    return replace(coupling, channels=size, slices=slices)
+
+
+def _blocked(
+    name: str, coupling: Coupling, model: nn.Module, in_attention: dict[str, Attention], blocks: int
+) -> ChannelGroup:
+    """Return the coupling as a group, of whose blocks the parts of its layers hold whole ones; see `_as_group`."""
     producers = {s.target for s in coupling.slices if s.side == "out"}
     if mixed := sorted(producers & in_attention.keys()):
         raise BrokenMapping(f"its channels are those of the attention heads of {mixed[0]}")
@@ -242,6 +266,8 @@ def _parts(model: nn.Module, part: GroupSlice) -> int:
     module = model.get_submodule(part.target)
     if isinstance(module, nn.GroupNorm):
         return module.num_groups
+    if isinstance(module, nn.MultiheadAttention):
+        return module.num_heads
     if isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
         return module.groups
     return 1
@@ -259,7 +285,7 @@ def _check_parts(part: GroupSlice, count: int, channels: int, size: int) -> None
         raise BrokenMapping(f"the {count} parts of {part.target} do not hold whole parts of its channels")
     for position, root in zip(part.index, part.root, strict=True):
         if position * count // size != root * count // channels:
-            raise BrokenMapping(f"its channels are interleaved over the {count} parts of {part.target}")
+            raise Interleaved(f"its channels are interleaved over the {count} parts of {part.target}")
 
 
 def _trial_cut(group: ChannelGroup) -> tuple[int, ...]:

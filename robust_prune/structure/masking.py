@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cutting import Place, cut_copy
+from .cutting import Place, cut_copy, free_tensor
+from .own_norms import OwnNorm, of_remaining
 
-_STATISTICS = (nn.LayerNorm, nn.GroupNorm)
+_ConvNd = nn.modules.conv._ConvNd
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+_PLAIN = {
+    kind.forward
+    for kind in (
+        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    )
+}  # fmt: skip
 
 
 @contextmanager
-def masked(model: nn.Module, removed: Mapping[Place, Iterable[int]]) -> Iterator[nn.Module]:
+def masked(
+    model: nn.Module, removed: Mapping[Place, Iterable[int]], norms: Mapping[str, OwnNorm] | None = None
+) -> Iterator[nn.Module]:
     """Set the given positions of `model` to zero inside the ``with`` block and restore them bit for bit on exit.
 
     Weights, biases and free parameters are zeroed. Layer and group norms compute statistics over channels, in which
-    zeroed channels would still count. Such a norm is replaced by one that normalises the remaining channels alone and
-    returns zeros for the others.
+    zeroed channels would still count, as may norms that users write and subclasses of convolutions that standardise
+    their weights. Such a module is replaced by one that runs on the remaining channels alone and returns zeros for the
+    others.
 
     Args:
         model: the dense model; no other thread may use it inside the block.
         removed: for each place (target, side, dimension) the positions to set to zero.
+        norms: norms that users write, by name.
 
     Yields:
         The same model.
     """
     undo: list[tuple[Tensor, Tensor]] = []
-    norms: list[nn.Module] = []
+    replaced: list[nn.Module] = []
+    lost = {place: sorted(positions) for place, positions in removed.items()}
     try:
         with torch.no_grad():
-            for (target, side, dim), positions in removed.items():
-                index = sorted(positions)
+            for small, forward, places in _smaller(model, lost, norms or {}):
+                vars(small)["forward"] = forward
+                replaced.append(small)
+                lost = {place: index for place, index in lost.items() if place not in places}
+            for (target, side, dim), index in lost.items():
                 if side == "param":
-                    _zero(model.get_parameter(target), dim, index, undo)
+                    tensor = free_tensor(model, target)
+                    if isinstance(tensor, nn.Parameter):  # a zero in a buffer of deviations would be divided by
+                        _zero(tensor, dim, index, undo)
                     continue
                 module: Any = model.get_submodule(target)
-                if isinstance(module, _STATISTICS):
-                    norms.append(module)
-                    vars(module)["forward"] = _remaining_only(module, index)
+                if isinstance(module, nn.MultiheadAttention):
+                    _zero_attention(module, index, undo)
                 elif side == "in":
                     _zero_inputs(module, index, undo)
                 else:
@@ -53,30 +71,59 @@ def masked(model: nn.Module, removed: Mapping[Place, Iterable[int]]) -> Iterator
         with torch.no_grad():
             for tensor, old in reversed(undo):
                 tensor.copy_(old)
-        for module in norms:
-            del vars(module)["forward"]
+        for changed in replaced:
+            vars(changed).pop("forward", None)
 
 
-def _zero(tensor: Tensor | None, dim: int, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
-    if tensor is not None:
-        undo.append((tensor, tensor.clone()))
-        tensor.index_fill_(dim, torch.tensor(index, device=tensor.device), 0.0)
+def _smaller(
+    model: nn.Module, lost: Mapping[Place, list[int]], norms: Mapping[str, OwnNorm]
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor], set[Place]]]:
+    """Yield modules that run on their remaining channels, with that forward function and places not to be zeroed."""
+    own: dict[str, set[Place]] = {}
+    for place in lost:
+        target, side, _ = place
+        if side == "param":
+            own.setdefault(target.rpartition(".")[0], set()).add(place)
+            continue
+        module: Any = model.get_submodule(target)
+        if isinstance(module, _NORMS):
+            yield module, _norm_of_remaining(module, lost[place]), {place}
+        elif side == "in" and _standardises(module) and len(lost[place]) < _inputs(module):
+            yield module, _layer_of_remaining(module, lost[place]), {place}
+    for name, places in own.items():
+        norm, index = norms.get(name), lost[next(iter(places))]
+        if norm and not norm.scaled and len(index) < norm.channels and all(lost[place] == index for place in places):
+            yield model.get_submodule(name), of_remaining(model.get_submodule(name), norm, index), places
 
 
-def _zero_inputs(module: Any, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
-    groups = getattr(module, "groups", 1)
-    if groups == 1:
-        _zero(module.weight, 0 if getattr(module, "transposed", False) else 1, index, undo)
-        return
-    undo.append((module.weight, module.weight.clone()))
-    ins, outs = module.in_channels // groups, module.out_channels // groups
-    for i in index:
-        part = i // ins
-        module.weight[part * outs : (part + 1) * outs, i % ins] = 0.0
+def _standardises(layer: Any) -> bool:
+    """Return whether the outputs of a layer may depend on weights of other inputs than its own ones."""
+    return isinstance(layer, (_ConvNd, nn.Linear)) and type(layer).forward not in _PLAIN
 
 
-def _remaining_only(norm: Any, index: list[int]) -> Any:
-    """Return a forward function of `norm` over the remaining channels."""
+def _inputs(layer: Any) -> int:
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+
+
+def _layer_of_remaining(layer: Any, index: list[int]) -> Callable[..., Tensor]:
+    """Return a forward function of a convolution or linear layer over its remaining inputs."""
+    small: nn.Module | None = None
+    keep = sorted(set(range(_inputs(layer))) - set(index))
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Not before the first call, since the outputs that are lost are set to zero after this function is made.
+        nonlocal small
+        if small is None:
+            small = cut_copy(layer, "in", index)
+            del vars(small)["forward"]
+        dim = x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
+        return small(x.index_select(dim, torch.tensor(keep, device=x.device)), *args, **kwargs)
+
+    return forward
+
+
+def _norm_of_remaining(norm: Any, index: list[int]) -> Callable[..., Tensor]:
+    """Return a forward function of a layer or group norm over the remaining channels."""
     size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
     keep = sorted(set(range(size)) - set(index))
     if not keep:
@@ -90,6 +137,34 @@ def _remaining_only(norm: Any, index: list[int]) -> Any:
         return torch.zeros_like(x).index_copy(dim, kept, result)
 
     return forward
+
+
+def _zero(tensor: Tensor | None, dim: int, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
+    if tensor is not None:
+        undo.append((tensor, tensor.clone()))
+        tensor.index_fill_(dim, torch.tensor(index, device=tensor.device), 0.0)
+
+
+def _zero_attention(attention: nn.MultiheadAttention, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
+    rows = [part * attention.embed_dim + i for part in range(3) for i in index]
+    for tensor, dim, positions in (
+        (attention.in_proj_weight, 0, rows), (attention.in_proj_weight, 1, index), (attention.in_proj_bias, 0, rows),
+        (attention.out_proj.weight, 0, index), (attention.out_proj.weight, 1, index),
+        (attention.out_proj.bias, 0, index),
+    ):  # fmt: skip
+        _zero(tensor, dim, positions, undo)
+
+
+def _zero_inputs(module: Any, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
+    groups = getattr(module, "groups", 1)
+    if groups == 1:
+        _zero(module.weight, 0 if getattr(module, "transposed", False) else 1, index, undo)
+        return
+    undo.append((module.weight, module.weight.clone()))
+    ins, outs = module.in_channels // groups, module.out_channels // groups
+    for i in index:
+        part = i // ins
+        module.weight[part * outs : (part + 1) * outs, i % ins] = 0.0
 
 
 def _channel_dim(norm: Any, x: Tensor) -> int:

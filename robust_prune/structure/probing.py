@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .cutting import CHANNEL_LAYERS, Place, is_depthwise
+from .cutting import CHANNEL_LAYERS, Place, free_tensor, is_depthwise
 from .graph import BrokenMapping
 
 _SEED = 1735
@@ -78,13 +78,13 @@ class Probe(TorchFunctionMode):
         self._started = True
 
     def producers(self) -> list[Place]:
-        """Return the places that can be perturbed: outputs of convolutions and linear layers, and free parameters."""
+        """Return the places that can be perturbed: outputs of convolutions and linear layers, and free tensors."""
         layers = dict.fromkeys(c.leaving for c in self.calls if c.leaving != c.entering)
         free = [
             (name, "param", dim)
-            for name, parameter in self._model.named_parameters()
-            if id(parameter) not in self._owners and parameter.is_floating_point()
-            for dim, size in enumerate(parameter.shape)
+            for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers())
+            if id(tensor) not in self._owners and tensor.is_floating_point()
+            for dim, size in enumerate(tensor.shape)
             if size > 1
         ]
         return [*layers, *free]
@@ -92,7 +92,7 @@ class Probe(TorchFunctionMode):
     def size(self, place: Place) -> int:
         """Return the number of channels of a place that `producers` returned."""
         if place[1] == "param":
-            return self._model.get_parameter(place[0]).shape[place[2]]
+            return free_tensor(self._model, place[0]).shape[place[2]]
         return next(c.returned.shape[c.returned_dim] for c in self.calls if c.leaving == place)
 
     def run(self, image: Tensor, changes: Mapping[Place, Tensor]) -> list[Tensor]:
@@ -120,7 +120,7 @@ class Probe(TorchFunctionMode):
         saved = []
         for (name, side, dim), mask in self._changes.items():
             if side == "param":
-                parameter = self._model.get_parameter(name)
+                parameter = free_tensor(self._model, name)
                 saved.append((parameter, parameter.detach().clone()))
                 where = _along(mask, dim, parameter)
                 parameter.add_(where * torch.rand(parameter.shape, generator=self._generator).to(parameter))

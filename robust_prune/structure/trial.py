@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, product, takewhile
+from itertools import chain, islice, permutations, product, takewhile
 from typing import Any
 
 import torch
@@ -16,8 +16,19 @@ from ..introspect.copies import copied
 from ..models.branches import Branch
 from .attention import Adaptation, Attention
 from .comparison import compared, exchanged
-from .cutting import CHANNEL_LAYERS, Cutter, Place, gone_positions, like, old_to_new_sizes, place_size
+from .cutting import (
+    CHANNEL_LAYERS,
+    Cutter,
+    Place,
+    Shortened,
+    gone_positions,
+    module_tensor,
+    old_to_new_sizes,
+    place_size,
+    renewed,
+)
 from .masking import masked
+from .own_norms import find_own_norms, scale
 from .paths import Pass, paths_of, used_names
 from .reference import first_line, images_like, make_reference
 from .types import ChannelGroup, Skipped
@@ -80,9 +91,9 @@ class Edit:
 
     Attributes:
         module: qualified name of the module.
-        attribute: name of the attribute, or of a parameter if `scale` is set.
-        value: new value of the attribute, or factor of the parameter.
-        scale: whether a parameter is multiplied by `value`.
+        attribute: name of the attribute, or of a tensor or float if `scale` is set.
+        value: new value of the attribute, or factor.
+        scale: whether what is there is multiplied by `value`.
     """
 
     module: str
@@ -98,13 +109,13 @@ class Outcome:
     Attributes:
         reason: empty if the cut was kept, else why it was undone.
         error: relative error against the masked reference.
-        edits: repairs of stale attributes.
+        edits: repairs of stale attributes, by the name of the group whose cut needs them.
         adaptations: adaptation of each attention block, by the name of its first producer.
     """
 
     reason: str
     error: float = 0.0
-    edits: tuple[Edit, ...] = ()
+    edits: dict[str, tuple[Edit, ...]] = field(default_factory=dict)
     adaptations: dict[str, Adaptation] = field(default_factory=dict)
 
 
@@ -122,6 +133,7 @@ class Trial:
         dtype: data type of both models: float64, or float32 where the model needs it.
         small: the cut copy.
         images: random images [2, C, H, W] on which the two are compared.
+        norms: norms that users write, by name.
         paths: passes that show every part of the model with its own weights.
 
     Raises:
@@ -131,6 +143,7 @@ class Trial:
     def __init__(self, model: nn.Module, example: Tensor, images: Tensor | None = None) -> None:
         self.dense, self.dtype = make_reference(model, example)
         self.images = images_like(example, self.dtype)
+        self.norms = find_own_norms(self.dense, self.images)
         self._own = copied(model)
         self.paths = paths_of(self._own, example, images, used_names(self.dense, self.images))
         usual = Pass(self.images)
@@ -179,7 +192,7 @@ class Trial:
             for cut in cuts:
                 for place, positions in gone_positions(cut.candidate.group, cut.removed).items():
                     removed.setdefault(place, set()).update(positions)
-            with masked(self.dense, removed), torch.no_grad():
+            with masked(self.dense, removed, self.norms), torch.no_grad():
                 wanted = [step.run(self.dense) for step in self._compared]
             outcome = self._cut_and_repair(cuts, wanted)
         except Exception as error:
@@ -204,8 +217,13 @@ class Trial:
 
     def _cut_and_repair(self, cuts: list[Cut], wanted: list[Tensor]) -> Outcome:
         before = _sizes(self.small, cuts)
+        shortened: list[Shortened] = []
+        scaled: dict[str, tuple[Edit, ...]] = {}
         for cut in cuts:
-            self.cutter.cut(cut.candidate.group, cut.removed)
+            shortened += self.cutter.cut(cut.candidate.group, cut.removed)
+            if edits := self._scalings(cut.candidate.group, cut.removed):
+                scaled[cut.candidate.group.name] = edits
+                apply_edits(self.small, edits)
         sizes = old_to_new_sizes(before, _sizes(self.small, cuts), cuts[0].candidate.group.blocks)
         saved = self.cutter.snapshot()
         first: Outcome | None = None
@@ -216,19 +234,30 @@ class Trial:
             repairs: Iterator[tuple[Edit, ...]] = iter([()])
             if len(cuts) == 1 and not cuts[0].candidate.attention:
                 group = cuts[0].candidate.group
-                stale = islice(_repairs(self.small, group, sizes), _MOST_REPAIRS)
-                repairs = chain(stale, _mean_repairs(self.small, group, before))
+                places = tuple(dict.fromkeys(shortened))
+                repairs = islice(_repairs(self.small, group, sizes, places), _MOST_REPAIRS)
             for edits in repairs:
                 old = [getattr(self.small.get_submodule(e.module), e.attribute) for e in edits]
                 apply_edits(self.small, edits)
                 reason, error = self._compare(wanted)
                 if not reason:
-                    return Outcome("", error, edits, how)
+                    return Outcome("", error, _joined(scaled, {cuts[0].candidate.group.name: edits}), how)
                 first = first or Outcome(reason, error)
                 for edit, value in zip(edits, old, strict=True):
                     setattr(self.small.get_submodule(edit.module), edit.attribute, value)
             self.cutter.restore(saved)
         return first or Outcome("there is no way to cut it")
+
+    def _scalings(self, group: ChannelGroup, removed: tuple[int, ...]) -> tuple[Edit, ...]:
+        """Return what makes up for the means over channels of norms that lost channels of a group."""
+        edits = []
+        for owner, norm in self.norms.items():
+            name, dim = next(iter(norm.dims.items()))
+            lost = gone_positions(group, removed).get((f"{owner}.{name}", "param", dim), ())
+            if norm.scaled and lost:
+                now = module_tensor(self.small.get_submodule(owner), name).shape[dim]
+                edits += [Edit(owner, each, (now + len(lost)) / now, scale=True) for each in norm.scaled]
+        return tuple(edits)
 
     def _compare(self, wanted: list[Tensor]) -> tuple[str, float]:
         worst = 0.0
@@ -242,6 +271,13 @@ class Trial:
         return "", worst
 
 
+def _joined(*parts: Mapping[str, tuple[Edit, ...]]) -> dict[str, tuple[Edit, ...]]:
+    joint: dict[str, tuple[Edit, ...]] = {}
+    for name, edits in chain(*(part.items() for part in parts)):
+        joint[name] = (*joint.get(name, ()), *edits)
+    return {name: edits for name, edits in joint.items() if edits}
+
+
 class Ledger:
     """Results of all transactions on a trial.
 
@@ -251,11 +287,13 @@ class Ledger:
         lost: the cuts of `failed`, in the same order.
         edits: repairs of stale attributes, by the name of the group whose cut needs them.
         adaptations: adaptation of each attention block, by the name of its first producer.
+        norms: norms that users write, by name.
         error: largest relative error of a proof.
     """
 
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
+        self.norms = trial.norms
         self.done: list[Cut] = []
         self.failed: list[Skipped] = []
         self.lost: list[Cut] = []
@@ -295,8 +333,7 @@ class Ledger:
             self._failures[_kind(cuts[0])] += 1
             return
         self.done += cuts
-        if outcome.edits:  # made only for a cut that is tried alone
-            self.edits[cuts[0].candidate.group.name] = outcome.edits
+        self.edits |= outcome.edits
         self.adaptations |= outcome.adaptations
         self.error = max(self.error, outcome.error)
 
@@ -307,14 +344,13 @@ def _kind(cut: Cut) -> str:
 
 
 def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
-    """Set repaired attributes and replace scaled parameters of `model`, in place."""
+    """Set repaired attributes and scale tensors of `model`, in place."""
     for edit in edits:
         module = model.get_submodule(edit.module)
-        value = edit.value
         if edit.scale:
-            old = module.get_parameter(edit.attribute)
-            value = like(old.detach() * edit.value, old)
-        setattr(module, edit.attribute, value)
+            scale(module, [edit.attribute], edit.value)
+        else:
+            setattr(module, edit.attribute, edit.value)
 
 
 def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
@@ -338,11 +374,14 @@ def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adapta
         yield {name: found[nth[kind[name]]] for name, found in ways.items()}
 
 
-def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> Iterator[tuple[Edit, ...]]:
-    """Yield sets of edits of attributes that may be stale: none, each alone, one name on all modules of a class, all.
+def _repairs(
+    model: nn.Module, group: ChannelGroup, sizes: dict[int, int], shortened: Sequence[Shortened]
+) -> Iterator[tuple[Edit, ...]]:
+    """Yield sets of edits of attributes that may be stale: none, each alone, those of a class of modules, all.
 
-    The modules searched are the ancestors of the cut layers and the ancestors' other children, nearest to the root
-    layer first.
+    An attribute is stale if it holds an old size, or segments that fill a place that was cut: a list of them, or two
+    numbers. The modules searched are the ancestors of the cut layers and the ancestors' other children, nearest to the
+    root layer first.
     """
     yield ()
     ancestors = {""}
@@ -350,21 +389,38 @@ def _repairs(model: nn.Module, group: ChannelGroup, sizes: dict[int, int]) -> It
         name = part.target
         while name := name.rpartition(".")[0]:
             ancestors.add(name)
-    stale: list[Edit] = []
-    by_kind: dict[tuple[type, str], list[Edit]] = {}
+    stale: list[tuple[Edit, ...]] = []
+    by_kind: dict[tuple[type, tuple[str, ...], int], list[tuple[Edit, ...]]] = {}
     near = sorted(model.named_modules(), key=lambda named: -_shared(named[0], group.name))
     for name, module in near:
         if isinstance(module, CHANNEL_LAYERS) or not (name in ancestors or name.rpartition(".")[0] in ancestors):
             continue
-        for attribute, value in vars(module).items():
-            new = _renewed(value, sizes)
-            if new != value:
-                stale.append(Edit(name, attribute, new))
-                by_kind.setdefault((type(module), attribute), []).append(stale[-1])
-    yield from ((edit,) for edit in stale)
-    yield from (tuple(edits) for edits in by_kind.values() if 1 < len(edits) < len(stale))
+        for number, new in enumerate(_new_values(vars(module), sizes, shortened)):
+            edits = tuple(Edit(name, attribute, value) for attribute, value in new.items())
+            stale.append(edits)
+            by_kind.setdefault((type(module), tuple(new), number), []).append(edits)
+    yield from stale
+    yield from (tuple(chain(*edits)) for edits in by_kind.values() if 1 < len(edits) < len(stale))
     if len(stale) > 1:
-        yield tuple(stale)
+        yield tuple(chain(*stale))
+
+
+def _new_values(
+    values: Mapping[str, Any], sizes: dict[int, int], shortened: Sequence[Shortened]
+) -> Iterator[dict[str, Any]]:
+    """Yield new values of the attributes of a module that a cut may have made stale."""
+    for attribute, value in values.items():
+        if (new := renewed(value, sizes)) != value:
+            yield {attribute: new}
+        if type(value) in (list, tuple) and len(value) > 1 and all(type(v) is int for v in value):
+            for lost in shortened:
+                if (left := lost.segments(value)) and left != list(new):
+                    yield {attribute: type(value)(left)}
+    numbers = {attribute: value for attribute, value in values.items() if type(value) is int and value > 0}
+    for one, other in permutations(numbers, 2):
+        for lost in shortened:
+            if left := lost.segments([numbers[one], numbers[other]]):
+                yield {one: left[0], other: left[1]}
 
 
 def _shared(name: str, other: str) -> int:
@@ -372,30 +428,3 @@ def _shared(name: str, other: str) -> int:
     return sum(
         1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
     )
-
-
-def _mean_repairs(model: nn.Module, group: ChannelGroup, before: dict[Place, int]) -> Iterator[tuple[Edit, ...]]:
-    """Yield edits for a module that divides by a mean over the cut channels, such as global response norm.
-
-    If C' of C channels are kept, the masked model averages over C channels including zeros, while the cut model
-    averages over C' channels and gets a mean C/C' times as large. Multiplying one of the module's cut parameters by
-    C/C' compensates for this; a small constant that is added to the mean grows by the same factor.
-    """
-    for part in group.slices:
-        if part.side != "param":
-            continue
-        owner, _, own = part.target.rpartition(".")
-        ratio = before[part.target, part.side, part.dim] / place_size(model, part)
-        scaled = Edit(owner, own, ratio, scale=True)
-        yield (scaled,)
-        for name, value in vars(model.get_submodule(owner)).items():
-            if type(value) is float:
-                yield (scaled, Edit(owner, name, value * ratio))
-
-
-def _renewed(value: Any, sizes: dict[int, int]) -> Any:
-    if type(value) is int:
-        return sizes.get(value, value)
-    if type(value) in (tuple, list, torch.Size):
-        return type(value)(_renewed(v, sizes) if type(v) is int else v for v in value)
-    return value

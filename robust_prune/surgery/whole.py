@@ -117,7 +117,7 @@ class _Proof:
             return small, f"fails: {failure}", float("inf")
         worst = 0.0
         for step, comparable in zip(self.passes, self.exact, strict=True):
-            with torch.no_grad(), masked(self.dense, removed_places(cuts)):
+            with torch.no_grad(), masked(self.dense, removed_places(cuts), self.ledger.norms):
                 wanted = step.run(self.dense)
             if not bool(torch.isfinite(wanted).all()):
                 warnings.warn(

@@ -321,6 +321,142 @@ class Caching(nn.Module):
         return self.fc(F.relu(self.stem(x).flatten(2).transpose(1, 2) + bias).mean(1))
 
 
+class HandNorm(nn.Module):
+    """A layer norm over channels written by hand, which knows its width, and a root mean square over them."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = _OverChannels(width)
+        self.conv = nn.Conv2d(width, 10, 3, padding=1)
+        self.rms = _RootMeanSquare(10)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.gelu(self.norm(self.stem(x)))))
+        return self.fc(self.rms(x).mean((2, 3)))
+
+
+class _OverChannels(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.shape, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class _RootMeanSquare(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.gain
+
+
+class Standardised(nn.Module):
+    """Convolutions that standardise their weights and have a gain for each output, with group norms without biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = _Standardising(3, 12), _Standardising(12, 8)
+        self.norm1, self.norm2 = nn.GroupNorm(2, 12), nn.GroupNorm(1, 8)
+        self.norm1.bias = self.norm2.bias = None
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm2(self.conv(F.relu(self.norm1(self.stem(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+class _Standardising(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+        self.scores = nn.Parameter(torch.ones_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.scores
+        weight = self.gain * (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+class Buffers(nn.Module):
+    """Fixed tensors with an entry a channel: a mean and a deviation between layers, and a kernel that blurs."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 10, 3, padding=1)
+        self.width = width
+        self.register_buffer("mean", torch.linspace(-1, 1, width).view(1, -1, 1, 1))
+        self.register_buffer("deviation", torch.linspace(1, 2, width).view(1, -1, 1, 1))
+        self.register_buffer("blur", torch.linspace(0.1, 1, width * 9).view(width, 1, 3, 3))
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (F.relu(self.first(x)) - self.mean) / self.deviation
+        x = F.conv2d(x, self.blur, padding=1, groups=self.width)
+        return self.fc(F.relu(self.second(x)).mean((2, 3)))
+
+
+class Segments(nn.Module):
+    """Segments of one layer's channels, whose sizes are a list or two numbers, of which one is convolved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.sizes = [10, 4, 2]
+        self.middle = nn.Conv2d(4, 4, 3, padding=1)
+        self.second = nn.Conv2d(16, 12, 1)
+        self.changed, self.rest = 3, 9
+        self.part = nn.Conv2d(3, 3, 3, padding=1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = torch.split(F.relu(self.stem(x)), self.sizes, dim=1)
+        x = F.relu(self.second(torch.cat([a, self.middle(b), c], 1)))
+        a, b = torch.split(x, [self.changed, self.rest], dim=1)
+        return self.fc(torch.cat([self.part(a), b], 1).mean((2, 3)))
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle between two convolutions in two groups."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.first, self.second = nn.Conv2d(6, width, 1, groups=2), nn.Conv2d(width, 12, 1, groups=2)
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(F.relu(self.stem(x))))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(F.relu(self.second(self.bn(x))).mean((2, 3)))
+
+
+class TorchAttention(nn.Module):
+    """nn.MultiheadAttention on the path around it, an encoder layer of torch, and convolutions before them."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.embed = nn.Conv2d(10, width, 4, 4)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 20, 0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(F.relu(self.stem(x))).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head(self.layer(x).mean(1))
+
+
 def vit() -> nn.Module:
     """timm's vision transformer, two blocks of two heads."""
     from timm.models.vision_transformer import VisionTransformer
@@ -343,6 +479,12 @@ MODELS = {
     "split_attention": SplitAttention,
     "tied_attention": TiedAttention,
     "caching": Caching,
+    "hand_norm": HandNorm,
+    "standardised": Standardised,
+    "buffers": Buffers,
+    "segments": Segments,
+    "shuffle": Shuffle,
+    "torch_attention": TorchAttention,
 }
 
 
