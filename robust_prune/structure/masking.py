@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cutting import Place, cut_copy, free_tensor
+from .cutting import Place, cut_copy, cut_module, free_tensor, is_depthwise
 from .own_norms import OwnNorm, of_remaining
 
 _ConvNd = nn.modules.conv._ConvNd
@@ -44,8 +45,11 @@ def masked(
     """
     undo: list[tuple[Tensor, Tensor]] = []
     replaced: list[nn.Module] = []
+    # Torch's fast path of encoder layers reads weights and calls no module.
+    fast = torch.backends.mha.get_fastpath_enabled()
     lost = {place: sorted(positions) for place, positions in removed.items()}
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             for small, forward, places in _smaller(model, lost, norms or {}):
                 vars(small)["forward"] = forward
@@ -68,6 +72,7 @@ def masked(
                     _zero(getattr(module, "bias", None), 0, index, undo)
         yield model
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         with torch.no_grad():
             for tensor, old in reversed(undo):
                 tensor.copy_(old)
@@ -88,36 +93,45 @@ def _smaller(
         module: Any = model.get_submodule(target)
         if isinstance(module, _NORMS):
             yield module, _norm_of_remaining(module, lost[place]), {place}
-        elif side == "in" and _standardises(module) and len(lost[place]) < _inputs(module):
-            yield module, _layer_of_remaining(module, lost[place]), {place}
+        elif isinstance(module, (_ConvNd, nn.Linear)) and type(module).forward not in _PLAIN:
+            own.setdefault(target, set()).add(place)
     for name, places in own.items():
+        module = model.get_submodule(name)
         norm, index = norms.get(name), lost[next(iter(places))]
-        if norm and not norm.scaled and len(index) < norm.channels and all(lost[place] == index for place in places):
-            yield model.get_submodule(name), of_remaining(model.get_submodule(name), norm, index), places
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            gone = {side: lost[place] for place in places if (side := place[1]) != "param"}
+            if gone and all(len(index) < _width(module, side) for side, index in gone.items()):
+                yield module, _layer_of_remaining(module, gone), places
+        elif norm and not norm.scaled and len(index) < norm.channels and all(lost[place] == index for place in places):
+            yield module, of_remaining(module, norm, index), places
 
 
-def _standardises(layer: Any) -> bool:
-    """Return whether the outputs of a layer may depend on weights of other inputs than its own ones."""
-    return isinstance(layer, (_ConvNd, nn.Linear)) and type(layer).forward not in _PLAIN
+def _width(layer: Any, side: str) -> int:
+    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
+    return int(getattr(layer, names[side == "out"]))
 
 
-def _inputs(layer: Any) -> int:
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+def _layer_of_remaining(layer: Any, gone: Mapping[str, list[int]]) -> Callable[..., Tensor]:
+    """Return a forward function of a convolution or linear layer over its remaining inputs and outputs.
 
-
-def _layer_of_remaining(layer: Any, index: list[int]) -> Callable[..., Tensor]:
-    """Return a forward function of a convolution or linear layer over its remaining inputs."""
-    small: nn.Module | None = None
-    keep = sorted(set(range(_inputs(layer))) - set(index))
+    The other outputs are zero. The code of a subclass may compute statistics over all weights.
+    """
+    small = copy.deepcopy(layer)
+    keep = {}
+    for side, index in gone.items():
+        keep[side] = sorted(set(range(_width(layer, side))) - set(index))
+        cut_module(small, side, index)
+    if is_depthwise(layer):
+        keep["in"] = keep["out"]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Not before the first call, since the outputs that are lost are set to zero after this function is made.
-        nonlocal small
-        if small is None:
-            small = cut_copy(layer, "in", index)
-            del vars(small)["forward"]
         dim = x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
-        return small(x.index_select(dim, torch.tensor(keep, device=x.device)), *args, **kwargs)
+        kept = {side: torch.tensor(index, device=x.device) for side, index in keep.items()}
+        result: Tensor = small(x.index_select(dim, kept["in"]) if "in" in kept else x, *args, **kwargs)
+        if "out" not in kept:
+            return result
+        sizes = [_width(layer, "out") if d == dim else n for d, n in enumerate(result.shape)]
+        return result.new_zeros(sizes).index_copy(dim, kept["out"], result)
 
     return forward
 

@@ -22,6 +22,7 @@ _SEED = 1735
 _PRODUCTS = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
 }  # fmt: skip
+_MATRIX_PRODUCTS = {"matmul", "mm", "__matmul__"}
 _PER_CHANNEL = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "prelu"}
 
 
@@ -64,6 +65,8 @@ class Probe(TorchFunctionMode):
         self._owners = {
             id(t): m for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
         }
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._free = {id(t): name for name, t in tensors if id(t) not in self._owners and t.is_floating_point()}
         self._generator = torch.Generator().manual_seed(_SEED)
         self.calls: list[Call] = []
         self._output = torch.empty(0)
@@ -80,11 +83,12 @@ class Probe(TorchFunctionMode):
     def producers(self) -> list[Place]:
         """Return the places that can be perturbed: outputs of convolutions and linear layers, and free tensors."""
         layers = dict.fromkeys(c.leaving for c in self.calls if c.leaving != c.entering)
+        factors = {c.entering[0] for c in self.calls if c.entering[1] == "param"}
         free = [
             (name, "param", dim)
-            for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers())
-            if id(tensor) not in self._owners and tensor.is_floating_point()
-            for dim, size in enumerate(tensor.shape)
+            for name in self._free.values()
+            if name not in factors
+            for dim, size in enumerate(free_tensor(self._model, name).shape)
             if size > 1
         ]
         return [*layers, *free]
@@ -133,6 +137,8 @@ class Probe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in _MATRIX_PRODUCTS and len(args) == 2 and self._is_factor(args[1]):
+            return self._by_matrix(func, *args)
         if name not in _PRODUCTS and name not in _PER_CHANNEL:
             return func(*args, **kwargs)
         layer = self._layer(name, (*args, *kwargs.values()))
@@ -143,6 +149,17 @@ class Probe(TorchFunctionMode):
             self.calls.append(self._first(layer, name, came, func(*args, **kwargs)))
             return self.calls[-1].returned.clone()
         return self._again(came)
+
+    def _is_factor(self, tensor: Tensor) -> bool:
+        return tensor.dim() == 2 and id(tensor) in self._free
+
+    def _by_matrix(self, func: Any, came: Tensor, matrix: Tensor) -> Tensor:
+        """Return fixed values for the product of values with a free matrix, which is a linear layer."""
+        if self._started:
+            return self._again(came)
+        result, name = func(came, matrix), self._free[id(matrix)]
+        self.calls.append(self._call((name, "param", 0), (name, "param", 1), came, came.dim() - 1, result))
+        return self.calls[-1].returned.clone()
 
     def _layer(self, function: str, arguments: Iterable[Any]) -> nn.Module | None:
         """Return the layer that calls `function`: the owner of a tensor among its arguments, or the running module."""
@@ -165,6 +182,9 @@ class Probe(TorchFunctionMode):
         side = "norm" if function in _PER_CHANNEL else "out"
         leaving: Place = (name, side, 0)
         entering = leaving if side == "norm" or is_depthwise(layer) else (name, "in", 0)
+        return self._call(entering, leaving, came, dim, result)
+
+    def _call(self, entering: Place, leaving: Place, came: Tensor, dim: int, result: Tensor) -> Call:
         # Small positive values, so that neither a rectifier nor a saturating gate hides a perturbation.
         value, step = (torch.rand(result.shape, generator=self._generator).to(result) * 0.3 + 0.1 for _ in range(2))
         return Call(entering, leaving, came.clone(), dim, value, dim, step)
