@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,13 +36,27 @@ def compared(
     try:
         found = step.run(model, backward=backward)
     except Exception as error:
-        return f"fails: {type(error).__name__}: {first_line(error)}", float("inf")
+        return f"fails{_place(model, error)}: {type(error).__name__}: {first_line(error)}", float("inf")
     if found.shape != wanted.shape:
         return f"returns {tuple(found.shape)} instead of {tuple(wanted.shape)}", float("inf")
     difference = relative_error(found.detach(), wanted) if exact else 0.0
     if difference <= TOLERANCE[dtype]:
         return "", difference
-    return f"differs from the masked dense model by {difference:.1e} (relative)", difference
+    mixed = "code computes over these channels together, or ties them to others"
+    return f"differs from the masked dense model by {difference:.1e} (relative): {mixed}", difference
+
+
+def _place(model: nn.Module, error: BaseException) -> str:
+    """Return the innermost module of `model` whose code met an error, with its line; empty if there is none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        first = next(iter(frame.f_code.co_varnames), "")  # of a method, whatever it is called
+        name = names.get(id(frame.f_locals.get(first)))
+        if name is not None and not frame.f_globals.get("__name__", "").startswith("torch."):
+            code = linecache.getline(frame.f_code.co_filename, line).strip()
+            found = f" in {name or type(model).__name__}" + (f" ({code[:100]})" if code else "")
+    return found
 
 
 @contextmanager

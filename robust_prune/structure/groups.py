@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..introspect.fingerprint import models_hash
 from ..models.wrappers import unwrap
 from .attention import Attention, find_attention
 from .cutting import is_depthwise, place_size
 from .graph import BoundedGraph, BrokenMapping, Coupling, couple
-from .tracing import trace_groups
+from .tracing import TracedGroup, trace_groups
 from .trial import Candidate, Cut, Ledger, Trial
 from .types import ChannelGroup, GroupSlice, Skipped
 
 _SEED = 308
+_MOST_TRACED = 4
+_TRACED: dict[tuple[object, ...], list[TracedGroup]] = {}
+"""Couplings of the last models that were traced."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,16 @@ def find_traced(trial: Trial, found: Sequence[ChannelGroup]) -> list[Candidate]:
     blocks = find_attention(trial.dense, trial.images)
     in_attention = {name: block for block in blocks for name in block.producers}
     taken = [part for group in found for part in group.slices]
-    try:
-        found_by_value = trace_groups(trial.dense, trial.images[:1], taken=taken, skip=in_attention.keys())
-    except Exception:  # the model runs on made-up activations, which its code need not support
-        return []
+    # A plan is applied by the process that made it, which has traced the model then.
+    key = (models_hash(trial.dense), tuple(trial.images.shape), tuple(sorted(group.name for group in found)))
+    if key not in _TRACED:
+        try:
+            _TRACED[key] = trace_groups(trial.dense, trial.images[:1], taken=taken, skip=in_attention.keys())
+        except Exception:  # the model runs on made-up activations, which its code need not support
+            _TRACED[key] = []
+        while len(_TRACED) > _MOST_TRACED:
+            del _TRACED[next(iter(_TRACED))]
+    found_by_value = _TRACED[key]
     candidates = []
     for traced in found_by_value:
         with suppress(BrokenMapping):

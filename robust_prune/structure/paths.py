@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -69,6 +70,13 @@ class Pass:
     def to(self, dtype: torch.dtype) -> Pass:
         """Return the pass with images of another type."""
         return replace(self, images=self.images.to(dtype))
+
+    def like(self, images: Tensor) -> Pass:
+        """Return the pass with its images in the size of others."""
+        size = tuple(images.shape[2:])
+        if tuple(self.images.shape[2:]) == size:
+            return self
+        return replace(self, images=F.interpolate(self.images, size, mode="bilinear", antialias=True))
 
     def again(self) -> Pass:
         """Return the pass with other random numbers."""

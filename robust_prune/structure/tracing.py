@@ -62,10 +62,11 @@ def trace_groups(
     components = _Components()
     with torch.no_grad(), probing(model) as probe:
         probe.start(image)
-        sources = [p for p in probe.producers() if p[0] not in skip]
+        held = {((s.target, s.side, s.dim), i) for s in taken for i in s.index}
+        unresolved = [p for p in probe.producers() if any((p, i) not in held for i in range(probe.size(p)))]
+        sources = [p for p in unresolved if p[0] not in skip]
         for source, memberships, reached in _probe_sources(probe, sources, image):
             _link(source, memberships, reached, probe, components)
-    held = {((s.target, s.side, s.dim), i) for s in taken for i in s.index}
     classes = [c for c in components.classes() if not any(p in held or p[0] in (_OUTPUT, _NOWHERE) for p in c)]
     roots = [p for p in sources if p[1] == "out"]
     return _groups(roots, classes)
@@ -103,6 +104,8 @@ def _probe_sources(
     for source in sources:
         whole = torch.ones(probe.size(source), dtype=torch.bool)
         reach[source] = frozenset(i for i, seen in enumerate(probe.run(image, {source: whole})) if bool(seen.any()))
+    followed = frozenset[int]().union(*(calls for source, calls in reach.items() if source[1] == "out"))
+    reach = {source: calls for source, calls in reach.items() if source[1] == "out" or calls & followed}
     for together in _apart(reach):
         members = {s: _halves(probe.size(s)) for s in together}
         rounds = max(len(m) for m in members.values())
@@ -199,27 +202,36 @@ def _groups(roots: list[Place], classes: list[list[Position]]) -> list[TracedGro
         own = [p for p in members if p[0] in first]
         if own:
             by_root.setdefault(min((p[0] for p in own), key=first.__getitem__), []).append(members)
-    found = (_group(root, by_root[root]) for root in roots if root in by_root)
-    return [g for g in found if g is not None]
+    found = [(root, channels, parts) for root in roots for channels, parts in _parts(root, by_root.get(root, []))]
+    names = {root for root, _, _ in found}
+    groups: dict[Place, TracedGroup] = {}
+    for root, channels, parts in found:
+        # Another kind of channels of a layer is called by a layer that it alone passes.
+        others = (place for place, _ in channels[0] if place[1] == "out" and place not in names)
+        name = root if root not in groups else next(others, root)
+        groups.setdefault(name, _group(name, channels, parts))
+    return list(groups.values())
 
 
-def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
-    """Turn classes into the channels of a group: an equally long part for each kind, or the largest kind alone.
+def _parts(root: Place, classes: list[list[Position]]) -> Iterator[tuple[list[list[Position]], int]]:
+    """Yield the classes of each group of a layer and its number of blocks.
 
-    Parts of nearly equal length are shortened to the smallest, since the last part of torch.chunk may be smaller.
+    An equally long part for each kind make one group, in which parts of nearly equal length are shortened to the
+    smallest, since the last part of torch.chunk may be smaller. Other kinds are groups of their own, the largest first.
     """
     classes = [c for c in classes if sum(p == root for p, _ in c) <= _MOST_TOGETHER]
     classes.sort(key=lambda members: min(i for p, i in members if p == root))
     parts = [list(part) for _, part in groupby(classes, key=_kind)]
     least = min((len(p) for p in parts), default=0)
-    if any(len(p) - least > len(parts) for p in parts):
-        most = Counter(_kind(c) for c in classes).most_common(1)[0][0]
-        parts = [[c for c in classes if _kind(c) == most]]
-    else:
-        parts = [p[:least] for p in parts]
-    channels = [c for part in parts for c in part]
-    if not channels:
-        return None
+    if all(len(p) - least <= len(parts) for p in parts):
+        if parts:
+            yield [c for p in parts for c in p[:least]], len(parts)
+        return
+    for kind, _ in Counter(map(_kind, classes)).most_common():
+        yield [c for c in classes if _kind(c) == kind], 1
+
+
+def _group(root: Place, channels: list[list[Position]], parts: int) -> TracedGroup:
     slices: dict[Place, dict[int, int]] = {root: {}}
     for number, members in enumerate(channels):
         for place, index in members:
@@ -232,7 +244,7 @@ def _group(root: Place, classes: list[list[Position]]) -> TracedGroup | None:
         ),
         reaches_output=False,
     )
-    return TracedGroup(root[0], coupling, len(parts))
+    return TracedGroup(root[0], coupling, parts)
 
 
 def _kind(members: list[Position]) -> tuple[tuple[Place, int], ...]:

@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, permutations, product, takewhile
-from typing import Any
+from itertools import chain, islice, product
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from ..models.branches import Branch
 from .attention import Adaptation, Attention
 from .comparison import compared, exchanged
 from .cutting import (
-    CHANNEL_LAYERS,
     Cutter,
     Place,
     Shortened,
@@ -25,12 +23,13 @@ from .cutting import (
     module_tensor,
     old_to_new_sizes,
     place_size,
-    renewed,
 )
 from .masking import masked
-from .own_norms import find_own_norms, scale
+from .own_norms import find_own_norms
 from .paths import Pass, paths_of, used_names
 from .reference import first_line, images_like, make_reference
+from .repairs import WORKED, Edit, apply_edits, kinds, repairs
+from .smaller import smaller_example
 from .types import ChannelGroup, Skipped
 
 _MOST_REPAIRS = 64
@@ -86,23 +85,6 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """Repair of a module's attribute that a cut made stale.
-
-    Attributes:
-        module: qualified name of the module.
-        attribute: name of the attribute, or of a tensor or float if `scale` is set.
-        value: new value of the attribute, or factor.
-        scale: whether what is there is multiplied by `value`.
-    """
-
-    module: str
-    attribute: str
-    value: Any
-    scale: bool = False
-
-
-@dataclass(frozen=True)
 class Outcome:
     """Result of a transaction.
 
@@ -132,9 +114,10 @@ class Trial:
         dense: the dense reference.
         dtype: data type of both models: float64, or float32 where the model needs it.
         small: the cut copy.
-        images: random images [2, C, H, W] on which the two are compared.
+        images: random images [2, C, h, w] on which the two are compared, smaller than `example` where that serves.
         norms: norms that users write, by name.
         paths: passes that show every part of the model with its own weights.
+        proofs: those passes, on images of the size of `images`.
 
     Raises:
         UsageError: as `make_reference`, or the model does not run in train mode.
@@ -142,11 +125,14 @@ class Trial:
 
     def __init__(self, model: nn.Module, example: Tensor, images: Tensor | None = None) -> None:
         self.dense, self.dtype = make_reference(model, example)
-        self.images = images_like(example, self.dtype)
-        self.norms = find_own_norms(self.dense, self.images)
         self._own = copied(model)
+        self.images = images_like(example, self.dtype)
         self.paths = paths_of(self._own, example, images, used_names(self.dense, self.images))
+        if not self.paths.hidden:
+            self.images = images_like(smaller_example(self.dense, example), self.dtype)
+        self.norms = find_own_norms(self.dense, self.images)
         usual = Pass(self.images)
+        self.proofs = tuple(step.like(self.images) for step in self.paths.passes)
         self._unseen = [step.to(self.dtype) for step in self.paths.passes if step not in self.paths.hidden]
         self._compared = [usual, *(step.to(self.dtype) for step in self.paths.hidden)]
         self._begin()
@@ -216,37 +202,54 @@ class Trial:
         return {c.group.name for c in candidates if not moved & set(c.group.producers)}
 
     def _cut_and_repair(self, cuts: list[Cut], wanted: list[Tensor]) -> Outcome:
-        before = _sizes(self.small, cuts)
-        shortened: list[Shortened] = []
+        done: list[tuple[Cut, dict[int, int], list[Shortened]]] = []
         scaled: dict[str, tuple[Edit, ...]] = {}
         for cut in cuts:
-            shortened += self.cutter.cut(cut.candidate.group, cut.removed)
-            if edits := self._scalings(cut.candidate.group, cut.removed):
-                scaled[cut.candidate.group.name] = edits
+            group, before = cut.candidate.group, _sizes(self.small, [cut])
+            shortened = self.cutter.cut(group, cut.removed)
+            done.append((cut, old_to_new_sizes(before, _sizes(self.small, [cut]), group.blocks), shortened))
+            if edits := self._scalings(group, cut.removed):
+                scaled[group.name] = edits
                 apply_edits(self.small, edits)
-        sizes = old_to_new_sizes(before, _sizes(self.small, cuts), cuts[0].candidate.group.blocks)
         saved = self.cutter.snapshot()
         first: Outcome | None = None
         for how in _adaptations(self.small, cuts):
-            for cut in cuts:
-                for attention in cut.candidate.attention:
-                    attention.adapt(self.small, cut.keep, how[attention.producers[0]])
-            repairs: Iterator[tuple[Edit, ...]] = iter([()])
-            if len(cuts) == 1 and not cuts[0].candidate.attention:
-                group = cuts[0].candidate.group
-                places = tuple(dict.fromkeys(shortened))
-                repairs = islice(_repairs(self.small, group, sizes, places), _MOST_REPAIRS)
-            for edits in repairs:
-                old = [getattr(self.small.get_submodule(e.module), e.attribute) for e in edits]
-                apply_edits(self.small, edits)
+            for repaired in self._repaired(done):
+                for cut in cuts:
+                    for attention in cut.candidate.attention:
+                        attention.adapt(self.small, cut.keep, how[attention.producers[0]])
                 reason, error = self._compare(wanted)
                 if not reason:
-                    return Outcome("", error, _joined(scaled, {cuts[0].candidate.group.name: edits}), how)
+                    WORKED.update(kinds(self.small, edits) for edits in repaired.values())
+                    return Outcome("", error, _joined(scaled, repaired), how)
                 first = first or Outcome(reason, error)
-                for edit, value in zip(edits, old, strict=True):
-                    setattr(self.small.get_submodule(edit.module), edit.attribute, value)
-            self.cutter.restore(saved)
+                self.cutter.restore(saved)
         return first or Outcome("there is no way to cut it")
+
+    def _repaired(
+        self, done: Sequence[tuple[Cut, dict[int, int], list[Shortened]]]
+    ) -> Iterator[dict[str, tuple[Edit, ...]]]:
+        """Repair stale attributes of the cut copy in ever other ways; yield what was done, by the name of the group.
+
+        The caller undoes it. Of several cuts each is repaired as others were that passed before.
+        """
+        yield {}
+        if len(done) == 1 and not done[0][0].candidate.attention:
+            cut, sizes, shortened = done[0]
+            found = list(islice(repairs(self.small, cut.candidate.group, sizes, shortened), _MOST_REPAIRS))
+            for edits in sorted(found, key=lambda edits: kinds(self.small, edits) not in WORKED):
+                apply_edits(self.small, edits)
+                yield {cut.candidate.group.name: edits}
+            return
+        known: dict[str, tuple[Edit, ...]] = {}
+        for cut, sizes, shortened in done if WORKED else ():
+            ways = repairs(self.small, cut.candidate.group, sizes, shortened)
+            edits = next((way for way in ways if kinds(self.small, way) in WORKED), ())
+            apply_edits(self.small, edits)
+            if edits:
+                known[cut.candidate.group.name] = edits
+        if known:
+            yield known
 
     def _scalings(self, group: ChannelGroup, removed: tuple[int, ...]) -> tuple[Edit, ...]:
         """Return what makes up for the means over channels of norms that lost channels of a group."""
@@ -343,16 +346,6 @@ def _kind(cut: Cut) -> str:
     return re.sub(r"\d+", "#", cut.candidate.group.name)
 
 
-def apply_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
-    """Set repaired attributes and scale tensors of `model`, in place."""
-    for edit in edits:
-        module = model.get_submodule(edit.module)
-        if edit.scale:
-            scale(module, [edit.attribute], edit.value)
-        else:
-            setattr(module, edit.attribute, edit.value)
-
-
 def _sizes(model: nn.Module, cuts: list[Cut]) -> dict[Place, int]:
     parts = [part for cut in cuts for part in cut.candidate.group.slices]
     return {(p.target, p.side, p.dim): place_size(model, p) for p in parts}
@@ -372,59 +365,3 @@ def _adaptations(model: nn.Module, cuts: list[Cut]) -> Iterator[dict[str, Adapta
     for choice in islice(choices, _MOST_REPAIRS):
         nth = dict(zip(kinds, choice, strict=True))
         yield {name: found[nth[kind[name]]] for name, found in ways.items()}
-
-
-def _repairs(
-    model: nn.Module, group: ChannelGroup, sizes: dict[int, int], shortened: Sequence[Shortened]
-) -> Iterator[tuple[Edit, ...]]:
-    """Yield sets of edits of attributes that may be stale: none, each alone, those of a class of modules, all.
-
-    An attribute is stale if it holds an old size, or segments that fill a place that was cut: a list of them, or two
-    numbers. The modules searched are the ancestors of the cut layers and the ancestors' other children, nearest to the
-    root layer first.
-    """
-    yield ()
-    ancestors = {""}
-    for part in group.slices:
-        name = part.target
-        while name := name.rpartition(".")[0]:
-            ancestors.add(name)
-    stale: list[tuple[Edit, ...]] = []
-    by_kind: dict[tuple[type, tuple[str, ...], int], list[tuple[Edit, ...]]] = {}
-    near = sorted(model.named_modules(), key=lambda named: -_shared(named[0], group.name))
-    for name, module in near:
-        if isinstance(module, CHANNEL_LAYERS) or not (name in ancestors or name.rpartition(".")[0] in ancestors):
-            continue
-        for number, new in enumerate(_new_values(vars(module), sizes, shortened)):
-            edits = tuple(Edit(name, attribute, value) for attribute, value in new.items())
-            stale.append(edits)
-            by_kind.setdefault((type(module), tuple(new), number), []).append(edits)
-    yield from stale
-    yield from (tuple(chain(*edits)) for edits in by_kind.values() if 1 < len(edits) < len(stale))
-    if len(stale) > 1:
-        yield tuple(chain(*stale))
-
-
-def _new_values(
-    values: Mapping[str, Any], sizes: dict[int, int], shortened: Sequence[Shortened]
-) -> Iterator[dict[str, Any]]:
-    """Yield new values of the attributes of a module that a cut may have made stale."""
-    for attribute, value in values.items():
-        if (new := renewed(value, sizes)) != value:
-            yield {attribute: new}
-        if type(value) in (list, tuple) and len(value) > 1 and all(type(v) is int for v in value):
-            for lost in shortened:
-                if (left := lost.segments(value)) and left != list(new):
-                    yield {attribute: type(value)(left)}
-    numbers = {attribute: value for attribute, value in values.items() if type(value) is int and value > 0}
-    for one, other in permutations(numbers, 2):
-        for lost in shortened:
-            if left := lost.segments([numbers[one], numbers[other]]):
-                yield {one: left[0], other: left[1]}
-
-
-def _shared(name: str, other: str) -> int:
-    """Return the number of leading components that two module names have in common."""
-    return sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
-    )

@@ -95,7 +95,7 @@ def apply(model: nn.Module, plan: PruningPlan, example: Tensor, images: Tensor |
     if trial.restarted():
         ledger = Ledger(trial)
         ledger.commit(cuts)
-    proved = prove_whole(base, ledger, branches, trial.paths.passes, example)
+    proved = prove_whole(base, ledger, branches, trial.proofs, example)
     done = [name for cut in proved.cuts for name in cut.names]
     edits = (edit for name in done for edit in ledger.edits.get(name, ()))
     return Surgery(

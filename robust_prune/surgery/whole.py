@@ -17,7 +17,8 @@ from ..structure.cutting import Cutter, Place
 from ..structure.masking import masked
 from ..structure.paths import Pass
 from ..structure.reference import copy_model, images_like, precise_copy
-from ..structure.trial import Cut, Ledger, apply_edits
+from ..structure.repairs import apply_edits
+from ..structure.trial import Cut, Ledger
 from ..structure.types import Skipped
 
 
