@@ -154,7 +154,7 @@ def _norm_of_remaining(norm: Any, index: list[int]) -> Callable[..., Tensor]:
 
 
 def _zero(tensor: Tensor | None, dim: int, index: list[int], undo: list[tuple[Tensor, Tensor]]) -> None:
-    if tensor is not None:
+    if tensor is not None and index:
         undo.append((tensor, tensor.clone()))
         tensor.index_fill_(dim, torch.tensor(index, device=tensor.device), 0.0)
 

@@ -169,11 +169,20 @@ def _possible(members: Tensor, moved: Tensor) -> Tensor:
 
 
 def _link(source: Place, members: Tensor, reached: Mapping[int, Tensor], probe: Probe, components: _Components) -> None:
+    if members.shape[1] == 1:
+        return  # its only channel cannot be cut, and may weigh all the channels of others
     for index, moved in reached.items():
         place = probe.calls[index].entering if index < len(probe.calls) else _OUTPUT
         possible = _possible(members, moved)
         if source[1] == "param" and bool((possible.sum(1) > 1).any()):
             continue  # its positions are no channels there but, for instance, tokens that every channel sees
+        # Nor is a position coupled to many channels, such as all those of a head's queries.
+        many = possible.sum(1) > _MOST_TOGETHER
+        blurred = possible[many].any(0)
+        possible[many] = False
+        possible[:, blurred] = False
+        for channel in blurred.nonzero().flatten().tolist():
+            components.join((source, channel), (_NOWHERE, 0))
         if bool((possible.sum(1) > 1).any()):
             # A channel that changes every changed position is mixed into it, as queries are into the values' channels.
             mixed = possible[possible.any(1)].all(0)
