@@ -1,4 +1,4 @@
-"""Peak memory and time of the sensitivity of a ResNet-50 at 224 pixels.
+"""Peak memory and time of the sensitivity of a ResNet-50 at 224 pixels, and of the repair after a cut.
 
     python benchmarks/memory.py --images 256
 
@@ -21,14 +21,21 @@ import torch
 import torch.nn.functional as F
 
 from robust_prune.attacks import ThreatModel
+from robust_prune.budget.analysis import Analysis
+from robust_prune.budget.cost import cost_model
+from robust_prune.budget.plan import make_plan
 from robust_prune.data.base import TensorImages, random_images
 from robust_prune.data.sources import load_data
 from robust_prune.machine.host import tune_allocator
 from robust_prune.machine.snapshot import snapshot
-from robust_prune.recipe import SensitivitySection
+from robust_prune.ranking.importance import channel_scores
+from robust_prune.recipe import PruningSection, SensitivitySection
 from robust_prune.runs.files import write_json, write_text
 from robust_prune.sensitivity.adversarial_set import make_adversarial_set
 from robust_prune.sensitivity.estimators import measure
+from robust_prune.structure.groups import find_groups
+from robust_prune.surgery.apply import apply
+from robust_prune.surgery.reconstruction import reconstruct
 
 SIDE, CLASSES = 224, 10
 OUT = Path(__file__).parent / "results" / "memory.json"
@@ -71,6 +78,18 @@ def main() -> None:
     begin = time.monotonic()
     measure(model, adv, section, radii=())
     note("MRS, boundary, 1 radius", begin)
+    begin = time.monotonic()
+    example = large[:1].float() / 255
+    found = find_groups(model, example)
+    costs = cost_model(model, example, found.groups)
+    analysis = Analysis(found, costs, None, channel_scores(model, found.groups, "magnitude"))
+    plan = make_plan(analysis, PruningSection(allocation="uniform", criterion="magnitude"))
+    surgery = apply(model, plan, example)
+    note("groups, plan and cut, half of the MACs", begin)
+    begin = time.monotonic()
+    images = torch.cat([large.float() / 255, adv.images])
+    fitted = reconstruct(surgery.model, model, surgery.removed, images)
+    note(f"least squares, {len(fitted)} layers, {len(images)} images", begin)
     print(report({"rows": rows, "images": args.images, "threads": torch.get_num_threads(), "environment": snapshot()}))
 
 
@@ -78,7 +97,7 @@ def report(result: dict[str, Any]) -> str:
     """Return the table of a result as Markdown."""
     machine = result["environment"]
     lines = [
-        f"# Memory of MRS\n\n`benchmarks/memory.py`: ResNet-50 at {SIDE} pixels, {result['images']} images, "
+        f"# Memory of MRS and of the repair\n\n`benchmarks/memory.py`: ResNet-50 at {SIDE} pixels, {result['images']} images, "
         f"{result['threads']} thread{'s' if result['threads'] > 1 else ''} of {machine['cpu']}, commit "
         f"{str(machine['commit'])[:7]}.\n",
         "| part | seconds | peak of the process so far, GB |",
