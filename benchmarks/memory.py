@@ -97,7 +97,8 @@ def report(result: dict[str, Any]) -> str:
     """Return the table of a result as Markdown."""
     machine = result["environment"]
     lines = [
-        f"# Memory of MRS and of the repair\n\n`benchmarks/memory.py`: ResNet-50 at {SIDE} pixels, {result['images']} images, "
+        "# Memory of MRS and of the repair\n\n"
+        f"`benchmarks/memory.py`: ResNet-50 at {SIDE} pixels, {result['images']} images, "
         f"{result['threads']} thread{'s' if result['threads'] > 1 else ''} of {machine['cpu']}, commit "
         f"{str(machine['commit'])[:7]}.\n",
         "| part | seconds | peak of the process so far, GB |",

@@ -12,7 +12,7 @@ from .. import recipe_reader
 from ..catalogue import TIERS
 from ..console import console
 from ..errors import UsageError
-from .common import check_functions, check_out_folder, command_line, listed, open_data
+from .common import check_out_folder, command_line, listed, open_data
 from .flags import EVALUATION, RUN, ArchFlag, CacheFlag, DataFlag
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def report(
     if not runs:
         raise UsageError("no run given. Try: robust-prune report runs/one runs/two --out runs/both")
     check_out_folder("--out", out)
+    if (out / "run.json").exists():
+        raise UsageError(f"--out {out} is the folder of a run, whose report would be replaced. Name another one.")
     if reevaluate is None:
         unused = [flag for flag, value in (("--data", data), ("--arch", arch)) if value is not None]
         if unused:
@@ -101,10 +103,15 @@ def _attacked_anew(
         UsageError: the first folder has no recipe, its data cannot be read, or as `reevaluate`.
         QualityGateError: as `reevaluate`.
     """
-    check_functions(str(settings["evaluation.tier"]))
-    folder, first = next(iter(runs.values()))
+    tier, (folder, first) = str(settings["evaluation.tier"]), next(iter(runs.values()))
+    if not TIERS.is_builtin(tier):
+        TIERS.load(tier)
     if any(run.class_names != first.class_names for _, run in runs.values()):
         raise UsageError("the runs' models tell different classes apart, so no images can judge them all.")
+    if not (folder / "recipe.yaml").is_file():
+        raise UsageError(
+            f"{folder} holds no recipe.yaml, which says how it was evaluated. Give the whole folder of a run."
+        )
     # Nothing of this recipe runs but the tier, which the user has named.
     recipe = recipe_reader.load(str(folder / "recipe.yaml"), settings)
     bundle = open_data(recipe)

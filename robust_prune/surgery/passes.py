@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..sensitivity.replay import Recording, extend, replay, trace_calls
 
-MOST_RECORDED = 2 << 30
+MOST_RECORDED = 1 << 30
 """Bytes of all recordings together; batches beyond them are computed from the images on in each pass."""
 
 

@@ -54,7 +54,7 @@ def reconstruct(
 
     Cost: a forward pass of `dense` over `images` for each GiB of outputs, and little more than one of `small` where
     what lies before a layer can be recorded (see `passes`), or a partial one for each layer. Memory: at most 1 GiB of
-    outputs (or those of one layer), 2 GiB of recordings, 256 MiB of unfolded inputs (or those of one image), the
+    outputs (or those of one layer), 1 GiB of recordings, 256 MiB of unfolded inputs (or those of one image), the
     activations of a batch, and a few square matrices of at most 1 GiB each, whose size is the number of the layer's
     inputs times its kernel area. Batch-norm statistics are not changed, since the repair restores the activations that
     they normalise.

@@ -61,4 +61,6 @@ def test_runs_with_other_attacks_share_a_table_once_they_are_attacked_anew(
     assert code == 4 and "moved/model.safetensors is not the pruned model that the run evaluated" in said
     (tmp_path / "all" / "60" / "dense.safetensors").unlink()
     assert "all/60/dense.safetensors is not there" in fails(capsys, "report", "all", *arguments)[1]
+    assert "is the folder of a run" in fails(capsys, "report", "all/60", "--out", "all")[1]
+    assert "tier must be one of" in fails(capsys, "report", "all", *arguments[:2], "--reevaluate", "pgdd")[1]
     assert "Add --reevaluate" in fails(capsys, "report", "all", "--data", "toy.npz")[1]
