@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -38,6 +39,7 @@ def _environment() -> jinja2.Environment:
         "span": text.span,
         "decimals": text.decimals,
         "threat": text.threat_name,
+        "whole": whole_brackets,
     }
     return environment
 
@@ -55,7 +57,8 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
         "wide_heads": table.wide_heads(run) if table.is_wide(run) else [],
         "wide_rows": table.wide_rows(run) if table.is_wide(run) else [],
         "tiles": summary.tiles(run),
-        "summary": [unbroken(sentence) for sentence in summary.summary(run)],
+        "summary": [unbroken(sentence) for sentence in summary.of_first_two(run)],
+        "further": [unbroken(sentence) for sentence in summary.of_others(run)],
         "warnings": summary.warnings(run),
         "after_the_cut": unbroken(summary.after_the_cut(run)),
         "how_cut": summary.how_cut(run),
@@ -80,6 +83,11 @@ def _context(run: RunReport, examples: Sequence[Mapping[str, Any]]) -> dict[str,
 def unbroken(sentence: str) -> str:
     """Return the sentence with non-breaking spaces before per cent signs."""
     return sentence.replace(" %", "\u00a0%")
+
+
+def whole_brackets(figures: str) -> str:
+    """Return the text with non-breaking spaces inside brackets."""
+    return re.sub(r"\[[^\]]*\]", lambda found: found.group().replace(" ", "\u00a0"), figures)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

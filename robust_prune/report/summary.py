@@ -47,12 +47,21 @@ def _from_to(before: int, after: int) -> str:
 
 def summary(run: RunReport) -> list[str]:
     """Return sentences that compare the first two models, and one sentence for each further model."""
+    return [*of_first_two(run), *of_others(run)]
+
+
+def of_first_two(run: RunReport) -> list[str]:
+    """Return sentences that compare the first two models, or one on a model without another."""
     if len(run.models) < 2:
         return [_alone(run.models[0])] if run.models and run.models[0].card else []
     before, after = run.models[0], run.models[1]
     found = [_size(before, after), _speed(run, before, after), _accuracy(before, after)]
-    found += [_further(run, model) for model in run.models[2:]]
     return [sentence for sentence in found if sentence]
+
+
+def of_others(run: RunReport) -> list[str]:
+    """Return a sentence for each model after the first two."""
+    return [sentence for sentence in (_further(run, model) for model in run.models[2:]) if sentence]
 
 
 def _alone(model: ModelRow) -> str:

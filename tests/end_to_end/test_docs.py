@@ -111,7 +111,7 @@ def test_the_named_functions_files_and_tests_exist():
         text = (ROOT / file).read_text(encoding="utf-8")
         assert all(f"def {name}(" in text for name in re.findall(r"`(\w+)`", names)), names
     rules = {
-        "trial": ("_repairs",), "cutting": ("_BY_TYPE", "_others"), "graph": ("_slice",),
+        "repairs": ("repairs",), "cutting": ("_BY_TYPE", "_others"), "graph": ("_slice",),
         "attention": ("_classify", "alternatives"),
     }  # fmt: skip
     for file, named in rules.items():

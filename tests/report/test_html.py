@@ -158,3 +158,14 @@ def test_page_fits_phone_and_desk_in_a_dark_browser(tmp_path: Path) -> None:
         assert found[view]["wide"] == []
         assert found[view]["images"] and len(found[view]["drawn"]) == 5 and min(found[view]["drawn"]) > 60
         assert luminance(found[view]["background"]) < 0.2 < 0.8 < luminance(found[view]["ink"])
+
+
+def test_models_below_each_other_fit_the_page_with_whole_intervals() -> None:
+    run = sample_run()
+    dense, pruned = run.models
+    others = tuple(replace(pruned, label=f"cut by {share} %") for share in (30, 50, 75))
+    source = render(replace(run, models=(dense, *others)))
+    assert '<table class="headline many">' in source
+    assert re.search(r"\[\d+\.\d,\u00a0\d+\.\d\]", source), "an interval is not broken over lines"
+    listed = re.findall(r"<li>(The cut by \d+.%[^<]*)</li>", source)
+    assert len(listed) == 2 and "cut by 75" in listed[1]
