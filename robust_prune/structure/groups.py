@@ -33,7 +33,8 @@ class GroupSearch:
 
     Attributes:
         groups: proved groups, in the order of their root layers in the model.
-        skipped: layers whose channels are kept, each with the reason. The classifier is in neither.
+        skipped: layers whose channels are kept, each with the reason. The classifier and layers with one channel are in
+            neither.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -119,7 +120,7 @@ def find_candidates(trial: Trial) -> tuple[list[Candidate], list[Skipped]]:
             continue
         taken = claimed.setdefault(name, set())
         free = [c for c in range(graph.get_out_channels(module)) if c not in taken]
-        if not free:
+        if not free or graph.get_out_channels(module) == 1:
             continue
         try:
             coupling = couple(graph, module, free)
